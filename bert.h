@@ -1,0 +1,375 @@
+// bert.h -- BERT in one header: a WordPiece tokenizer, the encoder with its heads, training, and Model for embedding programs.
+//
+//   To use:     copy tensor.h tensor.cpp autograd.cpp bert.h bert.cpp wordpiece.cpp; compile as C++20 with -O2 -ffp-contract=off
+//               -fopenmp, link -lopenblas -ldl. The tokenizer alone: bert.h, tensor.h, wordpiece.cpp, and no OpenBLAS.
+//   Threads:    a loaded Model, Bert or WordPiece is read-only: one of them, any number of threads.
+//   Errors:     bert::Error; nothing prints, exits or aborts. Progress goes to callbacks that the caller owns.
+//   Not here:   reading data files (main.cpp), decoders, tokenizers other than WordPiece.
+//
+//   A complete program:
+//
+//     #include "bert.h"
+//     int main() {
+//       bert::Model model = bert::Model::load("models/all-MiniLM-L6-v2");
+//       std::vector<float> v = model.embed("A sentence to embed.");     // hidden_size floats
+//     }
+//
+//   Contents:   1 WordPiece  2 config  3 batches  4 the model  5 training  6 pretraining data  7 fine-tuning  8 metrics
+//               9 model folders and Model
+#pragma once
+#include <optional>
+
+#include "tensor.h"
+
+namespace bert {
+
+// ==== 1 WordPiece ======================================================================================= [wordpiece.cpp]
+struct TokenizerSettings {
+  bool lowercase = true;
+  std::optional<bool> strip_accents;       // unset: as lowercase
+  bool chinese = true;                     // a space on both sides of each Chinese character
+  bool clean_text = true;                  // control characters go, white space becomes a space
+};
+
+// Tokens of a text or a pair, with what was added around them. All vectors have one entry a token.
+struct Encoding {
+  std::vector<int32_t> ids, type_ids;      // type_ids: 0 for the first text, 1 for the second
+  std::vector<int32_t> words;              // number of the word (from 0 in each text); -1 for added tokens
+  std::vector<int32_t> sequence;           // 0 or 1: which text; -1 for added tokens
+  std::vector<uint8_t> special;            // 1 for added tokens
+  std::vector<std::array<int64_t, 2>> offsets;   // [begin, end) in the text's bytes; [0, 0] for added tokens
+};
+
+enum class Truncation { longest_first, only_first, only_second };
+struct EncodeOptions {
+  bool add_special = true;                 // [CLS] a [SEP], or [CLS] a [SEP] b [SEP]
+  bool parse_special = true;               // [MASK] and its like in the text are themselves; false: plain text
+  int64_t max_length = 0;                  // including the added tokens; 0: no limit
+  Truncation truncation = Truncation::longest_first;
+  bool from_left = false;                  // cut the beginning instead of the end
+  int64_t stride = 0;                      // overlap of the windows that encode_windows returns
+};
+
+// Hugging Face's fast BERT tokenizer, rule by rule. Read-only after loading: any number of threads.
+class WordPiece {
+ public:
+  // A model folder (vocab.txt or tokenizer.json, and tokenizer_config.json), or a vocab.txt itself.
+  static WordPiece load(const std::string& folder_or_file);
+  static WordPiece from_vocab(std::string_view vocab_txt, const TokenizerSettings& settings, const std::string& where);
+
+  Encoding encode(std::string_view text, const EncodeOptions& options = {}) const;
+  Encoding encode(std::string_view text, std::string_view pair, const EncodeOptions& options = {}) const;
+  // The encoding and, where it was cut, the windows that hold the rest, `stride` tokens of each repeated in the next.
+  std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair, const EncodeOptions& options) const;
+  // Appends the ids of the text's pieces and nothing else; [MASK] and its like are plain text.
+  void append_ids(std::string_view text, std::vector<int32_t>& ids) const;
+  std::string decode(std::span<const int32_t> ids, bool skip_special = false, bool cleanup = true) const;
+
+  int64_t size() const;                    // pieces: the vocabulary's largest id + 1
+  std::string_view piece(int32_t id) const;   // "" where the id has none
+  int32_t id(std::string_view piece) const;   // -1 when absent
+  int32_t pad, unk, cls, sep, mask;           // -1 when the vocabulary lacks it
+  bool continuation(int32_t id) const;        // the piece begins with ##
+  const TokenizerSettings& settings() const;
+  int64_t model_max_length = 0;               // tokenizer_config.json's where it is sane, else 0
+  std::vector<std::string> warnings;          // what was odd while loading, for the caller to show
+
+ private:
+  struct Tables;
+  std::shared_ptr<const Tables> tables_;
+};
+
+// Trains a vocabulary from words and their counts.
+class VocabTrainer {
+ public:
+  explicit VocabTrainer(const TokenizerSettings& settings);
+  void add_text(std::string_view text);    // counts its words
+  struct Options {
+    int64_t size = 30000, min_count = 2, alphabet = 0;   // alphabet 0: every character seen min_count times, at most half of size
+    std::function<void(int64_t pieces)> on_progress;
+  };
+  // The lines of vocab.txt: [PAD] [UNK] [CLS] [SEP] [MASK], the alphabet, the pieces in the order they were made. At most `size`.
+  std::vector<std::string> train(const Options& options) const;
+  int64_t words() const, distinct_words() const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+// tokenizer_config.json for a vocabulary of our own, as transformers reads it.
+std::string tokenizer_config_json(const TokenizerSettings& settings, int64_t max_length);
+// Invalid UTF-8 becomes U+FFFD, one for each maximal invalid part (Unicode's recommended practice); returns how many.
+int64_t repair_utf8(std::string& text);
+
+// ==== 2 config =================================================================================================== [bert.cpp]
+struct Config {   // config.json, by the names there
+  int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
+  int64_t max_position_embeddings = 512, type_vocab_size = 2, pad_token_id = 0;
+  Activation hidden_act = Activation::gelu;
+  float hidden_dropout_prob = 0.1f, attention_probs_dropout_prob = 0.1f, initializer_range = 0.02f, layer_norm_eps = 1e-12f;
+  std::optional<float> classifier_dropout;     // unset: hidden_dropout_prob
+  std::string architecture;                    // BertForPreTraining ...; "" where the file names none
+  std::string problem_type;                    // single_label_classification, multi_label_classification, regression, or ""
+  std::vector<std::string> labels;             // id2label in order; empty where the file has none
+  // Throws Error "where: key: ..." for what is missing or impossible.
+  static Config parse(std::string_view json, const std::string& where);
+  static Config named(const std::string& name, int64_t vocab_size);   // tiny mini small medium base large minilm (facts: table of sizes)
+  std::string to_json() const;
+};
+
+// ==== 3 batches ==================================================================================================
+// Rows packed one after another, without padding: no mask anywhere.
+struct Batch {
+  std::vector<int32_t> ids, segments, positions;   // [N]
+  Offsets offsets{0};                              // [R+1]
+  // what a loss asks for, filled in by training only:
+  std::vector<int64_t> masked;                     // [M] packed index of each masked token, ascending
+  std::vector<int32_t> masked_labels;              // [M] its true id
+  std::vector<int32_t> labels;                     // [R] class, or next-sentence label (0 next, 1 random); kIgnored: none
+  std::vector<float> targets;                      // [R,C] numbers (regression) or zeros and ones (multi-label)
+
+  int64_t tokens() const { return (int64_t)ids.size(); }
+  int64_t rows() const { return (int64_t)offsets.size() - 1; }
+  void add_row(std::span<const int32_t> ids, std::span<const int32_t> segments);   // positions count from 0
+};
+// Row numbers cut into batches of at most `tokens` tokens (a longer row stands alone), similar lengths together.
+std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens);
+
+// ==== 4 the model ================================================================================================
+struct Dense { Tensor weight, bias; };             // [out, in], [out]
+struct Norm { Tensor weight, bias; };              // gamma, beta [H]
+
+struct Layer {
+  Dense qkv;                                       // [3H,H]: query, key, value of the checkpoint, stacked
+  Dense attention_out;                             // [H,H]
+  Norm attention_norm;
+  Dense up, down;                                  // [F,H], [H,F]
+  Norm output_norm;
+};
+
+// What a model ends in. One row of a table in bert.cpp each.
+enum class Task { embed, pretrain, mlm, next_sentence, classify, multilabel, regress };
+struct HeadKind {
+  Task task;
+  const char* name;                                // of --task, or of what `bert info` prints
+  const char* architecture;                        // transformers' class
+  const char* problem_type;                        // config.json's, or ""
+  bool pooler, masked_words, next_sentence, classifier;   // which parameters it has beyond the encoder
+};
+const HeadKind& head_kind(Task task);
+const HeadKind& head_kind(const Config& config);   // by architecture and problem_type; throws Error naming one that is not built
+
+// A parameter under its Hugging Face name: `rows` rows of `tensor` from `first_row` on.
+struct Parameter {
+  std::string name;
+  Tensor tensor;
+  int64_t first_row = 0, rows = 0;                 // of a vector: elements
+  Shape shape() const;
+  float* data() const { return tensor.data() + first_row * tensor.size() / tensor.shape()[0]; }
+  bool decay() const;                              // false for biases and LayerNorm
+};
+
+struct Bert {
+  Config config;
+  Task task = Task::embed;
+  Tensor word, position, segment;                  // [V,H] [P,H] [S,H]
+  Norm embedding_norm;
+  std::vector<Layer> layers;
+  Dense pooler;                                    // [H,H]; these are empty where the task has none
+  Dense transform;                                 // [H,H]  masked words: dense, activation, LayerNorm, then word^T + decoder_bias
+  Norm transform_norm;
+  Tensor decoder_bias;                             // [V]
+  Dense next_sentence;                             // [2,H]
+  Dense classifier;                                // [C,H]
+
+  // Every parameter drawn as Google's BERT does: normal(0, initializer_range) cut at two deviations; biases 0, LayerNorm 1 and 0.
+  static Bert random(const Config& config, Task task, uint64_t seed);
+  static Bert empty(const Config& config, Task task);   // storage without values
+  std::vector<Parameter> parameters() const;       // each once, in checkpoint order
+  int64_t parameter_count() const;
+  void set_trainable();                            // every parameter needs a gradient
+  void pack();                                     // for inference: linear weights into panels (word embeddings stay plain)
+
+  // The encoder: packed tokens -> [N,H]. `each_layer`, where given, sees the embeddings (0) and every layer's output (1 ... L).
+  Tensor forward(const Batch& batch, Dropout& drop, const std::function<void(int64_t, const Tensor&)>& each_layer = {}) const;
+  Tensor forward(const Batch& batch) const;        // without dropout
+  Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
+  Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
+  Tensor row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;            // classifier or next sentence  [R,C]
+};
+
+// Counts that a whole step's losses are divided by.
+struct LossCounts { double masked = 0, rows = 0; };
+struct Losses { double total = 0, masked = 0, next_sentence = 0; int64_t masked_right = 0, next_right = 0; };
+// The loss of a batch for the model's task, as a Tensor [1] for Tape::backward; its parts are added to `report`.
+Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report);
+
+// ==== 5 training =================================================================================================
+struct TrainSettings {
+  int64_t steps = 0;                               // 0: by minutes (pretraining) or epochs (fine-tuning)
+  int64_t accumulate = 1;                          // micro-batches of a step, a power of two
+  double lr = 1e-4, warmup = 0.1;                  // peak rate; warm-up as a share of the steps
+  Schedule schedule = Schedule::linear;
+  AdamWSettings optimizer;
+  double clip = 1.0;                               // global norm; 0: none
+  float dropout = -1;                              // hidden and attention; negative: the config's
+  uint64_t seed = 1;
+};
+struct StepReport {
+  int64_t step = 0, steps = 0;                     // steps done and in all
+  int64_t tokens = 0, rows = 0, masked = 0;
+  Losses loss;
+  double lr = 0, grad_norm = 0;
+};
+
+// One model, its optimiser and where it stands.
+class Trainer {
+ public:
+  Trainer(Bert model, const TrainSettings& settings);
+  // One step over micro-batches that together make the batch: for each one forward, loss, backward; gradients added in a binary tree
+  // by index; clip; AdamW. Throws Error naming step and tensor, the model unchanged, when loss or a gradient is not finite.
+  StepReport step(std::span<const Batch> micro_batches);
+  const Bert& model() const { return model_; }
+  const TrainSettings& settings() const { return settings_; }
+  void set_steps(int64_t steps) { settings_.steps = steps; }
+  int64_t done() const { return done_; }           // steps made
+  // The whole state in one safetensors file: parameters, both moments, steps, and `about` (the caller's own settings and place).
+  void save(const std::string& path, const std::map<std::string, std::string>& about) const;
+  std::map<std::string, std::string> load(const std::string& path);   // returns `about`
+
+ private:
+  Bert model_;
+  TrainSettings settings_;
+  AdamW optimizer_;
+  int64_t done_ = 0;
+};
+
+// ==== 6 pretraining data =========================================================================================
+// A text as ids: sentences in documents.
+struct Corpus {
+  std::vector<int32_t> ids;
+  std::vector<int64_t> sentences{0};               // sentence s is ids[sentences[s] .. sentences[s+1])
+  std::vector<int64_t> documents{0};               // document d is sentences documents[d] .. documents[d+1]
+  void end_sentence();                             // closes what was appended to ids; an empty one is dropped
+  void end_document();
+};
+struct SpecialIds { int32_t cls, sep, mask; };
+struct PretrainSettings {
+  int64_t batch_tokens = 8192, max_length = 128;
+  double mask = 0.15;
+  bool whole_word = false, next_sentence = true;
+};
+// Replaces tokens of each row by [MASK] (80 %), a random id (10 %) or themselves (10 %) and lists them in batch.masked.
+// Devlin et al. 2019, section 3.1; counts as google-research/bert create_pretraining_data.py. `continues[id]`: the piece begins with ##.
+void mask_tokens(Batch& batch, const SpecialIds& special, int64_t vocab_size, double share, const std::vector<uint8_t>* continues, const PhiloxKey& key);
+
+// Batches without end: epoch after epoch, pairs sampled anew, order from the seed.
+class PretrainSampler {
+ public:
+  PretrainSampler(const Corpus& corpus, const PretrainSettings& settings, const SpecialIds& special, int64_t vocab_size,
+                  std::vector<uint8_t> continues, uint64_t seed);   // keeps a reference to the corpus
+  Batch next(int64_t step, int64_t micro);         // masked by (step, micro)
+  struct Place { int64_t epoch = 0, batch = 0; };
+  Place place() const { return place_; }
+  void go_to(Place place);
+  int64_t epoch_batches() const;                   // in the epoch begun
+
+ private:
+  struct Example { int64_t a_begin, a_end, b_begin, b_end; int32_t cut; bool random; };   // token ranges in corpus.ids
+  void plan_epoch();
+  const Corpus* corpus_;
+  PretrainSettings settings_;
+  SpecialIds special_;
+  int64_t vocab_size_;
+  std::vector<uint8_t> continues_;
+  uint64_t seed_;
+  Place place_;
+  std::vector<Example> examples_;
+  std::vector<std::vector<int64_t>> batches_;
+};
+struct PretrainScores {   // on held-out text, masked once from the seed
+  double masked_loss = 0, next_loss = 0, masked_accuracy = 0, next_accuracy = 0;
+  double unigram_loss = 0;   // of the add-one-smoothed unigram of the training text on the same targets
+  int64_t masked = 0, rows = 0;
+};
+PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, const PretrainSettings& settings, const SpecialIds& special,
+                                    std::vector<uint8_t> continues, uint64_t seed, const std::vector<int64_t>& unigram_counts);
+std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size);
+
+// ==== 7 fine-tuning ==============================================================================================
+// One labelled text or pair as ids.
+struct Example {
+  std::vector<int32_t> ids, segments;
+  int32_t label = kIgnored;                        // classify
+  std::vector<float> targets;                      // regress: one number; multilabel: C zeros and ones
+};
+Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
+// Order of an epoch's examples, from the seed.
+std::vector<int64_t> epoch_order(int64_t examples, uint64_t seed, int64_t epoch);
+// Raw outputs of the head, [examples, C], computed without tape in batches to a token budget.
+std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+
+// ==== 8 metrics ==================================================================================================
+struct Metric { std::string name; double value, low, high; };   // low, high: bootstrap 95 % interval from the seed
+// The task's official metrics of outputs [n,C] against the examples' labels, the main one first.
+std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t classes, uint64_t seed);
+double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
+double pearson(std::span<const double> x, std::span<const double> y);
+double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
+
+// ==== 9 model folders and Model ==================================================================================
+// Where every tensor of the file and of the model went. Nothing is silent.
+struct LoadReport {
+  std::vector<std::string> loaded, tied, newly_initialised, ignored, unexpected;
+};
+struct Pooling { enum Kind { mean, cls, max, pooler } kind = mean; bool normalize = false; };
+
+// A model folder read: config, tokenizer, weights, and the files that travel with them unchanged.
+struct ModelFolder {
+  Config config;
+  WordPiece tokenizer;
+  Bert bert;
+  Pooling pooling;
+  int64_t max_length = 0;                          // by the order that cli.md gives
+  LoadReport report;
+  std::map<std::string, std::string> carried;      // vocab.txt, tokenizer.json, tokenizer_config.json ...: name, bytes
+};
+// Loads for the folder's own task, or for `task`: then the encoder is taken and a head the file lacks is drawn from `seed`
+// (`labels` and config as given by `adapt`). A missing, unexpected or ill-shaped tensor throws Error naming it.
+ModelFolder load_folder(const std::string& folder);
+ModelFolder load_folder_for(const std::string& folder, Task task, const std::vector<std::string>& labels, uint64_t seed);
+// Writes config.json, model.safetensors and what the folder carries; every file atomically.
+void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried);
+
+// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& folder);  // throws Error naming host and pid of the holder
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  std::string path_;
+  int file_ = -1;
+};
+
+struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
+
+// A folder ready to answer. Read-only: any number of threads.
+class Model {
+ public:
+  static Model load(const std::string& folder);
+  const ModelFolder& folder() const { return *folder_; }
+  std::vector<float> embed(std::string_view text) const;                        // by the folder's pooling recipe
+  std::vector<MaskGuess> fill_mask(std::string_view text, int64_t top = 5) const;
+  std::vector<float> classify(std::string_view text) const;                     // probability of each label (classify, multilabel), or the value
+  std::vector<float> classify(std::string_view text, std::string_view pair) const;
+
+ private:
+  std::shared_ptr<const ModelFolder> folder_;
+};
+// Vectors of a batch's rows from the encoder's output: [R, hidden_size].
+Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
+
+}  // namespace bert

@@ -1,0 +1,684 @@
+// tensor.h -- tensors, reverse-mode autograd, AdamW and safetensors in three files: tensor.h, tensor.cpp, autograd.cpp.
+//
+//   To use:     copy the three, compile as C++20 with -ffp-contract=off -fopenmp, link -lopenblas (or define BERT_NO_BLAS).
+//   Threads:    a Tensor may be read from many threads and written from one; a Tape belongs to its thread.
+//   Errors:     every function may throw bert::Error; nothing prints, exits or aborts. Three variables of the environment are
+//               read: BERT_KERNELS (a kernel table's name), BERT_GEMM (openblas), BERT_TRACE (1: Tape::trace lists each op).
+//   Not here:   double or half arithmetic, strided views, broadcasting beyond what BERT uses, second derivatives.
+//
+//   A complete program, one step of gradient descent on y = w x:
+//
+//     #include "tensor.h"
+//     int main() {
+//       bert::Tensor x({4, 3}, 1.f), w({2, 3}, 0.5f), target({4, 2}, 1.f);
+//       w.set_needs_grad();
+//       bert::Tape tape;
+//       tape.backward(bert::mse_loss(bert::linear(x, w), target));
+//       for (int64_t i = 0; i < w.size(); i++) w.data()[i] -= 0.1f * w.grad()[i];
+//     }
+//
+//   Contents:   1 errors  2 JSON  3 shapes and tensors  4 threads and random numbers  5 tape  6 differentiable ops
+//               7 optimiser  8 files  9 kernels and products
+//
+//   Letters in shape comments, here and in every file:
+//     N tokens in a packed batch, R rows (texts or pairs), T tokens of one row, H hidden, A heads, D = H/A, F feed-forward,
+//     V vocabulary, M masked tokens, L layers, C classes. Outermost first, last dimension contiguous. Weights are [out, in].
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace bert {
+
+// ==== 1 errors ====================================================================================================
+// One line: what was read or called, what is wrong, the cure.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// ==== 2 JSON ======================================================================================================
+// A JSON value. Numbers keep their text (a config may hold an integer of 31 digits), objects their order.
+// Everything here is inline and needs the standard library alone, so that the tokenizer can stand without tensor.cpp.
+class Json {
+ public:
+  enum Kind { null, boolean, number, string, array, object };
+
+  Json() = default;
+  static Json parse(std::string_view text, const std::string& where);   // strict RFC 8259; throws Error "where: line:column: ..."
+
+  Kind kind() const { return kind_; }
+  bool is(Kind k) const { return kind_ == k; }
+  bool as_bool(const std::string& where) const;             // these five throw Error("where: not a ...") for another kind
+  double as_double(const std::string& where) const;
+  int64_t as_int(const std::string& where) const;           // a number written as an integer that fits 64 bits
+  const std::string& as_string(const std::string& where) const;
+  const std::vector<Json>& items(const std::string& where) const;   // of an array
+  const std::vector<std::pair<std::string, Json>>& members() const { return members_; }   // of an object; else empty
+  const Json* find(std::string_view key) const;             // null when absent, or when this is no object
+
+ private:
+  friend class JsonReader;
+  Kind kind_ = null;
+  bool truth_ = false;
+  std::string text_;   // a string's value, or a number as it was written
+  std::vector<Json> items_;
+  std::vector<std::pair<std::string, Json>> members_;
+};
+
+std::string json_quote(std::string_view utf8);   // "..." with escapes; bytes that are not UTF-8 become U+FFFD
+
+// Bytes of the UTF-8 sequence that starts at s[i], 1 to 4; 0 where none does. As Unicode's table 3-7 allows them: no overlong
+// form, no surrogate, at most U+10FFFF.
+inline size_t utf8_length(std::string_view s, size_t i) {
+  const unsigned char c = (unsigned char)s[i];
+  if (c < 0x80) return 1;
+  const size_t n = c >= 0xC2 && c < 0xE0 ? 2 : c >= 0xE0 && c < 0xF0 ? 3 : c >= 0xF0 && c < 0xF5 ? 4 : 0;
+  if (!n || n > s.size() - i) return 0;
+  const unsigned char low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80, high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
+  for (size_t k = 1; k < n; k++) {
+    const unsigned char d = (unsigned char)s[i + k];
+    if (d < (k == 1 ? low : 0x80) || d > (k == 1 ? high : 0xBF)) return 0;
+  }
+  return n;
+}
+
+// Reads one JSON text by recursive descent. Depth is limited, so that a hostile file cannot overflow the stack.
+class JsonReader {
+ public:
+  JsonReader(std::string_view text, const std::string& where) : s_(text), where_(where) {}
+
+  Json document() {
+    Json v = value(0);
+    space();
+    if (at_ < s_.size()) fail("something follows the value");
+    return v;
+  }
+
+ private:
+  static constexpr int kMaxDepth = 128;
+  std::string_view s_;
+  const std::string& where_;
+  size_t at_ = 0;
+
+  [[noreturn]] void fail(const std::string& what) const {
+    size_t line = 1, column = 1;
+    for (size_t i = 0; i < at_ && i < s_.size(); i++) s_[i] == '\n' ? (line++, column = 1) : column++;
+    throw Error(where_ + ":" + std::to_string(line) + ":" + std::to_string(column) + ": not JSON: " + what);
+  }
+  void space() {
+    while (at_ < s_.size() && (s_[at_] == ' ' || s_[at_] == '\t' || s_[at_] == '\n' || s_[at_] == '\r')) at_++;
+  }
+  char peek() const { return at_ < s_.size() ? s_[at_] : '\0'; }
+  void expect(std::string_view word) {
+    if (s_.substr(at_, word.size()) != word) fail(at_ < s_.size() ? "'" + std::string(word) + "' expected" : "the text ends early");
+    at_ += word.size();
+  }
+
+  Json value(int depth) {
+    if (depth > kMaxDepth) fail("nested deeper than " + std::to_string(kMaxDepth));
+    space();
+    Json v;
+    switch (peek()) {
+      case '{': object(v, depth); break;
+      case '[': array(v, depth); break;
+      case '"': v.kind_ = Json::string, v.text_ = string(); break;
+      case 't': expect("true"), v.kind_ = Json::boolean, v.truth_ = true; break;
+      case 'f': expect("false"), v.kind_ = Json::boolean; break;
+      case 'n': expect("null"); break;
+      default: v.kind_ = Json::number, v.text_ = number();
+    }
+    return v;
+  }
+  void object(Json& v, int depth) {
+    v.kind_ = Json::object;
+    expect("{"), space();
+    if (peek() == '}') return void(at_++);
+    for (;;) {
+      space();
+      if (peek() != '"') fail("a key in quotes expected");
+      std::string key = string();
+      space(), expect(":");
+      v.members_.emplace_back(std::move(key), value(depth + 1));
+      space();
+      if (peek() == '}') return void(at_++);
+      expect(",");
+    }
+  }
+  void array(Json& v, int depth) {
+    v.kind_ = Json::array;
+    expect("["), space();
+    if (peek() == ']') return void(at_++);
+    for (;;) {
+      v.items_.push_back(value(depth + 1));
+      space();
+      if (peek() == ']') return void(at_++);
+      expect(",");
+    }
+  }
+  std::string number() {
+    const size_t start = at_;
+    auto digits = [&] {
+      if (peek() < '0' || peek() > '9') fail(at_ < s_.size() ? "a value expected" : "the text ends early");
+      while (peek() >= '0' && peek() <= '9') at_++;
+    };
+    if (peek() == '-') at_++;
+    if (peek() == '0') at_++;
+    else digits();
+    if (peek() == '.') at_++, digits();
+    if (peek() == 'e' || peek() == 'E') {
+      at_++;
+      if (peek() == '+' || peek() == '-') at_++;
+      digits();
+    }
+    return std::string(s_.substr(start, at_ - start));
+  }
+  unsigned hex4() {
+    unsigned v = 0;
+    for (int i = 0; i < 4; i++, at_++) {
+      const char c = peek();
+      const int d = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+      if (d < 0) fail("four hexadecimal digits expected after \\u");
+      v = v * 16 + (unsigned)d;
+    }
+    return v;
+  }
+  void escape(std::string& out) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    const char c = peek();
+    for (int i = 0; from[i]; i++)
+      if (c == from[i]) return at_++, void(out += to[i]);
+    if (c != 'u') fail("unknown escape");
+    at_++;
+    unsigned u = hex4();
+    if (u >= 0xDC00 && u < 0xE000) fail("a low surrogate without its high one");
+    if (u >= 0xD800 && u < 0xDC00) {
+      if (s_.substr(at_, 2) != "\\u") fail("a high surrogate without its low one");
+      at_ += 2;
+      const unsigned low = hex4();
+      if (low < 0xDC00 || low >= 0xE000) fail("a high surrogate without its low one");
+      u = 0x10000 + ((u - 0xD800) << 10) + (low - 0xDC00);
+    }
+    if (u < 0x80) out += (char)u;
+    else if (u < 0x800) out += {(char)(0xC0 | u >> 6), (char)(0x80 | (u & 63))};
+    else if (u < 0x10000) out += {(char)(0xE0 | u >> 12), (char)(0x80 | (u >> 6 & 63)), (char)(0x80 | (u & 63))};
+    else out += {(char)(0xF0 | u >> 18), (char)(0x80 | (u >> 12 & 63)), (char)(0x80 | (u >> 6 & 63)), (char)(0x80 | (u & 63))};
+  }
+  std::string string() {
+    std::string out;
+    for (at_++;;) {
+      if (at_ >= s_.size()) fail("a string that does not end");
+      const unsigned char c = (unsigned char)s_[at_];
+      if (c == '"') return at_++, out;
+      if (c < 0x20) fail("a control character inside a string");
+      if (c == '\\') at_++, escape(out);
+      else if (c < 0x80) out += (char)c, at_++;
+      else utf8(out);
+    }
+  }
+  void utf8(std::string& out) {
+    const size_t n = utf8_length(s_, at_);
+    if (!n) fail("bytes that are not UTF-8");
+    out += s_.substr(at_, n), at_ += n;
+  }
+};
+
+inline Json Json::parse(std::string_view text, const std::string& where) { return JsonReader(text, where).document(); }
+inline bool Json::as_bool(const std::string& where) const {
+  if (kind_ != boolean) throw Error(where + ": not true or false");
+  return truth_;
+}
+inline double Json::as_double(const std::string& where) const {
+  double v = 0;
+  if (kind_ != number || std::from_chars(text_.data(), text_.data() + text_.size(), v).ec != std::errc()) throw Error(where + ": not a number");
+  return v;
+}
+inline int64_t Json::as_int(const std::string& where) const {
+  int64_t v = 0;
+  const char* end = text_.data() + text_.size();
+  if (kind_ != number) throw Error(where + ": not a number");
+  const auto r = std::from_chars(text_.data(), end, v);
+  if (r.ec != std::errc() || r.ptr != end) throw Error(where + ": " + text_ + " is not an integer of 64 bits");
+  return v;
+}
+inline const std::string& Json::as_string(const std::string& where) const {
+  if (kind_ != string) throw Error(where + ": not a string");
+  return text_;
+}
+inline const std::vector<Json>& Json::items(const std::string& where) const {
+  if (kind_ != array) throw Error(where + ": not a list");
+  return items_;
+}
+inline const Json* Json::find(std::string_view key) const {
+  for (const auto& [name, v] : members_)
+    if (name == key) return &v;
+  return nullptr;
+}
+
+inline std::string json_quote(std::string_view s) {
+  std::string out = "\"";
+  for (size_t i = 0; i < s.size();) {
+    const unsigned char c = (unsigned char)s[i];
+    char hex[8];
+    if (c == '"' || c == '\\') out += '\\', out += (char)c, i++;
+    else if (c == '\n') out += "\\n", i++;
+    else if (c == '\t') out += "\\t", i++;
+    else if (c < 0x20) std::snprintf(hex, sizeof hex, "\\u%04x", c), out += hex, i++;
+    else if (c < 0x80) out += (char)c, i++;
+    else {
+      const size_t n = utf8_length(s, i);
+      n ? out += s.substr(i, n) : out += "\xEF\xBF\xBD";
+      i += n ? n : 1;
+    }
+  }
+  return out + '"';
+}
+
+// The bytes of a file. Throws Error naming it and the system's reason.
+inline std::string read_file(const std::string& path) {
+  std::FILE* f = std::fopen(path.c_str(), "rb");
+  if (!f) throw Error(path + ": cannot open: " + std::strerror(errno));
+  std::string bytes;
+  char part[1 << 16];
+  errno = 0;
+  for (size_t n; (n = std::fread(part, 1, sizeof part, f)) > 0;) bytes.append(part, n);
+  const int failed = std::ferror(f) ? (errno ? errno : EIO) : 0;
+  std::fclose(f);
+  if (failed) throw Error(path + ": cannot read: " + std::strerror(failed));
+  return bytes;
+}
+
+// ==== 3 shapes and tensors ========================================================================================
+// Up to four dimensions, outermost first.
+class Shape {
+ public:
+  static constexpr int kMaxRank = 4;
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> dims);   // throws Error for a fifth or a negative dimension, or a size over 2^62
+  int rank() const { return rank_; }
+  int64_t size() const;   // the product; 1 for rank 0
+  int64_t operator[](int i) const { return dims_[(size_t)i]; }
+  int64_t back() const { return rank_ ? dims_[(size_t)rank_ - 1] : 1; }
+  friend bool operator==(const Shape&, const Shape&) = default;
+
+ private:
+  std::array<int64_t, kMaxRank> dims_{};
+  int rank_ = 0;
+};
+std::string to_string(const Shape&);   // [8,128,768]
+
+class PackedWeights;   // section 9
+
+// A shared handle to f32 numbers: copying a Tensor copies the handle. The memory comes from a reuse pool, aligned to 64 bytes, and
+// goes back to it with the last handle. A gradient, of the same shape, is made when first asked for.
+class Tensor {
+ public:
+  Tensor() = default;                                         // empty: tests false, has no data
+  explicit Tensor(Shape shape);                               // not initialised
+  Tensor(Shape shape, float value);                           // filled
+  Tensor(Shape shape, std::span<const float> values);         // copied; throws Error when the sizes differ
+  // A read-only view of memory that `owner` keeps alive (a mapped file).
+  static Tensor borrowed(Shape shape, const float* data, std::shared_ptr<const void> owner);
+
+  explicit operator bool() const { return impl_ != nullptr; }
+  bool same(const Tensor& other) const { return impl_ == other.impl_; }   // the same storage and gradient
+  const Shape& shape() const;
+  int64_t size() const { return shape().size(); }
+  int64_t cols() const { return shape().back(); }                          // the last dimension
+  int64_t rows() const { return cols() ? size() / cols() : 0; }            // all the others
+  float* data() const;      // throws Error for an empty Tensor, and for weights that pack() has taken
+  float item() const;       // the one element; throws Error when there are more
+
+  bool needs_grad() const;
+  void set_needs_grad(bool needs = true);
+  bool has_grad() const;
+  float* grad() const;                     // made, and filled with zeros, on first use
+  float* grad_to_add(bool& add) const;     // the same, but not filled on first use: then add is false, and the caller stores
+  Tensor take_grad();                      // the gradient as a Tensor of its own; this one has none any more
+  void drop_grad();
+  // Weights [N,K] that will not change are laid out for gemm once and their plain form is let go; linear takes either.
+  void pack();
+  const PackedWeights* packed() const;     // null when not packed
+
+ private:
+  struct Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+struct PoolUse {
+  size_t held, in_use, peak;   // bytes: taken from the system, lent to tensors, and the most that was lent
+};
+PoolUse pool_use();
+void pool_trim();              // gives the idle part back to the system
+
+// ==== 4 threads and random numbers ================================================================================
+int available_threads();       // the cores this process may use: affinity and the container's quota
+
+// While it lives, work of the calling thread is cut over n threads (0: all available). Results do not depend on n.
+class UseThreads {
+ public:
+  explicit UseThreads(int n);
+  ~UseThreads();
+  UseThreads(const UseThreads&) = delete;
+  UseThreads& operator=(const UseThreads&) = delete;
+
+ private:
+  int before_;
+};
+int threads();                 // of the calling thread, now
+
+// Runs task(i) for every i in [0, n), in any order, each on one thread; an exception of a task reaches the caller. Inside a task a
+// second call runs on that thread alone. Every thread computes in the default floating-point mode.
+void parallel_for_each(int64_t n, void (*task)(void* context, int64_t i), void* context);
+template <class F>
+void parallel_for(int64_t n, F&& f) {
+  using Task = std::remove_reference_t<F>;
+  parallel_for_each(n, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); }, const_cast<void*>(static_cast<const void*>(&f)));
+}
+// f(begin, end) over [0, n) in pieces of `piece`: for loops whose single step is too small to be a task.
+template <class F>
+void parallel_ranges(int64_t n, int64_t piece, F&& f) {
+  parallel_for((n + piece - 1) / piece, [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); });
+}
+
+// Default rounding, denormals kept, no traps, while it lives; then as it was.
+class DefaultFloatMode {
+ public:
+  DefaultFloatMode();
+  ~DefaultFloatMode();
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 random bits as a pure function of a key and
+// a counter, so a mask can be drawn again in backward and any part of a run on any thread.
+struct PhiloxKey {
+  uint64_t seed;
+  uint32_t step, micro, op;   // with a block number these are the counter
+};
+std::array<uint32_t, 4> philox(const PhiloxKey& key, uint32_t block);
+
+// Op numbers of draws that are no op of a forward pass. Ops count from 0.
+enum RandomStream : uint32_t { kInitStream = 0x80000000u, kMaskStream = 0xA0000000u, kOrderStream = 0xC0000000u, kSplitStream = 0xE0000000u };
+
+// A sequence of draws from one key, for shuffles and choices.
+class Random {
+ public:
+  explicit Random(const PhiloxKey& key) : key_(key) {}
+  uint32_t next();                         // 32 random bits
+  int64_t below(int64_t n);                // uniform in [0, n), unbiased; n at least 1
+  double uniform();                        // [0, 1), 53 bits
+  float truncated_normal();                // standard normal cut at 2 standard deviations (std 0.88), Google BERT's initialiser
+  template <class T>
+  void shuffle(std::vector<T>& v) {        // Fisher-Yates
+    for (size_t i = v.size(); i > 1; i--) std::swap(v[i - 1], v[(size_t)below((int64_t)i)]);
+  }
+
+ private:
+  PhiloxKey key_;
+  uint32_t block_ = 0;
+  std::array<uint32_t, 4> bits_{};
+  int left_ = 0;
+};
+
+// Where dropout draws from: none (probability 0) unless a training step fills it in. Each op that drops takes the next op number.
+struct Dropout {
+  float hidden = 0, attention = 0;         // probabilities
+  PhiloxKey key{};
+  uint32_t next_op() { return key.op++; }
+};
+
+// ==== 5 tape ======================================================================================================
+// While a Tape lives on a thread, ops append what their backward needs to it; without one nothing is kept: that is inference.
+class Tape {
+ public:
+  Tape();                                  // throws Error when this thread has one already
+  ~Tape();                                 // frees everything still on it
+  Tape(const Tape&) = delete;
+  Tape& operator=(const Tape&) = delete;
+  // d loss / d x is added to x.grad() for every x that needs it. `loss` has one element. Steps run in reverse and are freed one by
+  // one, so memory falls while it walks; a second call throws Error.
+  void backward(const Tensor& loss);
+  static Tape* current();
+  size_t size() const { return steps_.size(); }
+  // With BERT_TRACE=1 in the environment: one line an op recorded so far, name and shape of its output.
+  const std::vector<std::string>& trace() const { return trace_; }
+
+ private:
+  friend void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
+  std::vector<std::function<void()>> steps_;
+  std::vector<std::string> trace_;
+  bool done_ = false;
+};
+
+// What an op calls last: when a Tape lives here and some input needs a gradient, `out` will too, and `backward` goes on the tape. It
+// reads out.grad() and adds to its inputs' grad(). The closure owns what it captured; `out` never owns the closure (no cycle).
+void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
+
+// ==== 6 differentiable ops ========================================================== [autograd.cpp, one section each]
+// All return a new Tensor that shares no storage with the inputs, and throw Error naming the op and the shapes that do not fit.
+enum class Activation { none, gelu, gelu_tanh, tanh, relu };   // gelu: x Phi(x) by erf; gelu_tanh: Hendrycks and Gimpel 2016, eq. 2's approximation
+using Offsets = std::vector<int64_t>;                          // [R+1]: row r is tokens offsets[r] .. offsets[r+1] of a packed batch
+
+// y = act(x w^T + b):   x [...,I]   w [O,I], plain or packed   b [O] or empty   ->   [...,O].   One gemm, bias and activation in it.
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b = {}, Activation act = Activation::none);
+// Multi-head self-attention, each row by itself: softmax(q k^T / sqrt(D)) v for each head.   Vaswani et al. 2017, eq. 1.
+//   qkv [N,3H], the three side by side; P = maximum positions (numbers the dropout draws)   ->   [N,H]
+Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop);
+// LayerNorm(x + dropout(f)):   x, f [N,H]   gamma, beta [H]   ->   [N,H].   Ba et al. 2016, biased variance. `f` may be empty.
+Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, const Tensor& beta, float eps, Dropout& drop);
+// dropout(LayerNorm(word[ids] + segment[segments] + position[positions])):   tables [V,H] [S,H] [P,H]   ->   [N,H]
+Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
+                      const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,
+                      float eps, Dropout& drop);
+Tensor dropout(const Tensor& x, Dropout& drop);                                       // x / (1 - p) where kept, else 0
+Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows);                // x [N,H] -> [rows.size(), H]
+Tensor mean_rows(const Tensor& x, const Offsets& offsets);                            // x [N,H] -> [R,H]: the mean of each row's tokens
+Tensor normalize_rows(const Tensor& x);                                               // x / max(|x|_2, 1e-12) by row
+Tensor softmax(const Tensor& x);                                                      // over the last dimension
+Tensor add(const Tensor& a, const Tensor& b);                                         // same shape
+// Losses, each a Tensor [1], summed in double. `divisor` is what the sum is divided by (the whole step's count); 0: the count here.
+constexpr int32_t kIgnored = -100;                                                    // a label that takes no part
+Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0);       // logits [M,C]
+Tensor bce_with_logits(const Tensor& logits, const Tensor& targets, double divisor = 0);                  // both [R,C], targets in [0,1]
+Tensor mse_loss(const Tensor& x, const Tensor& target, double divisor = 0);                               // same shape
+Tensor weighted_sum(const Tensor& x, const Tensor& weights);                                              // sum x * weights: for tests
+
+// ==== 7 optimiser =================================================================================================
+enum class Schedule { linear, cosine, constant };
+// The factor on the peak learning rate at step s of `steps`: (s+1)/warmup while s < warmup, then down to 0 at `steps` (or constant).
+double schedule_factor(Schedule schedule, int64_t step, int64_t warmup, int64_t steps);
+
+struct AdamWSettings {
+  bool google = false;        // Google BERT's Adam: no bias correction, eps 1e-6, decay added to the update (optimization.py)
+  float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0.01f;
+};
+// Loshchilov and Hutter 2019, algorithm 2 (as torch.optim.AdamW), or Google BERT's variant. Holds both moments.
+class AdamW {
+ public:
+  struct Slot {
+    Tensor parameter, m, v;
+    bool decay;               // false for biases and LayerNorm
+    float lr_scale = 1;
+  };
+  AdamW(AdamWSettings settings, std::vector<Slot> slots);   // m and v are made, zero, where a slot has none
+  // One update from each parameter's grad() times `clip_factor`, at learning rate lr. Slots without a gradient are left alone.
+  void step(double lr, double clip_factor);
+  std::vector<Slot>& slots() { return slots_; }
+  int64_t updates = 0;        // made so far: t of the bias correction
+
+ private:
+  AdamWSettings settings_;
+  std::vector<Slot> slots_;
+};
+// Global L2 norm of the gradients, in double; not finite when a gradient is not.
+double gradient_norm(std::span<const Tensor> parameters);
+// The factor that brings a norm down to `limit`: torch's limit / (norm + 1e-6), or Google's limit / norm; 1 where it is below.
+double clip_factor(double norm, double limit, bool google);
+
+// ==== 8 files =====================================================================================================
+std::string format_number(double v);       // "%.9g" without a locale; nan, inf, -inf
+
+// A file that appears under its name whole or not at all: written to a temporary name beside it, synced, renamed by commit().
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path);   // throws Error when the folder cannot be written
+  ~AtomicFile();                           // without commit(): removes the temporary file
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  void write(std::string_view bytes);      // throws Error (disk full, ...)
+  void commit();
+
+ private:
+  std::string path_, temporary_;
+  std::string buffer_;
+  int file_ = -1;
+};
+void write_file(const std::string& path, std::string_view bytes);   // the same in one call
+
+// A file's bytes, mapped read-only. Copies share the mapping.
+class MappedFile {
+ public:
+  static MappedFile open(const std::string& path);   // throws Error naming the file: missing, not a plain file, unreadable
+  std::string_view bytes() const { return {data_, size_}; }
+  const std::shared_ptr<const void>& owner() const { return owner_; }
+
+ private:
+  std::shared_ptr<const void> owner_;
+  const char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// A safetensors file: names, types and places, checked against the file's size before anything is touched.
+class SafeTensors {
+ public:
+  struct Entry {
+    std::string name, dtype;        // dtype as written: F32, BF16, ...
+    std::vector<int64_t> shape;
+    uint64_t begin, end;            // in the data, which starts after the header
+  };
+  static SafeTensors open(const std::string& path);
+  // `bytes` must outlive what is loaded from it; `owner` may keep it alive. Throws Error "where: tensor: what".
+  static SafeTensors parse(std::string_view bytes, const std::string& where, std::shared_ptr<const void> owner = {});
+  const std::vector<Entry>& entries() const { return entries_; }             // in file order
+  const Entry* find(std::string_view name) const;
+  const std::vector<std::pair<std::string, std::string>>& metadata() const { return metadata_; }
+  const std::string& where() const { return where_; }
+  // F32 is a view of the file where it lies aligned, F16, BF16 and F64 are converted; other types throw. All must be finite: throws
+  // Error naming the tensor and the first place that is not.
+  Tensor load(const Entry& entry) const;
+
+ private:
+  std::string where_;
+  std::string_view data_;
+  std::shared_ptr<const void> owner_;
+  std::vector<Entry> entries_;
+  std::vector<std::pair<std::string, std::string>> metadata_;
+};
+struct NamedTensor {
+  std::string name;
+  Shape shape;
+  const float* data;
+};
+// F32, in name order, atomically; the same tensors and metadata give the same bytes.
+void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors, const std::vector<std::pair<std::string, std::string>>& metadata);
+
+// ==== 9 kernels and products ======================================================================================
+// One table of kernels for each instruction set; all give the same bytes (design: sums along a row in 16 lanes, element i in lane
+// i mod 16, the lanes added in the tree 8-4-2-1; every multiply-add that is fused is written as one). A kernel never threads,
+// allocates or throws. n may be 0 unless said; pointers need no alignment; y may be x.
+struct Kernels {
+  const char* name;        // scalar, avx2, avx512, neon
+  int mr, nr;              // rows and columns of one tile
+  // c[i][j] for i < rows <= mr, j < cols <= nr:  the chain acc = fma(a[i,k], b[k][j], acc) from 0 over ascending k < depth, then
+  // stored, or added to what is there. a[i,k] = a[i * a_row + k * a_step]; b is a panel [depth][nr].
+  void (*tile)(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols, bool add);
+  // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
+  void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
+  float (*sum)(const float* x, int64_t n);
+  float (*dot)(const float* x, const float* y, int64_t n);               // lane = fma(x, y, lane)
+  float (*max)(const float* x, int64_t n);                               // -inf for n = 0; NaN is passed over (see exp_sum: it comes out there)
+  float (*squares_about)(const float* x, float mean, int64_t n);         // sum of (x - mean)^2, fused
+  float (*exp_sum)(const float* x, float scale, float shift, float* y, int64_t n);   // y = exp(x * scale - shift), two roundings; returns the sum
+  void (*add)(const float* x, float* y, int64_t n);                      // y += x
+  void (*axpy)(float a, const float* x, float* y, int64_t n);            // y = fma(a, x, y)
+  void (*scale)(float a, const float* x, float* y, int64_t n);           // y = a * x
+  // z = y + bias (bias may be null); pre = z (pre may be null); y = act(z)
+  void (*bias_activate)(Activation act, const float* bias, float* y, float* pre, int64_t n);
+  void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
+  // y = fma((x - mean) * rstd, gamma, beta)
+  void (*norm)(const float* x, float mean, float rstd, const float* gamma, const float* beta, float* y, int64_t n);
+  // xhat = (x - mean) * rstd, g = dy * gamma, dx = rstd * (g - <g> - xhat * <g xhat>), <.> the mean; and, where dgamma is not null,
+  // dgamma = fma(dy, xhat, dgamma), dbeta += dy
+  void (*norm_grad)(const float* x, float mean, float rstd, const float* gamma, const float* dy, float* dx, float* dgamma, float* dbeta, int64_t n);
+  void (*softmax_grad)(const float* p, const float* dp, float delta, float scale, float* ds, int64_t n);   // ds = p * (dp - delta) * scale
+  // out[8 b + 2 w], out[8 b + 2 w + 1] = low, high half of word w of Philox block first + b, for b < blocks
+  void (*draws)(const PhiloxKey& key, uint32_t first, int64_t blocks, uint16_t* out);
+  void (*drop)(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n);   // y = draw >= threshold ? x * scale : 0
+  // One AdamW update of n parameters: g = grad * factor; see AdamW::step for the order of operations.
+  void (*adamw)(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p, float* m, float* v, int64_t n);
+};
+std::vector<const Kernels*> usable_kernels();   // [0] is scalar, the reference; the last is the best this CPU has
+const Kernels& kernels();                       // chosen once: BERT_KERNELS=name, else the best
+// The engine's own functions, in scalar form; every kernel computes exactly these. Largest errors, measured against double over all
+// floats (tests/test_tensor.cpp): exp 1 ulp (0 below -87), ...
+float exp_f32(float x);
+float log_f32(float x);                         // x > 0, normal
+float tanh_f32(float x);
+float erf_f32(float x);
+
+// What happens to a finished element of a product, in this order: + bias[column], copied to `pre` [m, ldc], activation.
+struct Epilogue {
+  const float* bias = nullptr;
+  Activation activation = Activation::none;
+  float* pre = nullptr;
+};
+// c [m,n] = op(a) op(b), or c += where `add`.  op(a) is a [m,k], or with a_transposed the transpose of a [k,m]; op(b) is b [k,n], or
+// with b_transposed the transpose of b [n,k]. lda, ldb, ldc: the distance of two rows as they lie in memory. The single door to the
+// engine's kernels and OpenBLAS. An own product's element is, for each block of 256 k, one fma chain from 0 over ascending k, the
+// blocks' sums added in order.
+enum class Backend { automatic, own, openblas };
+struct Gemm {
+  bool a_transposed = false, b_transposed = false, add = false;
+  Backend backend = Backend::automatic;   // automatic: by the table of shapes in tensor.cpp, or what BERT_GEMM says
+  Epilogue epilogue{};
+};
+void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc);
+// The same on the calling thread alone, by the own kernels: for ops that hand out rows and heads as tasks.
+void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc);
+
+// Weights [n,k] laid out in the kernel's panels once: c [m,n] = a [m,k] w^T. Always the own kernels.
+class PackedWeights {
+ public:
+  PackedWeights(const float* w, int64_t n, int64_t k);
+  int64_t rows() const { return n_; }
+  int64_t cols() const { return k_; }
+  const float* panels() const { return panels_.data(); }
+
+ private:
+  int64_t n_, k_;
+  Tensor panels_;
+};
+void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
+
+bool has_openblas();                       // built with it
+std::string backend_description();         // "avx512 kernels; OpenBLAS 0.3.21 for ..." for `bert info` and a run's state
+
+}  // namespace bert
