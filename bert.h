@@ -61,6 +61,9 @@ class WordPiece {
   Encoding encode(std::string_view text, std::string_view pair, const EncodeOptions& options = {}) const;
   // The encoding and, where it was cut, the windows that hold the rest, `stride` tokens of each repeated in the next.
   std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair, const EncodeOptions& options) const;
+  // Texts that are split into words already: Encoding::words counts the given words, offsets are in each word's bytes.
+  Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair, const EncodeOptions& options = {}) const;
+  WordPiece with_settings(const TokenizerSettings& settings) const;   // the same vocabulary under other settings
   // Appends the ids of the text's pieces and nothing else; [MASK] and its like are plain text.
   void append_ids(std::string_view text, std::vector<int32_t>& ids) const;
   std::string decode(std::span<const int32_t> ids, bool skip_special = false, bool cleanup = true) const;
@@ -86,6 +89,7 @@ class VocabTrainer {
   void add_text(std::string_view text);    // counts its words
   struct Options {
     int64_t size = 30000, min_count = 2, alphabet = 0;   // alphabet 0: every character seen min_count times, at most half of size
+    int64_t max_memory = 0;                // bytes for the words; beyond, the rarest are dropped while counting; 0: no limit
     std::function<void(int64_t pieces)> on_progress;
   };
   // The lines of vocab.txt: [PAD] [UNK] [CLS] [SEP] [MASK], the alphabet, the pieces in the order they were made. At most `size`.
@@ -157,6 +161,7 @@ struct HeadKind {
   bool pooler, masked_words, next_sentence, classifier;   // which parameters it has beyond the encoder
 };
 const HeadKind& head_kind(Task task);
+const HeadKind* find_head(std::string_view name);   // null when there is none
 const HeadKind& head_kind(const Config& config);   // by architecture and problem_type; throws Error naming one that is not built
 
 // A parameter under its Hugging Face name: `rows` rows of `tensor` from `first_row` on.
@@ -173,7 +178,7 @@ struct Bert {
   Config config;
   Task task = Task::embed;
   Tensor word, position, segment;                  // [V,H] [P,H] [S,H]
-  Norm embedding_norm;
+  Norm embeddings_norm;
   std::vector<Layer> layers;
   Dense pooler;                                    // [H,H]; these are empty where the task has none
   Dense transform;                                 // [H,H]  masked words: dense, activation, LayerNorm, then word^T + decoder_bias
@@ -181,6 +186,7 @@ struct Bert {
   Tensor decoder_bias;                             // [V]
   Dense next_sentence;                             // [2,H]
   Dense classifier;                                // [C,H]
+  Tensor decoder;                                  // [V,H] packed copy of `word` for masked words; made by pack()
 
   // Every parameter drawn as Google's BERT does: normal(0, initializer_range) cut at two deviations; biases 0, LayerNorm 1 and 0.
   static Bert random(const Config& config, Task task, uint64_t seed);
@@ -275,7 +281,7 @@ class PretrainSampler {
   int64_t epoch_batches() const;                   // in the epoch begun
 
  private:
-  struct Example { int64_t a_begin, a_end, b_begin, b_end; int32_t cut; bool random; };   // token ranges in corpus.ids
+  struct Example { int64_t a_begin, a_end, b_begin, b_end; bool random; };   // token ranges in corpus.ids
   void plan_epoch();
   const Corpus* corpus_;
   PretrainSettings settings_;
@@ -306,7 +312,7 @@ struct Example {
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
 // Order of an epoch's examples, from the seed.
 std::vector<int64_t> epoch_order(int64_t examples, uint64_t seed, int64_t epoch);
-// Raw outputs of the head, [examples, C], computed without tape in batches to a token budget.
+// Raw outputs of the head (classifier, or next sentence), [examples, C], computed without tape in batches to a token budget.
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
 
 // ==== 8 metrics ==================================================================================================
@@ -336,7 +342,7 @@ struct ModelFolder {
 };
 // Loads for the folder's own task, or for `task`: then the encoder is taken and a head the file lacks is drawn from `seed`
 // (`labels` and config as given by `adapt`). A missing, unexpected or ill-shaped tensor throws Error naming it.
-ModelFolder load_folder(const std::string& folder);
+ModelFolder load_folder(const std::string& folder, bool pack = true);   // pack: ready for inference, no longer for saving
 ModelFolder load_folder_for(const std::string& folder, Task task, const std::vector<std::string>& labels, uint64_t seed);
 // Writes config.json, model.safetensors and what the folder carries; every file atomically.
 void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried);
@@ -354,7 +360,15 @@ class FolderLock {
   int file_ = -1;
 };
 
+// [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress).
+std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes);
 struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
+
+// For each row the guesses of each [MASK] in it, mask by mask, best first.
+std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::span<const Example> examples, int64_t top, int64_t batch_tokens);
+// Pseudo-log-likelihood (Salazar et al. 2020): each token that is not added around the text masked alone, its log-probability summed.
+struct TextScore { double log_likelihood = 0; int64_t tokens = 0; };
+std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Example> examples, int64_t batch_tokens);
 
 // A folder ready to answer. Read-only: any number of threads.
 class Model {

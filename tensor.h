@@ -59,7 +59,9 @@ class Json {
   enum Kind { null, boolean, number, string, array, object };
 
   Json() = default;
-  static Json parse(std::string_view text, const std::string& where);   // strict RFC 8259; throws Error "where: line:column: ..."
+  // Strict RFC 8259; throws Error "where:line:column: ...". A value takes some 90 bytes, and may take 2 in the text: max_values
+  // bounds the memory that a hostile file can claim.
+  static Json parse(std::string_view text, const std::string& where, size_t max_values = SIZE_MAX);
 
   Kind kind() const { return kind_; }
   bool is(Kind k) const { return kind_ == k; }
@@ -100,7 +102,7 @@ inline size_t utf8_length(std::string_view s, size_t i) {
 // Reads one JSON text by recursive descent. Depth is limited, so that a hostile file cannot overflow the stack.
 class JsonReader {
  public:
-  JsonReader(std::string_view text, const std::string& where) : s_(text), where_(where) {}
+  JsonReader(std::string_view text, const std::string& where, size_t max_values) : s_(text), where_(where), left_(max_values) {}
 
   Json document() {
     Json v = value(0);
@@ -113,7 +115,7 @@ class JsonReader {
   static constexpr int kMaxDepth = 128;
   std::string_view s_;
   const std::string& where_;
-  size_t at_ = 0;
+  size_t at_ = 0, left_;
 
   [[noreturn]] void fail(const std::string& what) const {
     size_t line = 1, column = 1;
@@ -131,6 +133,7 @@ class JsonReader {
 
   Json value(int depth) {
     if (depth > kMaxDepth) fail("nested deeper than " + std::to_string(kMaxDepth));
+    if (left_-- == 0) fail("too many values");
     space();
     Json v;
     switch (peek()) {
@@ -237,7 +240,9 @@ class JsonReader {
   }
 };
 
-inline Json Json::parse(std::string_view text, const std::string& where) { return JsonReader(text, where).document(); }
+inline Json Json::parse(std::string_view text, const std::string& where, size_t max_values) {
+  return JsonReader(text, where, max_values).document();
+}
 inline bool Json::as_bool(const std::string& where) const {
   if (kind_ != boolean) throw Error(where + ": not true or false");
   return truth_;
@@ -440,7 +445,7 @@ class Random {
 
 // Where dropout draws from: none (probability 0) unless a training step fills it in. Each op that drops takes the next op number.
 struct Dropout {
-  float hidden = 0, attention = 0;         // probabilities
+  float hidden = 0, attention = 0, classifier = 0;   // probabilities
   PhiloxKey key{};
   uint32_t next_op() { return key.op++; }
 };
@@ -496,7 +501,8 @@ Tensor softmax(const Tensor& x);                                                
 Tensor add(const Tensor& a, const Tensor& b);                                         // same shape
 // Losses, each a Tensor [1], summed in double. `divisor` is what the sum is divided by (the whole step's count); 0: the count here.
 constexpr int32_t kIgnored = -100;                                                    // a label that takes no part
-Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0);       // logits [M,C]
+// logits [M,C]. The number of rows whose largest logit is their label's is added to `right`.
+Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0, int64_t* right = nullptr);
 Tensor bce_with_logits(const Tensor& logits, const Tensor& targets, double divisor = 0);                  // both [R,C], targets in [0,1]
 Tensor mse_loss(const Tensor& x, const Tensor& target, double divisor = 0);                               // same shape
 Tensor weighted_sum(const Tensor& x, const Tensor& weights);                                              // sum x * weights: for tests
@@ -547,6 +553,10 @@ class AtomicFile {
   void commit();
 
  private:
+  void write_out(std::string_view bytes);
+  void discard();
+  [[noreturn]] void fail(int error);   // errno's number; the temporary file goes
+
   std::string path_, temporary_;
   std::string buffer_;
   int file_ = -1;

@@ -1,0 +1,715 @@
+// autograd.cpp -- the tape, every differentiable op with its derivative beside it, losses, AdamW.   Interface: tensor.h, 5 to 7.
+//
+// How reverse mode works. A training step is a chain of ops  x -> u = f(x) -> y = g(u) -> loss. While it runs forward, each op
+// appends a closure to the tape. Tape::backward sets d loss / d loss = 1 and runs the closures last to first; each reads the
+// gradient of its output, which is complete by then (all users of it ran later, so their closures ran earlier), multiplies by its
+// own derivative, and ADDS to the gradients of its inputs. Adding makes a tensor that is used twice right without further care.
+//
+// By hand, with numbers: x = 3, w = 2, u = w * x = 6, loss = (u - 10)^2 = 16.
+//   backward of the square:   du += 2 (u - 10) * 1 = -8
+//   backward of the product:  dw += du * x = -24      dx += du * w = -16
+// Check: w = 2.001 gives u = 6.003, loss = 15.976: it fell by 0.024 = 24 * 0.001.
+//
+// Every op below is one section: formula, shapes, what is kept for backward, forward, the derivative as a formula, backward.
+// A gradient's name is its tensor's with a d in front: dx is d loss / d x. Loops are cut over threads by shape alone (rows, heads,
+// blocks of 64 rows, ranges of columns), so results do not depend on how many threads there are.
+//
+// Contents:  tape  linear  attention  norms and dropout  embedding  rows  softmax  pointwise  losses  optimiser
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "tensor.h"
+
+namespace bert {
+
+// ==== tape ========================================================================================================
+static thread_local Tape* current_tape = nullptr;
+
+Tape::Tape() {
+  if (current_tape) throw Error("Tape: this thread has one already; end it first");
+  current_tape = this;
+}
+Tape::~Tape() {
+  while (!steps_.empty()) steps_.pop_back();
+  if (current_tape == this) current_tape = nullptr;
+}
+Tape* Tape::current() { return current_tape; }
+
+void Tape::backward(const Tensor& loss) {
+  if (done_) throw Error("Tape::backward: called a second time; the first freed what the ops had kept");
+  if (loss.size() != 1) throw Error("Tape::backward: the loss must have one element, got " + to_string(loss.shape()));
+  if (!loss.needs_grad()) throw Error("Tape::backward: nothing in the loss needs a gradient; call set_needs_grad() on the parameters");
+  done_ = true;
+  current_tape = nullptr;  // what backward computes is not recorded
+  DefaultFloatMode mode;
+  loss.grad()[0] += 1;
+  while (!steps_.empty()) {
+    const std::function<void()> step = std::move(steps_.back());
+    steps_.pop_back();
+    step();
+  }
+}
+
+void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward) {
+  bool any = false;
+  for (const Tensor& t : in) any |= t && t.needs_grad();
+  if (!current_tape || !any) return;  // inference, or nothing upstream to train
+  out.set_needs_grad();
+  current_tape->steps_.push_back(std::move(backward));
+  static const bool tracing = std::getenv("BERT_TRACE") != nullptr;
+  if (tracing) current_tape->trace_.push_back(op + (" " + to_string(out.shape())));
+}
+
+// Whether an op with these inputs will be asked for gradients: then it keeps what backward needs.
+static bool recording(std::initializer_list<Tensor> in) {
+  bool any = false;
+  for (const Tensor& t : in) any |= t && t.needs_grad();
+  return current_tape && any;
+}
+
+// ==== what ops share ==============================================================================================
+static std::string shape_of(const Tensor& t) { return t ? to_string(t.shape()) : "nothing"; }
+
+// Per-thread memory that grows as needed and stays: what a task needs beside its inputs and outputs.
+static float* scratch(int slot, int64_t n) {
+  static thread_local std::vector<float> memory[4];
+  std::vector<float>& m = memory[slot];
+  if ((int64_t)m.size() < n) m.resize((size_t)n);
+  return m.data();
+}
+
+// to = from, or to += from.
+static void put(const Kernels& k, const float* from, float* to, int64_t n, bool add) {
+  if (add)
+    k.add(from, to, n);
+  else
+    std::copy_n(from, n, to);
+}
+
+// Adds the rows of x [rows, cols] in the tree that design rests on: row i += row i + 1 for even i, then by twos, fours, ...; the sum
+// is in row 0.
+static void add_pairwise(float* x, int64_t rows, int64_t cols) {
+  const Kernels& k = kernels();
+  parallel_ranges(cols, 256, [&](int64_t c0, int64_t c1) {
+    for (int64_t far = 1; far < rows; far *= 2)
+      for (int64_t r = 0; r + far < rows; r += 2 * far) k.add(x + (r + far) * cols + c0, x + r * cols + c0, c1 - c0);
+  });
+}
+
+constexpr int64_t kRowBlock = 64;  // rows whose sum is taken one after another before blocks are added pairwise
+static int64_t row_blocks(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+
+// to [cols] += the sum over rows of x [rows, cols].
+static void add_column_sums(const float* x, int64_t rows, int64_t cols, const Tensor& to) {
+  if (!rows) return;
+  const Kernels& k = kernels();
+  Tensor sums(Shape{row_blocks(rows), cols}, 0.f);
+  parallel_for(row_blocks(rows), [&](int64_t b) {
+    for (int64_t r = b * kRowBlock; r < std::min(rows, (b + 1) * kRowBlock); r++) k.add(x + r * cols, sums.data() + b * cols, cols);
+  });
+  add_pairwise(sums.data(), row_blocks(rows), cols);
+  k.add(sums.data(), to.grad(), cols);
+}
+
+// The dropout of one op: which elements stay is a function of the op's key and the element's index, so backward draws it again.
+// A draw has 16 bits: p is rounded to a multiple of 1/65536, and what stays is divided by exactly the share that stays.
+struct Mask {
+  PhiloxKey key{};
+  uint32_t threshold = 0;  // 0: everything stays
+  float scale = 1;
+
+  Mask(float p, Dropout& drop) {
+    if (!(p >= 0 && p < 1)) throw Error("dropout: probability " + format_number(p) + " is not in [0, 1)");
+    threshold = (uint32_t)std::lround(p * 65536.0);
+    if (!threshold) return;
+    scale = (float)(65536.0 / (65536.0 - threshold));
+    key = drop.key;
+    key.op = drop.next_op();
+  }
+  explicit operator bool() const { return threshold != 0; }
+
+  // y = x masked, for the n elements of the tensor from `first` on; two tensors may share one drawing.
+  void apply(const float* x, float* y, int64_t first, int64_t n) const {
+    const Kernels& k = kernels();
+    uint16_t draws[1024];
+    for (int64_t i = 0; i < n;) {
+      const int64_t skip = (first + i) % 8, part = std::min(n - i, (int64_t)1024 - skip);
+      k.draws(key, (uint32_t)((first + i) / 8), (skip + part + 7) / 8, draws);
+      k.drop(x + i, draws + skip, threshold, scale, y + i, part);
+      i += part;
+    }
+  }
+};
+static void check_drawable(const char* op, int64_t blocks) {
+  if (blocks >= (int64_t)1 << 32) throw Error(std::string(op) + ": dropout numbers at most 2^35 elements; use smaller batches");
+}
+
+// ==== linear ======================================================================================================
+// z = x W^T + b,  y = act(z)       x [N,I]   W [O,I]   b [O]   ->   y [N,O]            kept: x, and z where there is an activation
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act) {
+  const PackedWeights* packed = w ? w.packed() : nullptr;
+  const int64_t N = x.rows(), I = x.cols(), O = packed ? packed->rows() : w ? w.shape()[0] : 0;
+  const int64_t inner = packed ? packed->cols() : w ? w.cols() : -1;
+  if (inner != I || (!packed && w.shape().rank() != 2) || (b && b.size() != O))
+    throw Error("linear: x " + shape_of(x) + " needs w [out," + std::to_string(I) + "] and b [out], got " +
+                (packed ? "packed [" + std::to_string(O) + "," + std::to_string(inner) + "]" : shape_of(w)) + " and " + shape_of(b));
+  const bool training = recording({x, w, b});
+  if (packed && training) throw Error("linear: packed weights cannot be trained");
+  const Shape& s = x.shape();
+  Tensor y(s.rank() == 4 ? Shape{s[0], s[1], s[2], O} : s.rank() == 3 ? Shape{s[0], s[1], O} : Shape{N, O});
+  Tensor z = training && act != Activation::none ? Tensor(y.shape()) : Tensor();
+  const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
+  if (packed) gemm(N, x.data(), I, *packed, y.data(), O, epilogue);
+  // Inference keeps to the own kernels, whose answer for a row does not depend on the batch around it.
+  else
+    gemm({.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = epilogue}, N, O, I, x.data(), I,
+         w.data(), I, y.data(), O);
+
+  // dz = dy * act'(z)      dx += dz W      dW += dz^T x      db += sum over rows of dz
+  record("linear", y, {x, w, b}, [=] {
+    float* dz = y.grad();  // overwritten: nobody reads dy after this
+    const Kernels& k = kernels();
+    if (z) parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) { k.activate_grad(act, z.data() + i, dz + i, dz + i, end - i); });
+    bool add;
+    if (x.needs_grad()) {
+      float* dx = x.grad_to_add(add);
+      gemm({.add = add}, N, I, O, dz, O, w.data(), I, dx, I);
+    }
+    if (w.needs_grad()) {
+      float* dw = w.grad_to_add(add);
+      gemm({.a_transposed = true, .add = add}, O, I, N, dz, O, x.data(), I, dw, I);
+    }
+    if (b && b.needs_grad()) add_column_sums(dz, N, O, b);
+  });
+  return y;
+}
+
+// ==== attention ===================================================================================================
+// For each row r of the batch and head a, with q, k, v [T,D] cut from qkv [N,3H]:
+//   S = q k^T / sqrt(D)      P = softmax(S) over the keys      y = dropout(P) v                                  -> y [N,H]
+// The T x T matrix is never kept. Keys come in blocks of 128 from the row's start; m and l are the largest score and the sum of
+// exp(s - m) so far, and what was summed is scaled down when a later block raises m (online softmax: Milakov and Gimelshein 2018;
+// in attention: Rabe and Staats 2021, Dao et al. 2022).
+// kept: y, and lse = m + log l for each query and head [A,N]: with it backward makes P again, block by block.
+static constexpr int64_t kKeys = 128;     // of a block: part of the arithmetic, the bytes depend on it
+static constexpr int64_t kQueries = 128;  // of a tile: any number gives the same bytes
+
+// What one task (one row, one head) works on.
+struct HeadView {
+  int64_t begin, T, D, stride, head, heads;  // the row's first token, its length; stride: 3H, from token to token
+  const float *q, *k, *v;                    // of the row's first token
+  int64_t draw_blocks;                       // ceil(P / 8): Philox blocks a query
+  // Masks the probabilities of query i (in the row) and keys [j, j + n).
+  void drop(const Mask& mask, int64_t i, int64_t j, const float* x, float* y, int64_t n) const {
+    mask.apply(x, y, (((begin + i) * heads + head) * draw_blocks) * 8 + j, n);
+  }
+};
+
+static void attend(const HeadView& h, float scale, const Mask& mask, float* y, float* lse) {
+  const Kernels& k = kernels();
+  const int64_t H = h.heads * h.D;
+  float* p = scratch(0, kQueries * kKeys);
+  float m[kQueries], l[kQueries];
+  for (int64_t i0 = 0; i0 < h.T; i0 += kQueries) {
+    const int64_t nq = std::min(kQueries, h.T - i0);
+    float* out = y + (h.begin + i0) * H + h.head * h.D;
+    std::fill_n(m, nq, -std::numeric_limits<float>::infinity()), std::fill_n(l, nq, 0.f);
+    for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
+      const int64_t nk = std::min(kKeys, h.T - j0);
+      gemm_here({.b_transposed = true}, nq, nk, h.D, h.q + i0 * h.stride, h.stride, h.k + j0 * h.stride, h.stride, p, kKeys);
+      for (int64_t i = 0; i < nq; i++) {
+        float* s = p + i * kKeys;
+        const float higher = std::max(m[i], k.max(s, nk) * scale), shrink = exp_f32(m[i] - higher);
+        l[i] = l[i] * shrink + k.exp_sum(s, scale, higher, s, nk);
+        m[i] = higher;
+        if (j0) k.scale(shrink, out + i * H, out + i * H, h.D);
+        if (mask) h.drop(mask, i0 + i, j0, s, s, nk);
+      }
+      gemm_here({.add = j0 > 0}, nq, h.D, nk, p, kKeys, h.v + j0 * h.stride, h.stride, out, H);
+    }
+    for (int64_t i = 0; i < nq; i++) {
+      k.scale(1 / l[i], out + i * H, out + i * H, h.D);
+      if (lse) lse[h.begin + i0 + i] = m[i] + log_f32(l[i]);
+    }
+  }
+}
+
+// With P made again from lse, and delta_i = <dy_i, y_i> = sum over j of P_ij dP_ij:
+//   dV += dropout(P)^T dy        dP = dropout(dy V^T)        dS = P * (dP - delta) / sqrt(D)        dQ += dS K        dK += dS^T Q
+static void attend_backward(const HeadView& h, float scale, const Mask& mask, const float* y, const float* lse, const float* dy,
+                            float* dqkv, bool add) {
+  const Kernels& k = kernels();
+  const int64_t H = h.heads * h.D, S = h.stride;
+  float *p = scratch(0, kQueries * kKeys), *dropped = scratch(1, kQueries * kKeys), *ds = scratch(2, kQueries * kKeys);
+  float* dq = dqkv + h.begin * S + h.head * h.D;
+  float *dk = dq + H, *dv = dk + H;
+  y += h.begin * H + h.head * h.D, dy += h.begin * H + h.head * h.D, lse += h.begin;
+  for (int64_t i0 = 0; i0 < h.T; i0 += kQueries)
+    for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
+      const int64_t nq = std::min(kQueries, h.T - i0), nk = std::min(kKeys, h.T - j0);
+      gemm_here({.b_transposed = true}, nq, nk, h.D, h.q + i0 * S, S, h.k + j0 * S, S, p, kKeys);
+      gemm_here({.b_transposed = true}, nq, nk, h.D, dy + i0 * H, H, h.v + j0 * S, S, ds, kKeys);
+      for (int64_t i = 0; i < nq; i++) {
+        float *pi = p + i * kKeys, *di = ds + i * kKeys;
+        k.exp_sum(pi, scale, lse[i0 + i], pi, nk);
+        if (mask) h.drop(mask, i0 + i, j0, pi, dropped + i * kKeys, nk), h.drop(mask, i0 + i, j0, di, di, nk);
+        k.softmax_grad(pi, di, k.dot(dy + (i0 + i) * H, y + (i0 + i) * H, h.D), scale, di, nk);
+      }
+      const float* weights = mask ? dropped : p;
+      gemm_here({.a_transposed = true, .add = add || i0}, nk, h.D, nq, weights, kKeys, dy + i0 * H, H, dv + j0 * S, S);
+      gemm_here({.add = add || j0}, nq, h.D, nk, ds, kKeys, h.k + j0 * S, S, dq + i0 * S, S);
+      gemm_here({.a_transposed = true, .add = add || i0}, nk, h.D, nq, ds, kKeys, h.q + i0 * S, S, dk + j0 * S, S);
+    }
+}
+
+Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop) {
+  const int64_t N = qkv.rows(), H = qkv.cols() / 3, R = (int64_t)offsets.size() - 1;
+  if (heads < 1 || qkv.cols() != 3 * H || H % heads)
+    throw Error("attention: qkv " + shape_of(qkv) + " does not cut into 3 x " + std::to_string(heads) + " heads");
+  if (R < 0 || offsets.front() != 0 || offsets.back() != N || !std::is_sorted(offsets.begin(), offsets.end()))
+    throw Error("attention: offsets must ascend from 0 to the " + std::to_string(N) + " tokens of qkv");
+  const int64_t D = H / heads, draw_blocks = (max_positions + 7) / 8;
+  const Mask mask(drop.attention, drop);
+  if (mask) check_drawable("attention", N * heads * draw_blocks);
+  for (int64_t r = 0; mask && r < R; r++)
+    if (offsets[(size_t)r + 1] - offsets[(size_t)r] > max_positions)
+      throw Error("attention: row " + std::to_string(r) + " is longer than the " + std::to_string(max_positions) +
+                  " positions of the model");
+  const float scale = 1 / std::sqrt((float)D);
+  auto view = [=](const Tensor& x, const Offsets& at, int64_t task) {
+    const int64_t r = task / heads, a = task % heads, begin = at[(size_t)r];
+    const float* q = x.data() + begin * 3 * H + a * D;
+    return HeadView{begin, at[(size_t)r + 1] - begin, D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks};
+  };
+  Tensor y(Shape{N, H});
+  Tensor lse = recording({qkv}) ? Tensor(Shape{heads, N}) : Tensor();
+  parallel_for(R * heads, [&](int64_t task) {
+    attend(view(qkv, offsets, task), scale, mask, y.data(), lse ? lse.data() + task % heads * N : nullptr);
+  });
+
+  record("attention", y, {qkv}, [=, rows = offsets] {
+    bool add;
+    float* dqkv = qkv.grad_to_add(add);
+    const float* dy = y.grad();
+    parallel_for(R * heads, [&](int64_t task) {
+      attend_backward(view(qkv, rows, task), scale, mask, y.data(), lse.data() + task % heads * N, dy, dqkv, add);
+    });
+  });
+  return y;
+}
+
+// ==== norms and dropout ===========================================================================================
+// LayerNorm of one row: mean and variance over its H elements, two passes.
+struct RowNorm {
+  float mean, rstd;
+};
+static RowNorm norm_of(const Kernels& k, const float* x, int64_t H, float eps) {
+  const float mean = k.sum(x, H) / (float)H;
+  return {mean, 1 / std::sqrt(k.squares_about(x, mean, H) / (float)H + eps)};
+}
+
+// Backward of LayerNorm over R rows, in blocks of 64: one(r, mean_and_rstd row r) gives the row's input x and its dy, and takes dx.
+// dgamma and dbeta are summed within a block, then over blocks pairwise.
+template <class Input, class Output>
+static void norm_backward(int64_t R, int64_t H, const Tensor& stats, const Tensor& gamma, const Tensor& beta, Input input, Output output) {
+  if (!R) return;
+  const Kernels& k = kernels();
+  const bool sums = gamma.needs_grad() || beta.needs_grad();
+  Tensor partial = sums ? Tensor(Shape{row_blocks(R), 2 * H}, 0.f) : Tensor();
+  parallel_for(row_blocks(R), [&](int64_t b) {
+    float *dgamma = sums ? partial.data() + b * 2 * H : nullptr, *dbeta = sums ? dgamma + H : nullptr;
+    for (int64_t r = b * kRowBlock; r < std::min(R, (b + 1) * kRowBlock); r++) {
+      float* dx = scratch(2, H);
+      const auto [x, dy] = input(r);
+      k.norm_grad(x, stats.data()[2 * r], stats.data()[2 * r + 1], gamma.data(), dy, dx, dgamma, dbeta, H);
+      output(r, dx);
+    }
+  });
+  if (!sums) return;
+  add_pairwise(partial.data(), row_blocks(R), 2 * H);
+  if (gamma.needs_grad()) k.add(partial.data(), gamma.grad(), H);
+  if (beta.needs_grad()) k.add(partial.data() + H, beta.grad(), H);
+}
+
+static void check_norm(const char* op, const Tensor& x, const Tensor& gamma, const Tensor& beta) {
+  if (gamma.size() != x.cols() || beta.size() != x.cols() || !x.cols())
+    throw Error(std::string(op) + ": x " + shape_of(x) + " needs gamma and beta [" + std::to_string(x.cols()) + "], got " +
+                shape_of(gamma) + " and " + shape_of(beta));
+}
+
+// h = x + dropout(f),  xhat = (h - mean) * rstd,  y = xhat * gamma + beta        x, f [N,H] -> y [N,H]      kept: h, mean and rstd [N,2]
+Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, const Tensor& beta, float eps, Dropout& drop) {
+  check_norm("residual_norm", x, gamma, beta);
+  if (f && !(f.shape() == x.shape())) throw Error("residual_norm: x " + shape_of(x) + " and f " + shape_of(f) + " differ");
+  const int64_t N = x.rows(), H = x.cols();
+  const Mask mask(f ? drop.hidden : 0, drop);
+  if (mask) check_drawable("residual_norm", N * H / 8);
+  const bool training = recording({x, f, gamma, beta});
+  Tensor y(x.shape()), h = training && f ? Tensor(x.shape()) : Tensor(), stats = training ? Tensor(Shape{N, 2}) : Tensor();
+  const Kernels& k = kernels();
+  parallel_ranges(N, kRowBlock, [&](int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      const float* row = x.data() + r * H;
+      if (f) {
+        float* sum = h ? h.data() + r * H : y.data() + r * H;
+        if (mask)
+          mask.apply(f.data() + r * H, sum, r * H, H);
+        else
+          std::copy_n(f.data() + r * H, H, sum);
+        k.add(row, sum, H);
+        row = sum;
+      }
+      const RowNorm n = norm_of(k, row, H, eps);
+      k.norm(row, n.mean, n.rstd, gamma.data(), beta.data(), y.data() + r * H, H);
+      if (stats) stats.data()[2 * r] = n.mean, stats.data()[2 * r + 1] = n.rstd;
+    }
+  });
+
+  // With g = dy * gamma and <.> the mean over a row:
+  //   dh = rstd * (g - <g> - xhat * <g * xhat>)       dx += dh       df += dropout(dh)
+  //   dgamma += sum over rows of dy * xhat            dbeta += sum over rows of dy
+  record("residual_norm", y, {x, f, gamma, beta}, [=] {
+    bool add_x = false, add_f = false;
+    float *dx = x.needs_grad() ? x.grad_to_add(add_x) : nullptr, *df = f && f.needs_grad() ? f.grad_to_add(add_f) : nullptr;
+    const float *dy = y.grad(), *in = h ? h.data() : x.data();
+    norm_backward(
+        N, H, stats, gamma, beta,
+        [&](int64_t r) {
+          return std::pair{in + r * H, dy + r * H};
+        },
+        [&](int64_t r, float* dh) {
+          if (dx) put(k, dh, dx + r * H, H, add_x);
+          if (mask) mask.apply(dh, dh, r * H, H);
+          if (df) put(k, dh, df + r * H, H, add_f);
+        });
+  });
+  return y;
+}
+
+// y = x / (1 - p) where kept, else 0
+Tensor dropout(const Tensor& x, Dropout& drop) {
+  const Mask mask(drop.hidden, drop);
+  if (!mask) return x;
+  check_drawable("dropout", x.size() / 8);
+  Tensor y(x.shape());
+  parallel_ranges(x.size(), 1 << 14, [&](int64_t i, int64_t end) { mask.apply(x.data() + i, y.data() + i, i, end - i); });
+
+  // dx += dropout(dy), by the same draws
+  record("dropout", y, {x}, [=] {
+    float *dx = x.grad(), *dy = y.grad();
+    parallel_ranges(x.size(), 1 << 14, [&](int64_t i, int64_t end) {
+      mask.apply(dy + i, dy + i, i, end - i);
+      kernels().add(dy + i, dx + i, end - i);
+    });
+  });
+  return y;
+}
+
+// ==== embedding ===================================================================================================
+// e = word[ids] + segment[segments] + position[positions],  y = dropout(LayerNorm(e))                     -> y [N,H]
+// kept: ids, segments, positions, mean and rstd [N,2]; e is summed again in backward.
+static void check_ids(const char* what, const std::vector<int32_t>& ids, const Tensor& table) {
+  for (const int32_t id : ids)
+    if (id < 0 || id >= table.shape()[0])
+      throw Error(std::string("embedding_norm: ") + what + " " + std::to_string(id) + " is not in the table " + shape_of(table));
+}
+
+// dtable[ids[n]] += d[n] for n in token order. Ranges of columns go to threads, so that order holds for every element.
+static void scatter_rows(const Tensor& table, const std::vector<int32_t>& ids, const float* d) {
+  const int64_t H = table.cols();
+  float* grad = table.grad();
+  parallel_ranges(H, 64, [&](int64_t c0, int64_t c1) {
+    for (size_t n = 0; n < ids.size(); n++) kernels().add(d + (int64_t)n * H + c0, grad + ids[n] * H + c0, c1 - c0);
+  });
+}
+
+Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
+                      const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,
+                      float eps, Dropout& drop) {
+  check_norm("embedding_norm", word, gamma, beta);
+  const int64_t N = (int64_t)ids.size(), H = word.cols();
+  if (segment.cols() != H || position.cols() != H || segments.size() != ids.size() || positions.size() != ids.size())
+    throw Error("embedding_norm: tables " + shape_of(word) + ", " + shape_of(segment) + ", " + shape_of(position) +
+                " or the numbers of ids differ");
+  check_ids("id", ids, word), check_ids("segment", segments, segment), check_ids("position", positions, position);
+  const Mask mask(drop.hidden, drop);
+  if (mask) check_drawable("embedding_norm", N * H / 8);
+  auto sum_row = [=](const Kernels& k, int32_t id, int32_t s, int32_t p, float* e) {
+    std::copy_n(word.data() + id * H, H, e);
+    k.add(segment.data() + s * H, e, H);
+    k.add(position.data() + p * H, e, H);
+  };
+  Tensor y(Shape{N, H}), stats = recording({word, segment, position, gamma, beta}) ? Tensor(Shape{N, 2}) : Tensor();
+  const Kernels& k = kernels();
+  parallel_ranges(N, kRowBlock, [&](int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) {
+      float* row = y.data() + r * H;
+      sum_row(k, ids[(size_t)r], segments[(size_t)r], positions[(size_t)r], row);
+      const RowNorm n = norm_of(k, row, H, eps);
+      k.norm(row, n.mean, n.rstd, gamma.data(), beta.data(), row, H);
+      if (mask) mask.apply(row, row, r * H, H);
+      if (stats) stats.data()[2 * r] = n.mean, stats.data()[2 * r + 1] = n.rstd;
+    }
+  });
+
+  // de = LayerNorm's dx of dropout(dy); each table's row adds the de of every token that used it, in token order
+  record("embedding_norm", y, {word, segment, position, gamma, beta}, [=] {
+    float* dy = y.grad();
+    if (mask) parallel_ranges(N * H, 1 << 14, [&](int64_t i, int64_t end) { mask.apply(dy + i, dy + i, i, end - i); });
+    norm_backward(
+        N, H, stats, gamma, beta,
+        [&](int64_t r) {
+          float* e = scratch(3, H);
+          sum_row(k, ids[(size_t)r], segments[(size_t)r], positions[(size_t)r], e);
+          return std::pair{(const float*)e, (const float*)(dy + r * H)};
+        },
+        [&](int64_t r, float* de) { std::copy_n(de, H, dy + r * H); });
+    if (word.needs_grad()) scatter_rows(word, ids, dy);
+    if (segment.needs_grad()) scatter_rows(segment, segments, dy);
+    if (position.needs_grad()) scatter_rows(position, positions, dy);
+  });
+  return y;
+}
+
+// ==== rows ========================================================================================================
+// y[i] = x[rows[i]]        x [N,H] -> y [n,H]        dx[rows[i]] += dy[i], in order
+Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows) {
+  const int64_t n = (int64_t)rows.size(), H = x.cols();
+  for (const int64_t r : rows)
+    if (r < 0 || r >= x.rows()) throw Error("gather_rows: row " + std::to_string(r) + " is not in x " + shape_of(x));
+  Tensor y(Shape{n, H});
+  for (int64_t i = 0; i < n; i++) std::copy_n(x.data() + rows[(size_t)i] * H, H, y.data() + i * H);
+  record("gather_rows", y, {x}, [=] {
+    for (int64_t i = 0; i < n; i++) kernels().add(y.grad() + i * H, x.grad() + rows[(size_t)i] * H, H);
+  });
+  return y;
+}
+
+// y[r] = mean of x over the tokens of row r; 0 for a row without tokens        x [N,H] -> y [R,H]
+Tensor mean_rows(const Tensor& x, const Offsets& offsets) {
+  const int64_t R = (int64_t)offsets.size() - 1, H = x.cols();
+  if (R < 0 || offsets.back() != x.rows())
+    throw Error("mean_rows: offsets end at " + std::to_string(offsets.back()) + ", x is " + shape_of(x));
+  Tensor y(Shape{R, H}, 0.f);
+  const Kernels& k = kernels();
+  auto share = [](int64_t tokens) { return 1 / (float)std::max<int64_t>(tokens, 1); };
+  parallel_for(R, [&](int64_t r) {
+    const int64_t begin = offsets[(size_t)r], end = offsets[(size_t)r + 1];
+    float* out = y.data() + r * H;
+    for (int64_t t = begin; t < end; t++) k.add(x.data() + t * H, out, H);
+    k.scale(share(end - begin), out, out, H);
+  });
+
+  // dx[t] += dy[r] / tokens of r, for every token t of row r
+  record("mean_rows", y, {x}, [=, rows = offsets] {
+    float* dx = x.grad();
+    parallel_for(R, [&](int64_t r) {
+      const int64_t begin = rows[(size_t)r], end = rows[(size_t)r + 1];
+      for (int64_t t = begin; t < end; t++) k.axpy(share(end - begin), y.grad() + r * H, dx + t * H, H);
+    });
+  });
+  return y;
+}
+
+// y = x / n,  n = max(|x|_2, 1e-12) by row        x [R,H] -> y [R,H]        kept: n [R]
+Tensor normalize_rows(const Tensor& x) {
+  const int64_t R = x.rows(), H = x.cols();
+  Tensor y(x.shape()), norm(Shape{R});
+  const Kernels& k = kernels();
+  for (int64_t r = 0; r < R; r++) {
+    const float* row = x.data() + r * H;
+    norm.data()[r] = std::max(std::sqrt(k.dot(row, row, H)), 1e-12f);
+    for (int64_t c = 0; c < H; c++) y.data()[r * H + c] = row[c] / norm.data()[r];
+  }
+
+  // dx += (dy - y <dy, y>) / n, the part of dy along y being lost to the normalisation (where n is the floor, dx += dy / n)
+  record("normalize_rows", y, {x}, [=] {
+    for (int64_t r = 0; r < R; r++) {
+      const float *dy = y.grad() + r * H, *yr = y.data() + r * H, n = norm.data()[r];
+      const float along = n > 1e-12f ? k.dot(dy, yr, H) : 0.f;
+      for (int64_t c = 0; c < H; c++) x.grad()[r * H + c] += (dy[c] - yr[c] * along) / n;
+    }
+  });
+  return y;
+}
+
+// ==== softmax =====================================================================================================
+// y = exp(x - max) / sum        over the last dimension of x [...,C]        kept: y
+Tensor softmax(const Tensor& x) {
+  const int64_t C = x.cols();
+  Tensor y(x.shape());
+  const Kernels& k = kernels();
+  parallel_for(x.rows(), [&](int64_t r) {
+    const float* in = x.data() + r * C;
+    float* out = y.data() + r * C;
+    k.scale(1 / k.exp_sum(in, 1, k.max(in, C), out, C), out, out, C);
+  });
+
+  // dx += y * (dy - <dy, y>),  <.,.> the sum over the row
+  record("softmax", y, {x}, [=] {
+    float* dx = x.grad();
+    parallel_for(x.rows(), [&](int64_t r) {
+      float *dy = y.grad() + r * C, *yr = y.data() + r * C;
+      k.softmax_grad(yr, dy, k.dot(dy, yr, C), 1, dy, C);
+      k.add(dy, dx + r * C, C);
+    });
+  });
+  return y;
+}
+
+// ==== pointwise ===================================================================================================
+// y = a + b        da += dy        db += dy
+Tensor add(const Tensor& a, const Tensor& b) {
+  if (!(a.shape() == b.shape())) throw Error("add: shapes differ, " + shape_of(a) + " and " + shape_of(b));
+  Tensor y(a.shape());
+  for (int64_t i = 0; i < y.size(); i++) y.data()[i] = a.data()[i] + b.data()[i];
+  record("add", y, {a, b}, [=] {
+    for (const Tensor& t : {a, b})
+      if (t.needs_grad()) kernels().add(y.grad(), t.grad(), y.size());
+  });
+  return y;
+}
+
+// ==== losses ======================================================================================================
+// Each is a sum over its elements in double, divided once. `divisor` lets several micro-batches share one mean.
+
+// loss = sum over rows of (log sum exp(x) - x[label]) / divisor        x [M,C]        kept: lse [M]
+Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double divisor, int64_t* right) {
+  const int64_t M = x.rows(), C = x.cols();
+  if ((int64_t)labels.size() != M)
+    throw Error("cross_entropy: logits " + shape_of(x) + " and " + std::to_string(labels.size()) + " labels");
+  int64_t counted = 0;
+  for (const int32_t label : labels) {
+    if (label != kIgnored && (label < 0 || label >= C))
+      throw Error("cross_entropy: label " + std::to_string(label) + " is not among the " + std::to_string(C) + " classes");
+    counted += label != kIgnored;
+  }
+  if (!divisor) divisor = (double)std::max<int64_t>(counted, 1);
+  Tensor lse(Shape{M});
+  std::vector<double> loss((size_t)M);
+  std::vector<uint8_t> best((size_t)M);
+  const Kernels& k = kernels();
+  parallel_for(M, [&](int64_t r) {
+    const int32_t label = labels[(size_t)r];
+    if (label == kIgnored) return;
+    const float *row = x.data() + r * C, top = k.max(row, C);
+    lse.data()[r] = top + log_f32(k.exp_sum(row, 1, top, scratch(0, C), C));
+    loss[(size_t)r] = (double)lse.data()[r] - (double)row[label];
+    best[(size_t)r] = row[label] == top;
+  });
+  double sum = 0;
+  for (int64_t r = 0; r < M; r++) {
+    sum += loss[(size_t)r];
+    if (right) *right += best[(size_t)r];
+  }
+  Tensor y(Shape{1}, (float)(sum / divisor));
+
+  // dx += (softmax(x) - onehot(label)) * dy / divisor
+  record("cross_entropy", y, {x}, [=] {
+    bool add;
+    float* dx = x.grad_to_add(add);
+    const float scale = (float)((double)y.grad()[0] / divisor);
+    parallel_for(M, [&](int64_t r) {
+      const int32_t label = labels[(size_t)r];
+      float *to = dx + r * C, *d = add ? scratch(0, C) : to;
+      if (label == kIgnored) return add ? void() : void(std::fill_n(to, C, 0.f));
+      k.exp_sum(x.data() + r * C, 1, lse.data()[r], d, C);
+      d[label] -= 1;
+      k.scale(scale, d, d, C);
+      if (add) k.add(d, to, C);
+    });
+  });
+  return y;
+}
+
+// A loss that is a sum of one term an element: value and slope of the term, in double.
+template <class Term>
+static Tensor elementwise_loss(const char* op, const Tensor& x, const Tensor& target, double divisor, Term term) {
+  if (!(x.shape() == target.shape())) throw Error(std::string(op) + ": shapes differ, " + shape_of(x) + " and " + shape_of(target));
+  if (!divisor) divisor = (double)std::max<int64_t>(x.size(), 1);
+  double sum = 0;
+  for (int64_t i = 0; i < x.size(); i++) sum += term(x.data()[i], target.data()[i]).first;
+  Tensor y(Shape{1}, (float)(sum / divisor));
+  record(op, y, {x}, [=] {
+    for (int64_t i = 0; i < x.size(); i++) x.grad()[i] += (float)(term(x.data()[i], target.data()[i]).second * y.grad()[0] / divisor);
+  });
+  return y;
+}
+
+// term = -t log s - (1 - t) log(1 - s) with s = 1 / (1 + exp(-x)), written so that no exp overflows        slope = s - t
+Tensor bce_with_logits(const Tensor& logits, const Tensor& targets, double divisor) {
+  return elementwise_loss("bce_with_logits", logits, targets, divisor, [](double x, double t) {
+    const double e = std::exp(-std::fabs(x));
+    return std::pair{std::max(x, 0.0) - x * t + std::log1p(e), (x >= 0 ? 1 : e) / (1 + e) - t};
+  });
+}
+
+// term = (x - t)^2        slope = 2 (x - t)
+Tensor mse_loss(const Tensor& x, const Tensor& target, double divisor) {
+  return elementwise_loss("mse_loss", x, target, divisor, [](double v, double t) { return std::pair{(v - t) * (v - t), 2 * (v - t)}; });
+}
+
+// term = x * w        slope = w
+Tensor weighted_sum(const Tensor& x, const Tensor& weights) {
+  return elementwise_loss("weighted_sum", x, weights, 1, [](double v, double w) { return std::pair{v * w, w}; });
+}
+
+// ==== optimiser ===================================================================================================
+double schedule_factor(Schedule schedule, int64_t step, int64_t warmup, int64_t steps) {
+  if (step < warmup) return (double)(step + 1) / (double)warmup;
+  if (schedule == Schedule::constant) return 1;
+  const double through = (double)(step - warmup) / (double)std::max<int64_t>(steps - warmup, 1);
+  if (through >= 1) return 0;
+  return schedule == Schedule::linear ? 1 - through : 0.5 * (1 + std::cos(3.14159265358979323846 * through));
+}
+
+AdamW::AdamW(AdamWSettings settings, std::vector<Slot> slots) : settings_(settings), slots_(std::move(slots)) {
+  for (Slot& s : slots_) {
+    if (!s.m) s.m = Tensor(s.parameter.shape(), 0.f);
+    if (!s.v) s.v = Tensor(s.parameter.shape(), 0.f);
+  }
+}
+
+// With g = gradient * clip_factor, t = updates made, this one included:
+//   m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+//   AdamW:   p -= lr decay p;   p -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+//   Google:  p -= lr (m / (sqrt(v) + eps) + decay p)
+void AdamW::step(double lr, double clip_factor) {
+  updates++;
+  const double correct1 = 1 - std::pow((double)settings_.beta1, (double)updates),
+               correct2 = 1 - std::pow((double)settings_.beta2, (double)updates);
+  const Kernels& k = kernels();
+  for (Slot& s : slots_) {
+    if (!s.parameter.has_grad()) continue;
+    const float *grad = s.parameter.grad(), decay = s.decay ? settings_.weight_decay : 0.f;
+    float *p = s.parameter.data(), *m = s.m.data(), *v = s.v.data();
+    parallel_ranges(s.parameter.size(), 1 << 15, [&](int64_t i, int64_t end) {
+      k.adamw(settings_, (float)(lr * s.lr_scale), decay, (float)clip_factor, (float)correct1, (float)correct2, grad + i, p + i, m + i,
+              v + i, end - i);
+    });
+  }
+}
+
+double gradient_norm(std::span<const Tensor> parameters) {
+  constexpr int64_t kPiece = 1 << 14;
+  double total = 0;
+  for (const Tensor& p : parameters) {
+    if (!p.has_grad()) continue;
+    const float* g = p.grad();
+    std::vector<double> sums((size_t)((p.size() + kPiece - 1) / kPiece));
+    parallel_ranges(p.size(), kPiece, [&](int64_t i, int64_t end) {
+      double s[4] = {0, 0, 0, 0};  // four chains: one would wait for its own latency at every element
+      for (int64_t j = i; j < end; j++) s[j & 3] += (double)g[j] * (double)g[j];
+      sums[(size_t)(i / kPiece)] = (s[0] + s[1]) + (s[2] + s[3]);
+    });
+    for (const double s : sums) total += s;
+  }
+  return std::sqrt(total);
+}
+
+double clip_factor(double norm, double limit, bool google) {
+  return google ? limit / std::max(norm, limit) : std::min(1.0, limit / (norm + 1e-6));
+}
+
+}  // namespace bert

@@ -1,0 +1,1383 @@
+// bert.cpp -- the model, its heads, batches, training, metrics, model folders.   Interface: bert.h, 2 to 9.
+//
+// Read in this order: encoder_layer (the paper's figure 1 in five lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step.
+// Data comes in as ids: this file knows no text file and no word. It computes nothing itself: every product, norm and softmax is an
+// op of tensor.h.
+//
+// Contents:  config  parameters  the model  heads  batches  masking  training  pretraining data  fine-tuning  metrics
+//            model folders  Model
+#include "bert.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <numeric>
+#include <set>
+
+namespace bert {
+
+// ==== config ======================================================================================================
+// The names that config.json uses for the activations there are.
+static const std::pair<const char*, Activation> activations[] = {{"gelu", Activation::gelu},
+                                                                 {"gelu_new", Activation::gelu_tanh},
+                                                                 {"gelu_pytorch_tanh", Activation::gelu_tanh},
+                                                                 {"relu", Activation::relu},
+                                                                 {"tanh", Activation::tanh}};
+
+// One key of a config: where it is kept and what it may be.
+struct ConfigSize {
+  const char* key;
+  int64_t Config::*field;
+  int64_t most;
+  bool required;
+};
+static const ConfigSize config_sizes[] = {
+    {"vocab_size", &Config::vocab_size, 1 << 24, true},
+    {"hidden_size", &Config::hidden_size, 1 << 16, true},
+    {"num_hidden_layers", &Config::num_hidden_layers, 1000, true},
+    {"num_attention_heads", &Config::num_attention_heads, 1 << 12, true},
+    {"intermediate_size", &Config::intermediate_size, 1 << 18, true},
+    {"max_position_embeddings", &Config::max_position_embeddings, 1 << 20, true},
+    {"type_vocab_size", &Config::type_vocab_size, 1 << 10, true},
+    {"pad_token_id", &Config::pad_token_id, 1 << 24, false},
+};
+struct ConfigNumber {
+  const char* key;
+  float Config::*field;
+  double least, most;
+};
+static const ConfigNumber config_numbers[] = {
+    {"hidden_dropout_prob", &Config::hidden_dropout_prob, 0, 0.99},
+    {"attention_probs_dropout_prob", &Config::attention_probs_dropout_prob, 0, 0.99},
+    {"initializer_range", &Config::initializer_range, 0, 10},
+    {"layer_norm_eps", &Config::layer_norm_eps, 1e-20, 1},
+};
+
+// A number of the object `json` under `key`, between `least` and `most`; throws Error naming where, key and bounds.
+static double bounded(const Json& value, const std::string& at, double least, double most) {
+  const double v = value.as_double(at);
+  if (!(v >= least && v <= most))
+    throw Error(at + ": " + format_number(v) + " is not between " + format_number(least) + " and " + format_number(most));
+  return v;
+}
+
+static std::vector<std::string> parse_labels(const Json& id2label, const std::string& where) {
+  const auto& members = id2label.members();
+  std::vector<std::string> labels(members.size());
+  std::vector<bool> seen(members.size());
+  for (const auto& [number, label] : members) {
+    size_t i = 0;
+    const auto r = std::from_chars(number.data(), number.data() + number.size(), i);
+    if (r.ec != std::errc() || r.ptr != number.data() + number.size() || i >= labels.size() || seen[i])
+      throw Error(where + ": id2label: '" + number + "' is not one of the numbers 0 to " + std::to_string(labels.size() - 1) +
+                  ", each once");
+    labels[i] = label.as_string(where + ": id2label " + number);
+    seen[i] = true;
+  }
+  return labels;
+}
+
+// What this engine's encoder is not: refused by name, never computed as if it were BERT.
+static void refuse_variants(const Json& json, const std::string& where) {
+  auto refuse = [&](const char* key, const std::string& what) { throw Error(where + ": " + key + ": " + what); };
+  if (const Json* v = json.find("model_type"); v && v->is(Json::string) && v->as_string(where) != "bert")
+    refuse("model_type", "'" + v->as_string(where) + "' is not built; this engine loads models of type bert");
+  if (const Json* v = json.find("position_embedding_type"); v && v->is(Json::string) && v->as_string(where) != "absolute")
+    refuse("position_embedding_type", "'" + v->as_string(where) + "' is not built; only absolute positions are");
+  if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
+    refuse("is_decoder", "a decoder is not built");
+  if (const Json* v = json.find("tie_word_embeddings"); v && v->is(Json::boolean) && !v->as_bool(where))
+    refuse("tie_word_embeddings", "false is not built; the decoder of masked words is the word embeddings");
+}
+
+Config Config::parse(std::string_view text, const std::string& where) {
+  const Json json = Json::parse(text, where);
+  if (!json.is(Json::object)) throw Error(where + ": not an object; a config.json holds {\"vocab_size\": ..., ...}");
+  refuse_variants(json, where);
+  Config c;
+  for (const ConfigSize& s : config_sizes) {
+    const Json* v = json.find(s.key);
+    const std::string at = where + ": " + s.key;
+    if (v && !(v->is(Json::null) && !s.required))
+      c.*s.field = (int64_t)bounded(*v, at, s.required, (double)s.most), v->as_int(at);
+    else if (s.required)
+      throw Error(at + ": missing; a BERT config needs it");
+  }
+  for (const ConfigNumber& n : config_numbers)
+    if (const Json* v = json.find(n.key); v && !v->is(Json::null)) c.*n.field = (float)bounded(*v, where + ": " + n.key, n.least, n.most);
+  if (const Json* v = json.find("classifier_dropout"); v && !v->is(Json::null))
+    c.classifier_dropout = (float)bounded(*v, where + ": classifier_dropout", 0, 0.99);
+  if (c.hidden_size % c.num_attention_heads)
+    throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
+                std::to_string(c.num_attention_heads));
+  if (const Json* v = json.find("hidden_act")) {
+    const std::string& name = v->as_string(where + ": hidden_act");
+    const auto* found = std::find_if(std::begin(activations), std::end(activations), [&](const auto& a) { return name == a.first; });
+    if (found == std::end(activations))
+      throw Error(where + ": hidden_act: '" + name + "' is not built; gelu, gelu_new, gelu_pytorch_tanh, relu and tanh are");
+    c.hidden_act = found->second;
+  } else {
+    throw Error(where + ": hidden_act: missing; a BERT config needs it");
+  }
+  if (const Json* v = json.find("architectures"); v && !v->is(Json::null)) {
+    const auto& names = v->items(where + ": architectures");
+    if (!names.empty()) c.architecture = names[0].as_string(where + ": architectures");
+  }
+  if (const Json* v = json.find("problem_type"); v && !v->is(Json::null)) c.problem_type = v->as_string(where + ": problem_type");
+  if (const Json* v = json.find("id2label"); v && !v->is(Json::null)) c.labels = parse_labels(*v, where);
+  return c;
+}
+
+Config Config::named(const std::string& name, int64_t vocab_size) {
+  struct Size {
+    const char* name;
+    int64_t layers, hidden, heads;
+  };
+  static const Size sizes[] = {{"tiny", 2, 128, 2},   {"mini", 4, 256, 4},     {"small", 4, 512, 8},  {"medium", 8, 512, 8},
+                               {"base", 12, 768, 12}, {"large", 24, 1024, 16}, {"minilm", 6, 384, 12}};
+  for (const Size& s : sizes)
+    if (name == s.name) {
+      Config c;
+      c.vocab_size = vocab_size, c.hidden_size = s.hidden, c.num_hidden_layers = s.layers, c.num_attention_heads = s.heads,
+      c.intermediate_size = 4 * s.hidden;
+      return c;
+    }
+  throw Error("config '" + name + "': no such name; tiny, mini, small, medium, base, large, minilm, or a config.json file");
+}
+
+std::string Config::to_json() const {
+  const char* act = "gelu";
+  for (const auto& [name, value] : activations)
+    if (value == hidden_act) {
+      act = name;
+      break;
+    }
+  std::string s = "{\n";
+  auto line = [&](const std::string& key, const std::string& value) { s += "  \"" + key + "\": " + value + ",\n"; };
+  if (!architecture.empty()) line("architectures", "[\n    " + json_quote(architecture) + "\n  ]");
+  line("attention_probs_dropout_prob", format_number(attention_probs_dropout_prob));
+  line("classifier_dropout", classifier_dropout ? format_number(*classifier_dropout) : "null");
+  line("hidden_act", json_quote(act));
+  line("hidden_dropout_prob", format_number(hidden_dropout_prob));
+  line("hidden_size", std::to_string(hidden_size));
+  if (!labels.empty()) {
+    std::string id2label, label2id;
+    for (size_t i = 0; i < labels.size(); i++) {
+      const std::string comma = i + 1 < labels.size() ? ",\n" : "\n", number = std::to_string(i);
+      id2label += "    \"" + number + "\": " + json_quote(labels[i]) + comma;
+      label2id += "    " + json_quote(labels[i]) + ": " + number + comma;
+    }
+    line("id2label", "{\n" + id2label + "  }");
+    line("initializer_range", format_number(initializer_range));
+    line("intermediate_size", std::to_string(intermediate_size));
+    line("label2id", "{\n" + label2id + "  }");
+  } else {
+    line("initializer_range", format_number(initializer_range));
+    line("intermediate_size", std::to_string(intermediate_size));
+  }
+  line("layer_norm_eps", format_number(layer_norm_eps));
+  line("max_position_embeddings", std::to_string(max_position_embeddings));
+  line("model_type", "\"bert\"");
+  line("num_attention_heads", std::to_string(num_attention_heads));
+  line("num_hidden_layers", std::to_string(num_hidden_layers));
+  line("pad_token_id", std::to_string(pad_token_id));
+  line("position_embedding_type", "\"absolute\"");
+  if (!problem_type.empty()) line("problem_type", json_quote(problem_type));
+  line("tie_word_embeddings", "true");
+  line("torch_dtype", "\"float32\"");
+  line("type_vocab_size", std::to_string(type_vocab_size));
+  return s + "  \"vocab_size\": " + std::to_string(vocab_size) + "\n}\n";
+}
+
+// ==== parameters ==================================================================================================
+// Every head there is. `classifier` has as many rows as the config has labels.
+static const HeadKind head_kinds[] = {
+    // task                name             architecture                      problem_type                    pooler masked next classifier
+    {Task::embed, "embed", "BertModel", "", true, false, false, false},
+    {Task::pretrain, "pretrain", "BertForPreTraining", "", true, true, true, false},
+    {Task::mlm, "mlm", "BertForMaskedLM", "", false, true, false, false},
+    {Task::next_sentence, "next_sentence", "BertForNextSentencePrediction", "", true, false, true, false},
+    {Task::classify, "classify", "BertForSequenceClassification", "single_label_classification", true, false, false, true},
+    {Task::multilabel, "multilabel", "BertForSequenceClassification", "multi_label_classification", true, false, false, true},
+    {Task::regress, "regress", "BertForSequenceClassification", "regression", true, false, false, true},
+};
+
+const HeadKind& head_kind(Task task) {
+  for (const HeadKind& h : head_kinds)
+    if (h.task == task) return h;
+  throw Error("no such task");
+}
+const HeadKind* find_head(std::string_view name) {
+  for (const HeadKind& h : head_kinds)
+    if (name == h.name) return &h;
+  return nullptr;
+}
+// Without a problem_type one label means regression, more mean classes: transformers' rule.
+const HeadKind& head_kind(const Config& config) {
+  if (config.architecture.empty()) return head_kind(Task::embed);
+  std::string problem = config.problem_type;
+  if (problem.empty()) problem = config.labels.size() == 1 ? "regression" : "single_label_classification";
+  for (const HeadKind& h : head_kinds)
+    if (config.architecture == h.architecture && (!*h.problem_type || problem == h.problem_type)) return h;
+  throw Error(
+      "config.json: architecture " + config.architecture +
+      (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
+      " is not built; BertModel, BertForPreTraining, BertForMaskedLM, BertForNextSentencePrediction and BertForSequenceClassification are");
+}
+
+// The one table of parameters: visit(name, tensor, shape of the whole tensor, first row, rows) in checkpoint order. Query, key and
+// value stand in one tensor [3H,H], under three names.
+template <class Visit>
+static void visit_parameters(Bert& m, Visit visit) {
+  const Config& c = m.config;
+  const HeadKind& head = head_kind(m.task);
+  const int64_t H = c.hidden_size, F = c.intermediate_size;
+  const std::string bert = m.task == Task::embed ? "" : "bert.";  // BertModel is saved without the prefix
+  auto whole = [&](const std::string& name, Tensor& t, const Shape& s) { visit(name, t, s, (int64_t)0, s[0]); };
+  auto dense = [&](const std::string& name, Dense& d, int64_t out, int64_t in) {
+    whole(name + ".weight", d.weight, {out, in}), whole(name + ".bias", d.bias, {out});
+  };
+  auto norm = [&](const std::string& name, Norm& n) { whole(name + ".weight", n.weight, {H}), whole(name + ".bias", n.bias, {H}); };
+
+  whole(bert + "embeddings.word_embeddings.weight", m.word, {c.vocab_size, H});
+  whole(bert + "embeddings.position_embeddings.weight", m.position, {c.max_position_embeddings, H});
+  whole(bert + "embeddings.token_type_embeddings.weight", m.segment, {c.type_vocab_size, H});
+  norm(bert + "embeddings.LayerNorm", m.embeddings_norm);
+  for (size_t l = 0; l < m.layers.size(); l++) {
+    Layer& layer = m.layers[l];
+    const std::string at = bert + "encoder.layer." + std::to_string(l) + ".";
+    int64_t part = 0;
+    for (const char* name : {"query", "key", "value"}) {
+      visit(at + "attention.self." + name + ".weight", layer.qkv.weight, Shape{3 * H, H}, part, H);
+      visit(at + "attention.self." + name + ".bias", layer.qkv.bias, Shape{3 * H}, part, H);
+      part += H;
+    }
+    dense(at + "attention.output.dense", layer.attention_out, H, H), norm(at + "attention.output.LayerNorm", layer.attention_norm);
+    dense(at + "intermediate.dense", layer.up, F, H);
+    dense(at + "output.dense", layer.down, H, F), norm(at + "output.LayerNorm", layer.output_norm);
+  }
+  if (head.pooler) dense(bert + "pooler.dense", m.pooler, H, H);
+  if (head.masked_words) {
+    whole("cls.predictions.bias", m.decoder_bias, {c.vocab_size});
+    dense("cls.predictions.transform.dense", m.transform, H, H), norm("cls.predictions.transform.LayerNorm", m.transform_norm);
+  }
+  if (head.next_sentence) dense("cls.seq_relationship", m.next_sentence, 2, H);
+  if (head.classifier) dense("classifier", m.classifier, (int64_t)c.labels.size(), H);
+}
+
+Shape Parameter::shape() const { return tensor.shape().rank() == 1 ? Shape{rows} : Shape{rows, tensor.cols()}; }
+bool Parameter::decay() const { return !name.ends_with("bias") && name.find("LayerNorm") == std::string::npos; }
+
+Bert Bert::empty(const Config& config, Task task) {
+  const HeadKind& head = head_kind(task);
+  if (head.classifier && config.labels.empty()) throw Error("a " + std::string(head.name) + " model needs at least one label");
+  Bert m;
+  m.config = config, m.task = task;
+  m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
+  m.layers.resize((size_t)config.num_hidden_layers);
+  visit_parameters(m, [](const std::string&, Tensor& t, const Shape& s, int64_t, int64_t) {
+    if (!t) t = Tensor(s);
+  });
+  return m;
+}
+
+std::vector<Parameter> Bert::parameters() const {
+  std::vector<Parameter> all;
+  Bert copy = *this;  // handles, not numbers: the visitor takes a model it may fill
+  visit_parameters(copy, [&](const std::string& name, Tensor& t, const Shape&, int64_t first, int64_t rows) {
+    if (t) all.push_back({name, t, first, rows});
+  });
+  return all;
+}
+
+int64_t Bert::parameter_count() const {
+  int64_t n = 0;
+  for (const Parameter& p : parameters()) n += p.shape().size();
+  return n;
+}
+
+// The tensors behind the parameters, each once: query, key and value share one.
+static std::vector<Parameter> distinct(const std::vector<Parameter>& parameters) {
+  std::vector<Parameter> all;
+  for (const Parameter& p : parameters)
+    if (p.first_row == 0) all.push_back(p);
+  return all;
+}
+
+void Bert::set_trainable() {
+  for (const Parameter& p : parameters()) Tensor(p.tensor).set_needs_grad();
+}
+
+void Bert::pack() {
+  if (head_kind(task).masked_words) decoder = Tensor(word.shape(), {word.data(), (size_t)word.size()}), decoder.pack();
+  for (Dense* d : {&pooler, &transform, &next_sentence, &classifier})
+    if (d->weight) d->weight.pack();
+  for (Layer& l : layers)
+    for (Dense* d : {&l.qkv, &l.attention_out, &l.up, &l.down}) d->weight.pack();
+}
+
+// Draws one parameter's initial values: each block of 4096 elements has a counter of its own, so threads do not matter.
+static void draw(const Parameter& p, float range, uint64_t seed, uint32_t index) {
+  const bool norm = p.name.find("LayerNorm") != std::string::npos;
+  float* values = p.data();
+  const int64_t n = p.shape().size();
+  if (norm || p.name.ends_with("bias")) return void(std::fill_n(values, n, norm && p.name.ends_with("weight") ? 1.f : 0.f));
+  parallel_ranges(n, 4096, [&](int64_t i, int64_t end) {
+    Random random({seed, (uint32_t)(i / 4096), 0, kInitStream + index});
+    for (; i < end; i++) values[i] = range * random.truncated_normal();
+  });
+}
+
+Bert Bert::random(const Config& config, Task task, uint64_t seed) {
+  Bert m = empty(config, task);
+  uint32_t index = 0;
+  for (const Parameter& p : m.parameters()) draw(p, config.initializer_range, seed, index++);
+  return m;
+}
+
+// ==== the model ===================================================================================================
+// One encoder layer, post-norm as in the paper (Vaswani et al. 2017, figure 1; Devlin et al. 2019).
+//   x [N,H], packed rows split at offsets [R+1]   ->   [N,H]
+static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p, const Config& c, Dropout& drop) {
+  Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                          // [N,3H]
+  Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                 // [N,H]
+  Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                    // [N,H]
+  Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, c.layer_norm_eps, drop);  // [N,H]
+  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                               // [N,F]
+  Tensor down = linear(up, p.down.weight, p.down.bias);                                                      // [N,H]
+  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, c.layer_norm_eps, drop);           // [N,H]
+}
+
+Tensor Bert::forward(const Batch& batch, Dropout& drop, const std::function<void(int64_t, const Tensor&)>& each_layer) const {
+  Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
+                            embeddings_norm.bias, config.layer_norm_eps, drop);  // [N,H]
+  if (each_layer) each_layer(0, x);
+  for (size_t l = 0; l < layers.size(); l++) {
+    x = encoder_layer(x, batch.offsets, layers[l], config, drop);
+    if (each_layer) each_layer((int64_t)l + 1, x);
+  }
+  return x;
+}
+Tensor Bert::forward(const Batch& batch) const {
+  Dropout none;
+  return forward(batch, none);
+}
+
+// ==== heads =======================================================================================================
+Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
+  if (!pooler.weight) throw Error("pooled: this model has no pooler");
+  const std::vector<int64_t> first(batch.offsets.begin(), batch.offsets.end() - 1);         // [CLS] of each row
+  return linear(gather_rows(hidden, first), pooler.weight, pooler.bias, Activation::tanh);  // [R,H]
+}
+
+// The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
+Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
+  Dropout none;
+  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, config.hidden_act);  // [M,H]
+  x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, config.layer_norm_eps, none);
+  return linear(x, decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
+}
+
+Tensor Bert::row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const {
+  Tensor x = pooled(hidden, batch);
+  if (!classifier.weight) return linear(x, next_sentence.weight, next_sentence.bias);  // [R,2]
+  Dropout head = drop;
+  head.hidden = drop.classifier;
+  x = dropout(x, head);
+  drop.key = head.key;
+  return linear(x, classifier.weight, classifier.bias);  // [R,C]
+}
+
+Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report) {
+  const HeadKind& head = head_kind(model.task);
+  std::vector<Tensor> parts;
+  if (head.masked_words) {
+    parts.push_back(cross_entropy(model.masked_logits(hidden, batch.masked), batch.masked_labels, counts.masked, &report.masked_right));
+    report.masked += parts.back().item();
+  }
+  if (head.next_sentence) {
+    parts.push_back(cross_entropy(model.row_logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
+    report.next_sentence += parts.back().item();
+  }
+  if (head.classifier) {
+    const Tensor logits = model.row_logits(hidden, batch, drop);
+    const double classes = (double)logits.cols();
+    if (model.task == Task::classify)
+      parts.push_back(cross_entropy(logits, batch.labels, counts.rows, &report.next_right));
+    else {
+      const Tensor targets(logits.shape(), batch.targets);
+      parts.push_back(model.task == Task::multilabel ? bce_with_logits(logits, targets, counts.rows * classes)
+                                                     : mse_loss(logits, targets, counts.rows * classes));
+    }
+  }
+  if (parts.empty()) throw Error("batch_loss: a model for " + std::string(head.name) + " has no loss");
+  const Tensor loss = parts.size() == 2 ? add(parts[0], parts[1]) : parts[0];
+  report.total += loss.item();
+  return loss;
+}
+
+// Vectors of rows for embedding: the mean of all tokens, [CLS], the largest of each component, or the pooler.
+Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling) {
+  const int64_t R = batch.rows(), H = hidden.cols();
+  Tensor v;
+  if (pooling.kind == Pooling::mean)
+    v = mean_rows(hidden, batch.offsets);
+  else if (pooling.kind == Pooling::cls)
+    v = gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
+  else if (pooling.kind == Pooling::pooler)
+    v = bert.pooled(hidden, batch);
+  else {
+    v = Tensor(Shape{R, H}, -std::numeric_limits<float>::infinity());
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t t = batch.offsets[(size_t)r]; t < batch.offsets[(size_t)r + 1]; t++)
+        for (int64_t c = 0; c < H; c++) v.data()[r * H + c] = std::max(v.data()[r * H + c], hidden.data()[t * H + c]);
+  }
+  return pooling.normalize ? normalize_rows(v) : v;
+}
+
+// ==== batches =====================================================================================================
+void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_segments) {
+  ids.insert(ids.end(), row.begin(), row.end());
+  segments.insert(segments.end(), row_segments.begin(), row_segments.end());
+  for (size_t t = 0; t < row.size(); t++) positions.push_back((int32_t)t);
+  offsets.push_back((int64_t)ids.size());
+}
+
+std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
+  std::vector<int64_t> order(lengths.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[(size_t)a] < lengths[(size_t)b]; });
+  std::vector<std::vector<int64_t>> batches;
+  int64_t held = 0;
+  for (const int64_t row : order) {
+    if (batches.empty() || held + lengths[(size_t)row] > tokens) batches.emplace_back(), held = 0;
+    batches.back().push_back(row), held += lengths[(size_t)row];
+  }
+  return batches;
+}
+
+// ==== masking =====================================================================================================
+// The candidates of a row, each a word's pieces or one token: everything but [CLS] and [SEP].
+static std::vector<std::vector<int64_t>> mask_candidates(const Batch& batch, int64_t begin, int64_t end, const SpecialIds& special,
+                                                         const std::vector<uint8_t>* continues) {
+  std::vector<std::vector<int64_t>> words;
+  bool inside = false;  // whether a continuation piece would continue the last word
+  for (int64_t t = begin; t < end; t++) {
+    const int32_t id = batch.ids[(size_t)t];
+    if (id == special.cls || id == special.sep) {
+      inside = false;
+      continue;
+    }
+    if (continues && inside && (*continues)[(size_t)id])
+      words.back().push_back(t);
+    else
+      words.push_back({t});
+    inside = true;
+  }
+  return words;
+}
+
+void mask_tokens(Batch& batch, const SpecialIds& special, int64_t vocab_size, double share, const std::vector<uint8_t>* continues,
+                 const PhiloxKey& key) {
+  for (int64_t r = 0; r < batch.rows(); r++) {
+    const int64_t begin = batch.offsets[(size_t)r], end = batch.offsets[(size_t)r + 1];
+    Random random({key.seed, key.step, key.micro, key.op + (uint32_t)r});
+    auto words = mask_candidates(batch, begin, end, special, continues);
+    random.shuffle(words);
+    // nearbyint, as Python rounds: halves to even. The length counts [CLS] and [SEP].
+    const int64_t count = std::max<int64_t>(1, (int64_t)std::nearbyint((double)(end - begin) * share));
+    std::vector<int64_t> chosen;
+    for (const auto& word : words)  // a word that does not fit is passed over, later ones are tried
+      if ((int64_t)(chosen.size() + word.size()) <= count) chosen.insert(chosen.end(), word.begin(), word.end());
+    std::sort(chosen.begin(), chosen.end());
+    for (const int64_t t : chosen) {
+      int32_t& id = batch.ids[(size_t)t];
+      batch.masked.push_back(t), batch.masked_labels.push_back(id);
+      const double u = random.uniform();
+      if (u < 0.8)
+        id = special.mask;
+      else if (u < 0.9)
+        id = (int32_t)random.below(vocab_size);
+    }
+  }
+}
+
+// ==== training ====================================================================================================
+static std::vector<AdamW::Slot> optimizer_slots(const Bert& model) {
+  std::vector<AdamW::Slot> slots;
+  for (const Parameter& p : distinct(model.parameters())) slots.push_back({p.tensor, {}, {}, p.decay()});
+  return slots;
+}
+
+Trainer::Trainer(Bert model, const TrainSettings& settings)
+    : model_(std::move(model)), settings_(settings), optimizer_(settings.optimizer, optimizer_slots(model_)) {
+  if (settings.accumulate < 1 || (settings.accumulate & (settings.accumulate - 1)))
+    throw Error("accumulate: " + std::to_string(settings.accumulate) + " is not a power of two");
+  model_.set_trainable();
+}
+
+// Gradients of micro-batches 0, 1, 2, ... added in a binary tree by index, like the carries of a counter: at most 1 + log2 G are held.
+class GradientTree {
+ public:
+  explicit GradientTree(const std::vector<AdamW::Slot>& slots) : slots_(slots) {}
+  void add_micro_batch() {  // takes the gradients that backward left in the parameters
+    std::vector<Tensor> sum;
+    for (const AdamW::Slot& s : slots_) sum.push_back(s.parameter.has_grad() ? Tensor(s.parameter).take_grad() : Tensor());
+    size_t level = 0;
+    for (; level < levels_.size() && !levels_[level].empty(); level++) merge(levels_[level], sum);
+    if (level == levels_.size()) levels_.emplace_back();
+    levels_[level] = std::move(sum);
+  }
+  void finish() {  // leaves the sum in the parameters
+    std::vector<Tensor> sum;
+    for (auto& level : levels_)
+      if (!level.empty()) sum.empty() ? void(sum = std::move(level)) : merge(level, sum);
+    for (size_t i = 0; i < slots_.size(); i++)
+      if (sum[i]) {
+        bool add;
+        std::copy_n(sum[i].data(), sum[i].size(), slots_[i].parameter.grad_to_add(add));
+      }
+  }
+
+ private:
+  static void merge(std::vector<Tensor>& earlier, std::vector<Tensor>& sum) {  // sum = earlier + sum
+    for (size_t i = 0; i < sum.size(); i++) {
+      if (!earlier[i]) continue;
+      if (sum[i])
+        parallel_ranges(sum[i].size(), 1 << 15,
+                        [&](int64_t b, int64_t e) { kernels().add(sum[i].data() + b, earlier[i].data() + b, e - b); });
+      sum[i] = earlier[i];
+    }
+    earlier.clear();
+  }
+  const std::vector<AdamW::Slot>& slots_;
+  std::vector<std::vector<Tensor>> levels_;
+};
+
+static LossCounts count_labels(std::span<const Batch> batches) {
+  LossCounts counts;
+  for (const Batch& b : batches) {
+    counts.masked += (double)b.masked_labels.size();
+    counts.rows += b.labels.empty() ? (double)b.rows()
+                                    : (double)std::count_if(b.labels.begin(), b.labels.end(), [](int32_t l) { return l != kIgnored; });
+  }
+  return {std::max(counts.masked, 1.0), std::max(counts.rows, 1.0)};
+}
+
+// Where a step that is not finite went wrong: the first parameter whose gradient is not, else the loss itself.
+static std::string not_finite(const Bert& model) {
+  for (const Parameter& p : model.parameters()) {
+    if (!p.tensor.has_grad()) continue;
+    const float* g = p.tensor.grad() + (p.data() - p.tensor.data());
+    for (int64_t i = 0; i < p.shape().size(); i++)
+      if (!std::isfinite(g[i])) return "the gradient of " + p.name;
+  }
+  return "the loss";
+}
+
+StepReport Trainer::step(std::span<const Batch> micro_batches) {
+  if (micro_batches.empty() || (int64_t)micro_batches.size() > settings_.accumulate)
+    throw Error("Trainer::step: " + std::to_string(micro_batches.size()) + " micro-batches, of 1 to " +
+                std::to_string(settings_.accumulate));
+  DefaultFloatMode mode;
+  const Config& c = model_.config;
+  const bool own = settings_.dropout >= 0;
+  StepReport report{done_ + 1, settings_.steps, 0, 0, 0, {}, 0, 0};
+  const LossCounts counts = count_labels(micro_batches);
+  GradientTree tree(optimizer_.slots());
+  for (size_t i = 0; i < micro_batches.size(); i++) {
+    const Batch& batch = micro_batches[i];
+    Dropout drop{own ? settings_.dropout : c.hidden_dropout_prob,
+                 own ? settings_.dropout : c.attention_probs_dropout_prob,
+                 own ? settings_.dropout : c.classifier_dropout.value_or(c.hidden_dropout_prob),
+                 {settings_.seed, (uint32_t)done_, (uint32_t)i, 0}};
+    Tape tape;
+    const Tensor hidden = model_.forward(batch, drop);
+    tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss));
+    if (micro_batches.size() > 1) tree.add_micro_batch();
+    report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
+  }
+  if (micro_batches.size() > 1) tree.finish();
+
+  std::vector<Tensor> parameters;
+  for (const AdamW::Slot& s : optimizer_.slots()) parameters.push_back(s.parameter);
+  report.grad_norm = gradient_norm(parameters);
+  if (!std::isfinite(report.grad_norm) || !std::isfinite(report.loss.total)) {
+    const std::string what = not_finite(model_);
+    for (Tensor& p : parameters) p.drop_grad();
+    throw Error("step " + std::to_string(done_ + 1) + ": " + what + " is not finite; lower --lr, or lengthen --warmup");
+  }
+  const auto warmup = (int64_t)std::llround(settings_.warmup * (double)settings_.steps);
+  report.lr = settings_.lr * schedule_factor(settings_.schedule, done_, warmup, settings_.steps);
+  optimizer_.step(report.lr, settings_.clip > 0 ? clip_factor(report.grad_norm, settings_.clip, settings_.optimizer.google) : 1);
+  for (Tensor& p : parameters) p.drop_grad();
+  done_++;
+  return report;
+}
+
+// The tensors of a training state: each parameter, and its moments under the same name behind "m." and "v.".
+static std::vector<NamedTensor> state_tensors(const Bert& model, const std::vector<AdamW::Slot>& slots) {
+  std::vector<NamedTensor> all;
+  for (const Parameter& p : model.parameters()) {
+    const auto slot = std::find_if(slots.begin(), slots.end(), [&](const AdamW::Slot& s) { return s.parameter.same(p.tensor); });
+    const int64_t from = p.data() - p.tensor.data();
+    all.push_back({p.name, p.shape(), p.data()});
+    all.push_back({"m." + p.name, p.shape(), slot->m.data() + from});
+    all.push_back({"v." + p.name, p.shape(), slot->v.data() + from});
+  }
+  return all;
+}
+
+constexpr const char* kStateVersion = "1";
+
+void Trainer::save(const std::string& path, const std::map<std::string, std::string>& about) const {
+  std::map<std::string, std::string> all = about;
+  all["bert_state_version"] = kStateVersion;
+  all["bert_steps_done"] = std::to_string(done_);
+  all["bert_steps"] = std::to_string(settings_.steps);
+  save_safetensors(path, state_tensors(model_, const_cast<AdamW&>(optimizer_).slots()), {all.begin(), all.end()});
+}
+
+std::map<std::string, std::string> Trainer::load(const std::string& path) {
+  const SafeTensors file = SafeTensors::open(path);
+  std::map<std::string, std::string> about(file.metadata().begin(), file.metadata().end());
+  if (about["bert_state_version"] != kStateVersion)
+    throw Error(path + ": not a training state of this version; start again without --resume");
+  auto number = [&](const char* key) { return Json::parse(about[key], path + ": " + key).as_int(path + ": " + key); };
+  const std::vector<NamedTensor> tensors = state_tensors(model_, optimizer_.slots());
+  std::vector<Tensor> values;
+  for (const NamedTensor& t : tensors) {  // everything is checked before anything is overwritten
+    const SafeTensors::Entry* e = file.find(t.name);
+    if (!e) throw Error(path + ": " + t.name + ": missing; the state belongs to another model");
+    values.push_back(file.load(*e));
+    if (!(values.back().shape() == t.shape))
+      throw Error(path + ": " + t.name + ": shape " + to_string(values.back().shape()) + ", the model has " + to_string(t.shape));
+  }
+  for (size_t i = 0; i < tensors.size(); i++) std::copy_n(values[i].data(), values[i].size(), const_cast<float*>(tensors[i].data));
+  done_ = number("bert_steps_done"), settings_.steps = number("bert_steps"), optimizer_.updates = done_;
+  return about;
+}
+
+// ==== pretraining data ============================================================================================
+void Corpus::end_sentence() {
+  if ((int64_t)ids.size() > sentences.back()) sentences.push_back((int64_t)ids.size());
+}
+void Corpus::end_document() {
+  const auto all = (int64_t)sentences.size() - 1;
+  if (all > documents.back()) documents.push_back(all);
+}
+
+PretrainSampler::PretrainSampler(const Corpus& corpus, const PretrainSettings& settings, const SpecialIds& special, int64_t vocab_size,
+                                 std::vector<uint8_t> continues, uint64_t seed)
+    : corpus_(&corpus), settings_(settings), special_(special), vocab_size_(vocab_size), continues_(std::move(continues)), seed_(seed) {
+  const size_t documents = corpus.documents.size() - 1;
+  if (!documents) throw Error("pretraining text: no token in it");
+  if (settings.next_sentence && documents < 2)
+    throw Error(
+        "pretraining text: next-sentence pairs need at least two documents (a blank line between them), there is one; or pass --no-nsp");
+  if (settings.max_length < 5) throw Error("max-length " + std::to_string(settings.max_length) + ": a pretraining row needs at least 5");
+  plan_epoch();
+}
+
+// Drops tokens from the longer side, at random from its front or back, until both fit (create_pretraining_data.py, truncate_seq_pair).
+static void fit_pair(int64_t& a_begin, int64_t& a_end, int64_t& b_begin, int64_t& b_end, int64_t most, Random& random) {
+  while ((a_end - a_begin) + (b_end - b_begin) > most) {
+    const bool longer_a = a_end - a_begin > b_end - b_begin, front = random.uniform() < 0.5;
+    if (longer_a)
+      front ? a_begin++ : a_end--;
+    else
+      front ? b_begin++ : b_end--;
+  }
+}
+
+// One epoch: every document once, in an order of its own, cut into pairs as create_pretraining_data.py does: sentences are gathered
+// until a target length is reached; A is the first of them; B is the rest, or, half of the time, a part of another document, and
+// then the unused sentences are put back.
+void PretrainSampler::plan_epoch() {
+  const auto& [ids, sentences, documents] = *corpus_;
+  const auto D = (int64_t)documents.size() - 1;
+  const auto epoch = (uint32_t)place_.epoch;
+  const int64_t most = settings_.max_length - (settings_.next_sentence ? 3 : 2);
+  examples_.clear();
+  for (int64_t d = 0; d < D; d++) {
+    Random random({seed_, epoch, (uint32_t)d, kOrderStream + 1});
+    const int64_t target = random.uniform() < 0.1 ? 2 + random.below(most - 1) : most;
+    const int64_t end = documents[(size_t)d + 1];
+    for (int64_t first = documents[(size_t)d], s = first; s < end; s++) {
+      if (s + 1 < end && sentences[(size_t)s + 1] - sentences[(size_t)first] < target) continue;  // gather on
+      const int64_t count = s + 1 - first, a_sentences = count > 1 && settings_.next_sentence ? 1 + random.below(count - 1) : count;
+      Example e{sentences[(size_t)first], sentences[(size_t)(first + a_sentences)], 0, 0, false};
+      if (settings_.next_sentence) {
+        e.random = count == 1 || random.uniform() < 0.5;
+        if (e.random) {
+          const int64_t other = (d + 1 + random.below(D - 1)) % D;  // any document but this one
+          const int64_t from = documents[(size_t)other] + random.below(documents[(size_t)other + 1] - documents[(size_t)other]);
+          int64_t to = from;
+          do to++;
+          while (to < documents[(size_t)other + 1] && sentences[(size_t)to] - sentences[(size_t)from] < target - (e.a_end - e.a_begin));
+          e.b_begin = sentences[(size_t)from], e.b_end = sentences[(size_t)to];
+          s = first + a_sentences - 1;  // the rest is put back
+        } else {
+          e.b_begin = e.a_end, e.b_end = sentences[(size_t)s + 1];
+        }
+      }
+      fit_pair(e.a_begin, e.a_end, e.b_begin, e.b_end, most, random);
+      examples_.push_back(e);
+      first = s + 1;
+    }
+  }
+  // Similar lengths come together within a window of some 64 batches; then the batches are shuffled.
+  Random random({seed_, epoch, 0, kOrderStream});
+  random.shuffle(examples_);
+  batches_.clear();
+  for (size_t i = 0; i < examples_.size();) {
+    std::vector<int64_t> lengths;
+    const size_t begin = i;
+    for (int64_t tokens = 0; i < examples_.size() && tokens < 64 * settings_.batch_tokens; i++) {
+      const Example& e = examples_[i];
+      lengths.push_back(e.a_end - e.a_begin + e.b_end - e.b_begin + (settings_.next_sentence ? 3 : 2));
+      tokens += lengths.back();
+    }
+    for (auto& batch : batches_by_tokens(lengths, settings_.batch_tokens)) {
+      for (int64_t& row : batch) row += (int64_t)begin;
+      batches_.push_back(std::move(batch));
+    }
+  }
+  random.shuffle(batches_);
+}
+
+void PretrainSampler::go_to(Place place) {
+  const bool another = place.epoch != place_.epoch;
+  place_ = place;
+  if (another) plan_epoch();
+}
+int64_t PretrainSampler::epoch_batches() const { return (int64_t)batches_.size(); }
+
+Batch PretrainSampler::next(int64_t step, int64_t micro) {
+  if (place_.batch >= (int64_t)batches_.size()) {
+    place_ = {place_.epoch + 1, 0};
+    plan_epoch();
+  }
+  Batch batch;
+  std::vector<int32_t> ids, segments;
+  auto text = [&](int64_t begin, int64_t end) {
+    ids.insert(ids.end(), corpus_->ids.begin() + begin, corpus_->ids.begin() + end), ids.push_back(special_.sep);
+  };
+  for (const int64_t i : batches_[(size_t)place_.batch++]) {
+    const Example& e = examples_[(size_t)i];
+    ids.assign(1, special_.cls);
+    text(e.a_begin, e.a_end);
+    segments.assign(ids.size(), 0);
+    if (settings_.next_sentence) text(e.b_begin, e.b_end), segments.resize(ids.size(), 1);
+    batch.add_row(ids, segments);
+    if (settings_.next_sentence) batch.labels.push_back(e.random);
+  }
+  mask_tokens(batch, special_, vocab_size_, settings_.mask, settings_.whole_word ? &continues_ : nullptr,
+              {seed_, (uint32_t)step, (uint32_t)micro, kMaskStream});
+  return batch;
+}
+
+std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size) {
+  std::vector<int64_t> counts((size_t)vocab_size);
+  for (const int32_t id : corpus.ids) counts[(size_t)id]++;
+  return counts;
+}
+
+PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, const PretrainSettings& settings, const SpecialIds& special,
+                                    std::vector<uint8_t> continues, uint64_t seed, const std::vector<int64_t>& unigram) {
+  PretrainSettings used = settings;
+  used.next_sentence = settings.next_sentence && head_kind(model.task).next_sentence && heldout.documents.size() > 2;
+  PretrainSampler sampler(heldout, used, special, model.config.vocab_size, std::move(continues), seed);
+  const double seen = std::accumulate(unigram.begin(), unigram.end(), (double)unigram.size());
+  PretrainScores s;
+  Losses sums;
+  Dropout none;
+  const int64_t batches = sampler.epoch_batches();
+  for (int64_t b = 0; b < batches; b++) {
+    const Batch batch = sampler.next(b, 0);
+    const Tensor hidden = model.forward(batch);
+    sums.masked += cross_entropy(model.masked_logits(hidden, batch.masked), batch.masked_labels, 1, &sums.masked_right).item();
+    if (used.next_sentence)
+      sums.next_sentence += cross_entropy(model.row_logits(hidden, batch, none), batch.labels, 1, &sums.next_right).item();
+    s.masked += (int64_t)batch.masked.size(), s.rows += batch.rows();
+    if (!unigram.empty())
+      for (const int32_t label : batch.masked_labels) s.unigram_loss -= std::log(((double)unigram[(size_t)label] + 1) / seen);
+  }
+  s.masked_loss = sums.masked / (double)s.masked, s.masked_accuracy = (double)sums.masked_right / (double)s.masked,
+  s.unigram_loss /= (double)s.masked;
+  if (used.next_sentence) s.next_loss = sums.next_sentence / (double)s.rows, s.next_accuracy = (double)sums.next_right / (double)s.rows;
+  return s;
+}
+
+// ==== fine-tuning =================================================================================================
+Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which) {
+  Batch batch;
+  for (const int64_t i : which) {
+    const Example& e = examples[(size_t)i];
+    batch.add_row(e.ids, e.segments);
+    if (e.targets.empty()) batch.labels.push_back(e.label);
+    batch.targets.insert(batch.targets.end(), e.targets.begin(), e.targets.end());
+  }
+  return batch;
+}
+
+std::vector<int64_t> epoch_order(int64_t examples, uint64_t seed, int64_t epoch) {
+  std::vector<int64_t> order((size_t)examples);
+  std::iota(order.begin(), order.end(), 0);
+  Random({seed, (uint32_t)epoch, 0, kOrderStream}).shuffle(order);
+  return order;
+}
+
+// Runs `each(batch, row numbers)` over all examples in batches to a token budget.
+template <class Each>
+static void for_batches(std::span<const Example> examples, int64_t batch_tokens, Each each) {
+  std::vector<int64_t> lengths;
+  for (const Example& e : examples) lengths.push_back((int64_t)e.ids.size());
+  for (const auto& rows : batches_by_tokens(lengths, batch_tokens)) each(make_batch(examples, rows), rows);
+}
+
+std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+  const HeadKind& head = head_kind(model.task);
+  if (!head.classifier && !head.next_sentence)
+    throw Error("a model for " + std::string(head.name) + " has no output for a whole text; use fill-mask or embed, or fine-tune it");
+  const int64_t C = head.classifier ? (int64_t)model.config.labels.size() : 2;
+  std::vector<float> out(examples.size() * (size_t)C);
+  Dropout none;
+  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
+    const Tensor logits = model.row_logits(model.forward(batch), batch, none);
+    for (size_t r = 0; r < rows.size(); r++) std::copy_n(logits.data() + (int64_t)r * C, C, out.data() + rows[r] * C);
+  });
+  return out;
+}
+
+// ==== metrics =====================================================================================================
+// Gorodkin 2004, eq. 8 (for two classes Matthews 1975): 0 where a factor of the denominator is 0.
+double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes) {
+  std::vector<double> p((size_t)classes), t((size_t)classes);
+  double right = 0;
+  for (size_t i = 0; i < truth.size(); i++) p[(size_t)predicted[i]]++, t[(size_t)truth[i]]++, right += predicted[i] == truth[i];
+  const auto n = (double)truth.size();
+  double pt = 0, pp = 0, tt = 0;
+  for (size_t c = 0; c < p.size(); c++) pt += p[c] * t[c], pp += p[c] * p[c], tt += t[c] * t[c];
+  const double below = (n * n - pp) * (n * n - tt);
+  return below > 0 ? (right * n - pt) / std::sqrt(below) : 0;
+}
+
+double pearson(std::span<const double> x, std::span<const double> y) {
+  const auto n = (double)x.size();
+  const double mx = std::accumulate(x.begin(), x.end(), 0.0) / n, my = std::accumulate(y.begin(), y.end(), 0.0) / n;
+  double xy = 0, xx = 0, yy = 0;
+  for (size_t i = 0; i < x.size(); i++) xy += (x[i] - mx) * (y[i] - my), xx += (x[i] - mx) * (x[i] - mx), yy += (y[i] - my) * (y[i] - my);
+  return xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
+}
+
+static std::vector<double> ranks(std::span<const double> x) {
+  std::vector<size_t> order(x.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return x[a] < x[b]; });
+  std::vector<double> rank(x.size());
+  for (size_t i = 0, j; i < order.size(); i = j) {
+    for (j = i; j < order.size() && x[order[j]] == x[order[i]];) j++;
+    for (size_t k = i; k < j; k++) rank[order[k]] = (double)(i + j - 1) / 2;  // ties share their mean rank
+  }
+  return rank;
+}
+double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
+
+// A metric of the rows `which`, which may name a row several times: that is how the bootstrap draws.
+struct MetricRow {
+  std::string name;
+  std::function<double(std::span<const int64_t> which)> value;
+};
+
+// Precision, recall and F1 of one class (or label), from counts.
+struct ClassCounts {
+  double hit = 0, said = 0, is = 0;
+  double f1() const { return said + is > 0 ? 2 * hit / (said + is) : 0; }
+};
+
+static std::vector<MetricRow> classify_metrics(const std::vector<int32_t>& said, const std::vector<int32_t>& is, int64_t C) {
+  auto counts = [&said, &is, C](std::span<const int64_t> which) {
+    std::vector<ClassCounts> all((size_t)C);
+    for (const int64_t i : which) {
+      const auto s = (size_t)said[(size_t)i], t = (size_t)is[(size_t)i];
+      all[s].said++, all[t].is++, all[t].hit += s == t;
+    }
+    return all;
+  };
+  auto pick = [](const std::vector<int32_t>& v, std::span<const int64_t> which) {
+    std::vector<int32_t> out;
+    for (const int64_t i : which) out.push_back(v[(size_t)i]);
+    return out;
+  };
+  std::vector<MetricRow> rows;
+  rows.push_back({"accuracy", [&said, &is](std::span<const int64_t> which) {
+                    double right = 0;
+                    for (const int64_t i : which) right += said[(size_t)i] == is[(size_t)i];
+                    return right / (double)which.size();
+                  }});
+  if (C == 2)
+    rows.push_back(
+        {"f1", [counts](std::span<const int64_t> which) { return counts(which)[1].f1(); }});  // of the second label, as GLUE counts
+  else
+    rows.push_back({"f1_macro", [counts, C](std::span<const int64_t> which) {
+                      double sum = 0;
+                      for (const ClassCounts& c : counts(which)) sum += c.f1();
+                      return sum / (double)C;
+                    }});
+  rows.push_back(
+      {"mcc", [&said, &is, pick, C](std::span<const int64_t> which) { return matthews(pick(said, which), pick(is, which), C); }});
+  return rows;
+}
+
+static std::vector<MetricRow> multilabel_metrics(const std::vector<uint8_t>& said, const std::vector<uint8_t>& is, int64_t C) {
+  auto counts = [&said, &is, C](std::span<const int64_t> which) {
+    std::vector<ClassCounts> all((size_t)C);
+    for (const int64_t i : which)
+      for (int64_t c = 0; c < C; c++) {
+        const bool s = said[(size_t)(i * C + c)], t = is[(size_t)(i * C + c)];
+        all[(size_t)c].said += s, all[(size_t)c].is += t, all[(size_t)c].hit += s && t;
+      }
+    return all;
+  };
+  return {{"f1_micro",
+           [counts](std::span<const int64_t> which) {
+             ClassCounts sum;
+             for (const ClassCounts& c : counts(which)) sum.hit += c.hit, sum.said += c.said, sum.is += c.is;
+             return sum.f1();
+           }},
+          {"f1_macro",
+           [counts, C](std::span<const int64_t> which) {
+             double sum = 0;
+             for (const ClassCounts& c : counts(which)) sum += c.f1();
+             return sum / (double)C;
+           }},
+          {"exact", [&said, &is, C](std::span<const int64_t> which) {
+             double right = 0;
+             for (const int64_t i : which) right += std::equal(said.begin() + i * C, said.begin() + (i + 1) * C, is.begin() + i * C);
+             return right / (double)which.size();
+           }}};
+}
+
+static std::vector<MetricRow> regress_metrics(const std::vector<double>& said, const std::vector<double>& is) {
+  using Correlation = double (*)(std::span<const double>, std::span<const double>);
+  auto of = [&said, &is](Correlation f) {
+    return [&said, &is, f](std::span<const int64_t> which) {
+      std::vector<double> x, y;
+      for (const int64_t i : which) x.push_back(said[(size_t)i]), y.push_back(is[(size_t)i]);
+      return f(x, y);
+    };
+  };
+  return {{"pearson", of(pearson)}, {"spearman", of(spearman)}};
+}
+
+// Percentile bootstrap (Efron 1979): the rows drawn anew with replacement, 1,000 times.
+static std::vector<Metric> with_intervals(const std::vector<MetricRow>& rows, int64_t n, uint64_t seed) {
+  constexpr int64_t kResamples = 1000;
+  std::vector<int64_t> all((size_t)n);
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<std::vector<double>> drawn(rows.size(), std::vector<double>((size_t)kResamples));
+  parallel_for(kResamples, [&](int64_t s) {
+    Random random({seed, (uint32_t)s, 0, kSplitStream});
+    std::vector<int64_t> which((size_t)n);
+    for (int64_t& i : which) i = random.below(n);
+    for (size_t m = 0; m < rows.size(); m++) drawn[m][(size_t)s] = rows[m].value(which);
+  });
+  std::vector<Metric> out;
+  for (size_t m = 0; m < rows.size(); m++) {
+    std::sort(drawn[m].begin(), drawn[m].end());
+    out.push_back({rows[m].name, rows[m].value(all), drawn[m][kResamples / 40], drawn[m][kResamples - 1 - kResamples / 40]});
+  }
+  return out;
+}
+
+std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t C, uint64_t seed) {
+  const auto n = (int64_t)examples.size();
+  if (!n) throw Error("score: no labelled row");
+  if (task == Task::regress) {
+    const std::vector<double> said(outputs.begin(), outputs.end());
+    std::vector<double> is;
+    for (const Example& e : examples) is.push_back(e.targets.at(0));
+    return with_intervals(regress_metrics(said, is), n, seed);
+  }
+  if (task == Task::multilabel) {
+    std::vector<uint8_t> said, is;
+    for (const float x : outputs) said.push_back(x > 0);  // probability above one half
+    for (const Example& e : examples)
+      for (const float t : e.targets) is.push_back(t > 0.5f);
+    return with_intervals(multilabel_metrics(said, is, C), n, seed);
+  }
+  std::vector<int32_t> said, is;
+  for (int64_t i = 0; i < n; i++) {
+    const float* row = outputs.data() + i * C;
+    said.push_back((int32_t)(std::max_element(row, row + C) - row)), is.push_back(examples[(size_t)i].label);
+  }
+  return with_intervals(classify_metrics(said, is, C), n, seed);
+}
+
+std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t C) {
+  if (task == Task::regress) return {outputs.begin(), outputs.end()};
+  std::vector<float> p(outputs.size());
+  if (task == Task::multilabel) {
+    for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
+    return p;
+  }
+  const Tensor y = softmax(Tensor(Shape{(int64_t)outputs.size() / C, C}, outputs));
+  std::copy_n(y.data(), y.size(), p.data());
+  return p;
+}
+
+// ==== model folders ===============================================================================================
+namespace fs = std::filesystem;
+
+// Files that travel with a model unchanged: the tokenizer's, and a sentence-transformers recipe.
+static const char* const carried_files[] = {"vocab.txt",
+                                            "tokenizer.json",
+                                            "tokenizer_config.json",
+                                            "special_tokens_map.json",
+                                            "modules.json",
+                                            "sentence_bert_config.json",
+                                            "config_sentence_transformers.json",
+                                            "1_Pooling/config.json"};
+
+// A tensor's name without what libraries put around it: "module." and "bert." in front, gamma and beta for LayerNorm's weight and bias.
+static std::string canonical(std::string name) {
+  for (const char* prefix : {"module.", "bert."})
+    if (name.starts_with(prefix)) name.erase(0, std::strlen(prefix));
+  for (const auto& [old, now] : {std::pair{"LayerNorm.gamma", "LayerNorm.weight"}, std::pair{"LayerNorm.beta", "LayerNorm.bias"}})
+    if (name.ends_with(old)) name.replace(name.size() - std::strlen(old), std::string::npos, now);
+  return name;
+}
+
+static std::string list_names(const std::vector<std::string>& names) {
+  std::string s;
+  for (size_t i = 0; i < names.size() && i < 4; i++) s += (i ? ", " : "") + names[i];
+  return names.size() > 4 ? s + " and " + std::to_string(names.size() - 4) + " more" : s;
+}
+
+// A second copy of what the model holds once (the decoder is the word embeddings, its bias cls.predictions.bias).
+static void check_tied(const SafeTensors& file, const SafeTensors::Entry& copy, const Tensor& original) {
+  const Tensor t = file.load(copy);
+  if (t.size() != original.size() || std::memcmp(t.data(), original.data(), (size_t)t.size() * sizeof(float)))
+    throw Error(file.where() + ": " + copy.name + ": differs from the tensor it is tied to; an untied decoder is not built");
+}
+
+// What load_weights may do. Names are canonical.
+struct LoadPlan {
+  bool own = false;                                     // copy all into memory of its own, so that it can be trained
+  uint64_t seed = 1;                                    // for what is drawn
+  std::function<bool(const std::string&)> may_draw;     // a parameter that the file may lack: it is drawn then
+  std::function<bool(const std::string&)> leave_aside;  // a tensor of the file that is not looked at
+};
+
+// Loads the model's parameters from the file and accounts for every tensor of both.
+static LoadReport load_weights(Bert& model, const SafeTensors& file, const LoadPlan& plan) {
+  LoadReport report;
+  std::map<std::string, const SafeTensors::Entry*> there;
+  for (const SafeTensors::Entry& e : file.entries())
+    if (plan.leave_aside(canonical(e.name)))
+      report.ignored.push_back(e.name);
+    else if (!there.emplace(canonical(e.name), &e).second)
+      throw Error(file.where() + ": " + e.name + ": there twice, once under another prefix");
+  std::vector<std::string> missing;
+  uint32_t index = 0;
+  visit_parameters(model, [&](const std::string& name, Tensor& t, const Shape& whole, int64_t first, int64_t rows) {
+    const uint32_t number = index++;
+    auto found = there.find(canonical(name));
+    if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
+    if (found == there.end()) {
+      if (!plan.may_draw(canonical(name))) return missing.push_back(name);
+      if (!t) t = Tensor(whole);
+      draw({name, t, first, rows}, model.config.initializer_range, plan.seed, number);
+      return report.newly_initialised.push_back(name);
+    }
+    const Tensor values = file.load(*found->second);
+    const Shape want = whole.rank() == 1 ? Shape{rows} : Shape{rows, whole[1]};
+    if (!(values.shape() == want))
+      throw Error(file.where() + ": " + found->second->name + ": shape " + to_string(values.shape()) + ", the config asks for " +
+                  to_string(want));
+    if (rows == whole[0] && !plan.own)
+      t = values;
+    else {
+      if (!t) t = Tensor(whole);
+      std::copy_n(values.data(), values.size(), Parameter{name, t, first, rows}.data());
+    }
+    report.loaded.push_back(found->second->name);
+    there.erase(found);
+  });
+  if (!missing.empty())
+    throw Error(file.where() + ": missing " + list_names(missing) + "; the file does not hold the model that config.json describes");
+  const HeadKind& head = head_kind(model.task);
+  for (const auto& [name, entry] : there) {
+    const bool decoder = name == "cls.predictions.decoder.weight", decoder_bias = name == "cls.predictions.decoder.bias";
+    if (head.masked_words && (decoder || decoder_bias)) {
+      check_tied(file, *entry, decoder ? model.word : model.decoder_bias);
+      report.tied.push_back(entry->name);
+    } else if (name == "embeddings.position_ids" || (!head.pooler && name.starts_with("pooler.dense."))) {
+      report.ignored.push_back(entry->name);
+    } else {
+      report.unexpected.push_back(entry->name);
+    }
+  }
+  return report;
+}
+
+// Heads that another task may leave aside.
+static bool is_head(const std::string& name) {
+  return name.starts_with("cls.predictions.") || name.starts_with("cls.seq_relationship.") || name.starts_with("classifier.") ||
+         name.starts_with("pooler.dense.");
+}
+
+static void refuse_unexpected(const SafeTensors& file, const LoadReport& report) {
+  if (!report.unexpected.empty())
+    throw Error(file.where() + ": unexpected " + list_names(report.unexpected) + "; config.json describes a model without it");
+}
+
+static void check_folder(const std::string& folder) {
+  struct stat s {};
+  const bool there = stat(folder.c_str(), &s) == 0;
+  if (there && !S_ISDIR(s.st_mode))
+    throw Error(folder + ": not a folder; give the folder that holds config.json, vocab.txt and model.safetensors");
+  for (const char* name : {"config.json", "model.safetensors"})
+    if (!there || !fs::exists(folder + "/" + name))
+      throw Error(folder + ": " + (there ? "has no " + std::string(name) : "does not exist") +
+                  "; a model folder holds config.json, model.safetensors and vocab.txt: `bert pretrain` makes one, huggingface.co has many "
+                  "of type bert");
+}
+
+// Mean, CLS or max pooling and normalisation, as a sentence-transformers folder says; mean pooling where it says nothing.
+static Pooling read_pooling(const std::string& folder) {
+  Pooling pooling;
+  const std::string path = folder + "/modules.json";
+  if (!fs::exists(path)) return pooling;
+  const Json modules = Json::parse(read_file(path), path);
+  for (const Json& module : modules.items(path)) {
+    const Json *type = module.find("type"), *at = module.find("path");
+    if (!type || !at) throw Error(path + ": a module without type or path");
+    const std::string& name = type->as_string(path + ": type");
+    if (name.ends_with(".Normalize"))
+      pooling.normalize = true;
+    else if (name.ends_with(".Pooling")) {
+      const std::string config = folder + "/" + at->as_string(path + ": path") + "/config.json";
+      std::vector<std::string> modes;
+      const Json flags = Json::parse(read_file(config), config);
+      for (const auto& [key, value] : flags.members())
+        if (key.starts_with("pooling_mode_") && value.is(Json::boolean) && value.as_bool(config)) modes.push_back(key.substr(13));
+      const std::map<std::string, Pooling::Kind> built = {
+          {"mean_tokens", Pooling::mean}, {"cls_token", Pooling::cls}, {"max_tokens", Pooling::max}};
+      if (modes.size() != 1 || !built.count(modes[0]))
+        throw Error(config + ": pooling by " + list_names(modes) + " is not built; one of mean_tokens, cls_token, max_tokens is");
+      pooling.kind = built.at(modes[0]);
+    } else if (!name.ends_with(".Transformer")) {
+      throw Error(path + ": a module " + name + " is not built; Transformer, Pooling and Normalize are");
+    }
+  }
+  return pooling;
+}
+
+// sentence_bert_config.json's max_seq_length, else the tokenizer's limit, else the positions there are; never more than those.
+static int64_t read_max_length(const std::string& folder, const ModelFolder& m) {
+  int64_t length = m.config.max_position_embeddings;
+  if (m.tokenizer.model_max_length > 0) length = std::min(length, m.tokenizer.model_max_length);
+  const std::string path = folder + "/sentence_bert_config.json";
+  if (!fs::exists(path)) return length;
+  const Json json = Json::parse(read_file(path), path);
+  const Json* v = json.find("max_seq_length");
+  return v && !v->is(Json::null) ? std::min(m.config.max_position_embeddings, std::max<int64_t>(1, v->as_int(path + ": max_seq_length")))
+                                 : length;
+}
+
+// Everything of a folder but the weights.
+static ModelFolder read_folder(const std::string& folder) {
+  check_folder(folder);
+  ModelFolder m{Config::parse(read_file(folder + "/config.json"), folder + "/config.json"), WordPiece::load(folder), {}, {}, 0, {}, {}};
+  if (m.tokenizer.size() > m.config.vocab_size)
+    throw Error(folder + ": the vocabulary has " + std::to_string(m.tokenizer.size()) + " pieces, the model has rows for " +
+                std::to_string(m.config.vocab_size) + "; take the vocabulary that the model was trained with");
+  for (const char* name : carried_files)
+    if (fs::exists(folder + "/" + name)) m.carried[name] = read_file(folder + "/" + name);
+  m.max_length = read_max_length(folder, m);
+  return m;
+}
+
+ModelFolder load_folder(const std::string& folder, bool pack) {
+  ModelFolder m = read_folder(folder);
+  m.pooling = read_pooling(folder);
+  const Task task = head_kind(m.config).task;
+  if (head_kind(task).classifier && m.config.labels.empty()) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
+  m.bert.config = m.config, m.bert.task = task, m.bert.layers.resize((size_t)m.config.num_hidden_layers);
+  const SafeTensors file = SafeTensors::open(folder + "/model.safetensors");
+  const bool no_pooler = task == Task::embed && m.pooling.kind != Pooling::pooler;  // many sentence encoders come without one
+  m.report = load_weights(m.bert, file,
+                          {.may_draw = [&](const std::string& name) { return no_pooler && name.starts_with("pooler."); },
+                           .leave_aside = [](const std::string&) { return false; }});
+  if (!m.report.newly_initialised.empty()) m.bert.pooler = {}, m.report.newly_initialised.clear();
+  refuse_unexpected(file, m.report);
+  if (pack) m.bert.pack();
+  return m;
+}
+
+ModelFolder load_folder_for(const std::string& folder, Task task, const std::vector<std::string>& labels, uint64_t seed) {
+  ModelFolder m = read_folder(folder);
+  const HeadKind& head = head_kind(task);
+  const bool same_head = head_kind(m.config).task == task && m.config.labels == labels;  // else its rows mean something else
+  m.config.labels = labels, m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
+  m.bert.config = m.config, m.bert.task = task, m.bert.layers.resize((size_t)m.config.num_hidden_layers);
+  const SafeTensors file = SafeTensors::open(folder + "/model.safetensors");
+  m.report = load_weights(m.bert, file, {.own = true, .seed = seed, .may_draw = is_head, .leave_aside = [&](const std::string& name) {
+                                           return (name.starts_with("classifier.") && !same_head) ||
+                                                  (name.starts_with("cls.predictions.") && !head.masked_words) ||
+                                                  (name.starts_with("cls.seq_relationship.") && !head.next_sentence);
+                                         }});
+  refuse_unexpected(file, m.report);
+  return m;
+}
+
+void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried) {
+  fs::create_directories(folder);
+  for (const auto& [name, bytes] : carried) {
+    fs::create_directories(fs::path(folder + "/" + name).parent_path());
+    write_file(folder + "/" + name, bytes);
+  }
+  write_file(folder + "/config.json", bert.config.to_json());
+  std::vector<NamedTensor> tensors;
+  for (const Parameter& p : bert.parameters()) tensors.push_back({p.name, p.shape(), p.data()});
+  save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}});  // transformers asks for "pt"
+}
+
+FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
+  for (;;) {
+    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (file_ < 0) throw Error(path_ + ": cannot write: " + std::strerror(errno));
+    if (flock(file_, LOCK_EX | LOCK_NB)) {
+      char holder[256] = "";
+      const ssize_t n = pread(file_, holder, sizeof holder - 1, 0);
+      ::close(file_);
+      throw Error(folder + ": another run is writing here (" + (n > 0 ? std::string(holder, (size_t)n) : "unknown") +
+                  "); wait for it, or take another --output");
+    }
+    struct stat mine {
+    }, named{};  // another process may have removed the file between open and lock
+    if (fstat(file_, &mine) == 0 && stat(path_.c_str(), &named) == 0 && mine.st_ino == named.st_ino) break;
+    ::close(file_);
+  }
+  char host[128] = "";
+  gethostname(host, sizeof host - 1);
+  const std::string who = std::string(host) + " pid " + std::to_string(getpid());
+  if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
+    // only the message for others suffers; the lock itself holds
+  }
+}
+FolderLock::~FolderLock() {
+  unlink(path_.c_str());
+  ::close(file_);
+}
+
+// ==== Model =======================================================================================================
+std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::span<const Example> examples, int64_t top,
+                                                int64_t batch_tokens) {
+  const Bert& bert = folder.bert;
+  if (!head_kind(bert.task).masked_words)
+    throw Error("fill-mask needs a model that guesses masked words (BertForPreTraining or BertForMaskedLM), this one is for " +
+                std::string(head_kind(bert.task).name));
+  std::vector<std::vector<MaskGuess>> out(examples.size());
+  for_batches(examples, batch_tokens, [&](Batch batch, const std::vector<int64_t>& rows) {
+    std::vector<std::pair<int64_t, int64_t>> places;  // row in the batch, number of the mask in it
+    for (int64_t r = 0; r < batch.rows(); r++)
+      for (int64_t t = batch.offsets[(size_t)r], n = 0; t < batch.offsets[(size_t)r + 1]; t++)
+        if (batch.ids[(size_t)t] == folder.tokenizer.mask) batch.masked.push_back(t), places.push_back({r, n++});
+    if (places.empty()) return;
+    const Tensor p = softmax(bert.masked_logits(bert.forward(batch), batch.masked));
+    const int64_t V = p.cols(), count = std::min(top, V);
+    std::vector<int32_t> ids((size_t)V);
+    for (size_t m = 0; m < places.size(); m++) {
+      const float* row = p.data() + (int64_t)m * V;
+      std::iota(ids.begin(), ids.end(), 0);
+      std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
+                        [&](int32_t a, int32_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
+      auto& guesses = out[(size_t)rows[(size_t)places[m].first]];
+      for (int64_t i = 0; i < count; i++) {
+        const int32_t id = ids[(size_t)i];
+        guesses.push_back({places[m].second, std::string(folder.tokenizer.piece(id)), id, (double)row[id]});
+      }
+    }
+  });
+  return out;
+}
+
+std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Example> examples, int64_t batch_tokens) {
+  const Bert& bert = folder.bert;
+  if (!head_kind(bert.task).masked_words)
+    throw Error("--score needs a model that guesses masked words (BertForPreTraining or BertForMaskedLM)");
+  std::vector<TextScore> out(examples.size());
+  for (size_t i = 0; i < examples.size(); i++) {
+    const Example& e = examples[i];
+    std::vector<size_t> tokens;
+    for (size_t t = 0; t < e.ids.size(); t++)
+      if (e.ids[t] != folder.tokenizer.cls && e.ids[t] != folder.tokenizer.sep) tokens.push_back(t);
+    const size_t rows = (size_t)std::max<int64_t>(1, batch_tokens / std::max<int64_t>(1, (int64_t)e.ids.size()));
+    for (size_t from = 0; from < tokens.size(); from += rows) {
+      Batch batch;
+      std::vector<int32_t> ids = e.ids;
+      for (size_t k = from; k < std::min(tokens.size(), from + rows); k++) {  // a row for each token, that one masked
+        ids[tokens[k]] = folder.tokenizer.mask;
+        batch.masked.push_back(batch.tokens() + (int64_t)tokens[k]), batch.masked_labels.push_back(e.ids[tokens[k]]);
+        batch.add_row(ids, e.segments);
+        ids[tokens[k]] = e.ids[tokens[k]];
+      }
+      const Tensor logits = bert.masked_logits(bert.forward(batch), batch.masked);
+      for (int64_t m = 0; m < logits.rows(); m++) {  // one by one: a sum in float over a batch would depend on the batch
+        const float* row = logits.data() + m * logits.cols();
+        double sum = 0, highest = *std::max_element(row, row + logits.cols());
+        for (int64_t v = 0; v < logits.cols(); v++) sum += std::exp((double)row[v] - highest);
+        out[i].log_likelihood += (double)row[batch.masked_labels[(size_t)m]] - highest - std::log(sum);
+      }
+    }
+    out[i].tokens = (int64_t)tokens.size();
+  }
+  return out;
+}
+
+Model Model::load(const std::string& folder) {
+  Model m;
+  m.folder_ = std::make_shared<const ModelFolder>(load_folder(folder));
+  return m;
+}
+
+static Example example_of(const Encoding& e) { return {e.ids, e.type_ids, kIgnored, {}}; }
+
+// A user's text is plain text: "[MASK]" in it is a word, unless masks are what is asked for.
+static EncodeOptions encode_options(const ModelFolder& folder, bool parse_special) {
+  EncodeOptions o;
+  o.max_length = folder.max_length, o.parse_special = parse_special;
+  return o;
+}
+
+std::vector<float> Model::embed(std::string_view text) const {
+  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, false)));
+  Batch batch;
+  batch.add_row(e.ids, e.segments);
+  const Tensor v = pool_rows(folder_->bert, folder_->bert.forward(batch), batch, folder_->pooling);
+  return {v.data(), v.data() + v.size()};
+}
+std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) const {
+  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
+  return guess_masks(*folder_, {&e, 1}, top, 1)[0];
+}
+std::vector<float> Model::classify(std::string_view text) const {
+  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, false)));
+  const std::vector<float> out = head_outputs(folder_->bert, {&e, 1}, 1);
+  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+}
+std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
+  const Example e = example_of(folder_->tokenizer.encode(text, pair, encode_options(*folder_, false)));
+  const std::vector<float> out = head_outputs(folder_->bert, {&e, 1}, 1);
+  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+}
+
+}  // namespace bert
