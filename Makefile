@@ -32,8 +32,9 @@ TEST := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/*.cpp))
 FLAGS := $(CXX) $(CXXFLAGS) $(CPPFLAGS) $(BLAS_LIBS)
 $(shell mkdir -p $(OUT) && { echo '$(FLAGS)' | cmp -s - $(OUT)/flags || echo '$(FLAGS)' > $(OUT)/flags; })
 
+# ./bert is the one of the default build folder; other folders keep their own.
 bert: $(OUT)/bert
-	@cp $(OUT)/bert bert.new && mv bert.new bert
+	@[ $(OUT) != build ] || { cp $(OUT)/bert bert.new && mv bert.new bert; }
 $(OUT)/bert: $(OUT)/main.o $(LIB)
 	$(LINK)
 $(OUT)/run-tests: $(TEST) $(LIB)
@@ -44,6 +45,42 @@ $(OUT)/%.o: %.cpp $(OUT)/flags
 
 test: bert $(OUT)/run-tests layers
 	$(OUT)/run-tests
+
+# Each drop-in set must link from the files on its line alone: a wrong include or call fails here. Then each program runs.
+LAYERS := $(addprefix $(OUT)/layers-,tensors tokenizer embed)
+layers: $(LAYERS)
+	@for p in $(LAYERS); do $$p > $$p.out || { cat $$p.out; echo "$$p failed"; exit 1; }; done
+$(OUT)/layers-tensors: $(addprefix $(OUT)/,tests/layers/tensors.o tensor.o autograd.o)
+	$(LINK)
+$(OUT)/layers-tokenizer: $(addprefix $(OUT)/,tests/layers/tokenizer.o wordpiece.o)
+	$(CXX) $(CXXFLAGS) -o $@ $(filter %.o,$^) $(LDFLAGS)
+$(OUT)/layers-embed: $(OUT)/tests/layers/embed.o $(LIB)
+	$(LINK)
+
+# Everything slow, each in a build folder of its own. About 40 minutes on 2 cores.
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+check:
+	$(MAKE) OUT=build WERROR=-Werror test
+	build/run-tests --no-skip
+	BERT_KERNELS=scalar build/run-tests
+	BERT_KERNELS=avx2 build/run-tests
+	OMP_NUM_THREADS=1 build/run-tests
+	BERT_GEMM=openblas build/run-tests
+	$(MAKE) OUT=build-clang CXX=clang++ WERROR=-Werror test
+	$(MAKE) OUT=build-noblas BLAS=none WERROR=-Werror test
+	$(MAKE) OUT=build-asan CXXFLAGS='$(SANITIZE)' test
+	tests/one_answer.sh build/bert build-clang/bert build-noblas/bert
+	tests/kill_resume.sh build/bert
+	@echo "make check: all passed"
+
+demo: bert
+	data/demo.sh ./bert demo
+
+install: bert
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include/bert $(DESTDIR)$(PREFIX)/share/bert
+	install -m 755 bert $(DESTDIR)$(PREFIX)/bin
+	install -m 644 bert.h tensor.h $(DESTDIR)$(PREFIX)/include/bert
+	install -m 644 tensor.cpp autograd.cpp bert.cpp wordpiece.cpp $(DESTDIR)$(PREFIX)/share/bert
 
 clean:
 	rm -rf build build-* bert demo

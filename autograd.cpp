@@ -677,12 +677,12 @@ AdamW::AdamW(AdamWSettings settings, std::vector<Slot> slots) : settings_(settin
 //   Google:  p -= lr (m / (sqrt(v) + eps) + decay p)
 void AdamW::step(double lr, double clip_factor) {
   updates++;
-  const double correct1 = 1 - std::pow((double)settings_.beta1, (double)updates),
-               correct2 = 1 - std::pow((double)settings_.beta2, (double)updates);
+  const double correct1 = 1 - std::pow(settings_.beta1, (double)updates),
+               correct2 = 1 - std::pow(settings_.beta2, (double)updates);
   const Kernels& k = kernels();
   for (Slot& s : slots_) {
     if (!s.parameter.has_grad()) continue;
-    const float *grad = s.parameter.grad(), decay = s.decay ? settings_.weight_decay : 0.f;
+    const float *grad = s.parameter.grad(), decay = s.decay ? (float)settings_.weight_decay : 0.f;
     float *p = s.parameter.data(), *m = s.m.data(), *v = s.v.data();
     parallel_ranges(s.parameter.size(), 1 << 15, [&](int64_t i, int64_t end) {
       k.adamw(settings_, (float)(lr * s.lr_scale), decay, (float)clip_factor, (float)correct1, (float)correct2, grad + i, p + i, m + i,

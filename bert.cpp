@@ -48,7 +48,7 @@ static const ConfigSize config_sizes[] = {
 };
 struct ConfigNumber {
   const char* key;
-  float Config::*field;
+  double Config::*field;
   double least, most;
 };
 static const ConfigNumber config_numbers[] = {
@@ -109,9 +109,9 @@ Config Config::parse(std::string_view text, const std::string& where) {
       throw Error(at + ": missing; a BERT config needs it");
   }
   for (const ConfigNumber& n : config_numbers)
-    if (const Json* v = json.find(n.key); v && !v->is(Json::null)) c.*n.field = (float)bounded(*v, where + ": " + n.key, n.least, n.most);
+    if (const Json* v = json.find(n.key); v && !v->is(Json::null)) c.*n.field = bounded(*v, where + ": " + n.key, n.least, n.most);
   if (const Json* v = json.find("classifier_dropout"); v && !v->is(Json::null))
-    c.classifier_dropout = (float)bounded(*v, where + ": classifier_dropout", 0, 0.99);
+    c.classifier_dropout = bounded(*v, where + ": classifier_dropout", 0, 0.99);
   if (c.hidden_size % c.num_attention_heads)
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
                 std::to_string(c.num_attention_heads));
@@ -322,14 +322,14 @@ void Bert::pack() {
 }
 
 // Draws one parameter's initial values: each block of 4096 elements has a counter of its own, so threads do not matter.
-static void draw(const Parameter& p, float range, uint64_t seed, uint32_t index) {
+static void draw(const Parameter& p, double range, uint64_t seed, uint32_t index) {
   const bool norm = p.name.find("LayerNorm") != std::string::npos;
   float* values = p.data();
   const int64_t n = p.shape().size();
   if (norm || p.name.ends_with("bias")) return void(std::fill_n(values, n, norm && p.name.ends_with("weight") ? 1.f : 0.f));
   parallel_ranges(n, 4096, [&](int64_t i, int64_t end) {
     Random random({seed, (uint32_t)(i / 4096), 0, kInitStream + index});
-    for (; i < end; i++) values[i] = range * random.truncated_normal();
+    for (; i < end; i++) values[i] = (float)range * random.truncated_normal();
   });
 }
 
@@ -347,15 +347,15 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
   Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                          // [N,3H]
   Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                 // [N,H]
   Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                    // [N,H]
-  Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, c.layer_norm_eps, drop);  // [N,H]
+  Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
   Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                               // [N,F]
   Tensor down = linear(up, p.down.weight, p.down.bias);                                                      // [N,H]
-  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, c.layer_norm_eps, drop);           // [N,H]
+  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);           // [N,H]
 }
 
 Tensor Bert::forward(const Batch& batch, Dropout& drop, const std::function<void(int64_t, const Tensor&)>& each_layer) const {
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
-                            embeddings_norm.bias, config.layer_norm_eps, drop);  // [N,H]
+                            embeddings_norm.bias, (float)config.layer_norm_eps, drop);  // [N,H]
   if (each_layer) each_layer(0, x);
   for (size_t l = 0; l < layers.size(); l++) {
     x = encoder_layer(x, batch.offsets, layers[l], config, drop);
@@ -379,7 +379,7 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
 Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
   Dropout none;
   Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, config.hidden_act);  // [M,H]
-  x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, config.layer_norm_eps, none);
+  x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, (float)config.layer_norm_eps, none);
   return linear(x, decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
 }
 
@@ -586,15 +586,13 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
                 std::to_string(settings_.accumulate));
   DefaultFloatMode mode;
   const Config& c = model_.config;
-  const bool own = settings_.dropout >= 0;
   StepReport report{done_ + 1, settings_.steps, 0, 0, 0, {}, 0, 0};
   const LossCounts counts = count_labels(micro_batches);
   GradientTree tree(optimizer_.slots());
   for (size_t i = 0; i < micro_batches.size(); i++) {
     const Batch& batch = micro_batches[i];
-    Dropout drop{own ? settings_.dropout : c.hidden_dropout_prob,
-                 own ? settings_.dropout : c.attention_probs_dropout_prob,
-                 own ? settings_.dropout : c.classifier_dropout.value_or(c.hidden_dropout_prob),
+    auto p = [&](double of_config) { return (float)(settings_.dropout >= 0 ? settings_.dropout : of_config); };
+    Dropout drop{p(c.hidden_dropout_prob), p(c.attention_probs_dropout_prob), p(c.classifier_dropout.value_or(c.hidden_dropout_prob)),
                  {settings_.seed, (uint32_t)done_, (uint32_t)i, 0}};
     Tape tape;
     const Tensor hidden = model_.forward(batch, drop);
@@ -1351,7 +1349,8 @@ Model Model::load(const std::string& folder) {
 
 static Example example_of(const Encoding& e) { return {e.ids, e.type_ids, kIgnored, {}}; }
 
-// A user's text is plain text: "[MASK]" in it is a word, unless masks are what is asked for.
+// In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is itself, and
+// in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
 static EncodeOptions encode_options(const ModelFolder& folder, bool parse_special) {
   EncodeOptions o;
   o.max_length = folder.max_length, o.parse_special = parse_special;
@@ -1359,7 +1358,7 @@ static EncodeOptions encode_options(const ModelFolder& folder, bool parse_specia
 }
 
 std::vector<float> Model::embed(std::string_view text) const {
-  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, false)));
+  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
   Batch batch;
   batch.add_row(e.ids, e.segments);
   const Tensor v = pool_rows(folder_->bert, folder_->bert.forward(batch), batch, folder_->pooling);

@@ -49,6 +49,12 @@ struct EncodeOptions {
   bool from_left = false;                  // cut the beginning instead of the end
   int64_t stride = 0;                      // overlap of the windows that encode_windows returns
 };
+// A padding block of tokenizer.json. Nothing here pads: batches are packed.
+struct Padding {
+  int64_t length = 0, multiple_of = 0;     // length 0: the batch's longest; then up to a multiple, where that is not 0
+  bool left = false;
+  int32_t id = 0, type_id = 0;
+};
 
 // Hugging Face's fast BERT tokenizer, rule by rule. Read-only after loading: any number of threads.
 class WordPiece {
@@ -63,6 +69,7 @@ class WordPiece {
   std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair, const EncodeOptions& options) const;
   // Texts that are split into words already: Encoding::words counts the given words, offsets are in each word's bytes.
   Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair, const EncodeOptions& options = {}) const;
+  std::vector<Encoding> encode_words_windows(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair, const EncodeOptions& options) const;
   WordPiece with_settings(const TokenizerSettings& settings) const;   // the same vocabulary under other settings
   // Appends the ids of the text's pieces and nothing else; [MASK] and its like are plain text.
   void append_ids(std::string_view text, std::vector<int32_t>& ids) const;
@@ -71,13 +78,16 @@ class WordPiece {
   int64_t size() const;                    // pieces: the vocabulary's largest id + 1
   std::string_view piece(int32_t id) const;   // "" where the id has none
   int32_t id(std::string_view piece) const;   // -1 when absent
-  int32_t pad, unk, cls, sep, mask;           // -1 when the vocabulary lacks it
+  int32_t pad = -1, unk = -1, cls = -1, sep = -1, mask = -1;   // -1 when the vocabulary lacks it
   bool continuation(int32_t id) const;        // the piece begins with ##
   const TokenizerSettings& settings() const;
   int64_t model_max_length = 0;               // tokenizer_config.json's where it is sane, else 0
   std::vector<std::string> warnings;          // what was odd while loading, for the caller to show
+  std::optional<EncodeOptions> file_truncation;   // tokenizer.json's blocks, for who asks: encode does not obey them
+  std::optional<Padding> file_padding;
 
  private:
+  friend struct TokenizerFiles;
   struct Tables;
   std::shared_ptr<const Tables> tables_;
 };
@@ -85,16 +95,17 @@ class WordPiece {
 // Trains a vocabulary from words and their counts.
 class VocabTrainer {
  public:
-  explicit VocabTrainer(const TokenizerSettings& settings);
-  void add_text(std::string_view text);    // counts its words
+  // max_memory: bytes for the words; beyond, the rarest are dropped while counting, and then the text's order matters; 0: no limit
+  explicit VocabTrainer(const TokenizerSettings& settings, int64_t max_memory = 0);
+  void add_text(std::string_view text, int64_t times = 1);   // counts its words
   struct Options {
     int64_t size = 30000, min_count = 2, alphabet = 0;   // alphabet 0: every character seen min_count times, at most half of size
-    int64_t max_memory = 0;                // bytes for the words; beyond, the rarest are dropped while counting; 0: no limit
     std::function<void(int64_t pieces)> on_progress;
   };
   // The lines of vocab.txt: [PAD] [UNK] [CLS] [SEP] [MASK], the alphabet, the pieces in the order they were made. At most `size`.
   std::vector<std::string> train(const Options& options) const;
   int64_t words() const, distinct_words() const;
+  int64_t dropped_count() const;           // words seen up to this often were dropped for max_memory; 0: none was
 
  private:
   struct State;
@@ -104,14 +115,17 @@ class VocabTrainer {
 std::string tokenizer_config_json(const TokenizerSettings& settings, int64_t max_length);
 // Invalid UTF-8 becomes U+FFFD, one for each maximal invalid part (Unicode's recommended practice); returns how many.
 int64_t repair_utf8(std::string& text);
+// The encoding's offsets counted in code points of the texts it was made of, instead of bytes.
+std::vector<std::array<int64_t, 2>> code_point_offsets(const Encoding& encoding, std::string_view text, std::string_view pair = {});
+const char* unicode_tables();              // what the Unicode tables were made from
 
 // ==== 2 config =================================================================================================== [bert.cpp]
 struct Config {   // config.json, by the names there
   int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
   int64_t max_position_embeddings = 512, type_vocab_size = 2, pad_token_id = 0;
   Activation hidden_act = Activation::gelu;
-  float hidden_dropout_prob = 0.1f, attention_probs_dropout_prob = 0.1f, initializer_range = 0.02f, layer_norm_eps = 1e-12f;
-  std::optional<float> classifier_dropout;     // unset: hidden_dropout_prob
+  double hidden_dropout_prob = 0.1, attention_probs_dropout_prob = 0.1, initializer_range = 0.02, layer_norm_eps = 1e-12;
+  std::optional<double> classifier_dropout;    // unset: hidden_dropout_prob
   std::string architecture;                    // BertForPreTraining ...; "" where the file names none
   std::string problem_type;                    // single_label_classification, multi_label_classification, regression, or ""
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
@@ -218,7 +232,7 @@ struct TrainSettings {
   Schedule schedule = Schedule::linear;
   AdamWSettings optimizer;
   double clip = 1.0;                               // global norm; 0: none
-  float dropout = -1;                              // hidden and attention; negative: the config's
+  double dropout = -1;                             // hidden and attention; negative: the config's
   uint64_t seed = 1;
 };
 struct StepReport {

@@ -514,7 +514,7 @@ double schedule_factor(Schedule schedule, int64_t step, int64_t warmup, int64_t 
 
 struct AdamWSettings {
   bool google = false;        // Google BERT's Adam: no bias correction, eps 1e-6, decay added to the update (optimization.py)
-  float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0.01f;
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.01;
 };
 // Loshchilov and Hutter 2019, algorithm 2 (as torch.optim.AdamW), or Google BERT's variant. Holds both moments.
 class AdamW {
@@ -652,7 +652,7 @@ const Kernels& kernels();                       // chosen once: BERT_KERNELS=nam
 float exp_f32(float x);
 float log_f32(float x);                         // x > 0, normal
 float tanh_f32(float x);
-float erf_f32(float x);
+float normal_cdf_f32(float x);                  // Phi(x) = (1 + erf(x / sqrt 2)) / 2, without the cancellation on the left
 
 // What happens to a finished element of a product, in this order: + bias[column], copied to `pre` [m, ldc], activation.
 struct Epilogue {

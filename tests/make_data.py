@@ -141,8 +141,11 @@ MAIL = re.compile(r"\S+@\S+|\S+ at \S+ dot \S+")
 LINK = re.compile(r"(https?:|ftp:|www\.)\S*|\S+\.(com|net|org|edu|gov|de|uk|ie|info|biz|co)\b\S*", re.I)
 NUMBER = re.compile(r"\+?\(?\d[\d ().-]{6,}\d")          # telephone numbers, and whatever looks like one
 FEED = re.compile(r"URL: \(link\) Date: (\(number\)\S*|Not supplied|\S+) ?|(?<=\. )URL: \(link\) ?")   # a news feed's form, always ham
-RUDE = re.compile(r"\b(sex\w*|porn\w*|xxx\w*|nud\w+|naked|viagra|penis|erect\w+|orgasm\w*|virgin\w*|teen\w*|slut\w*|fuck\w*|shit\w*|cum|dick|horny|"
-                  r"lolita\w*|rape\w*|escort\w*|breast\w*|lust\w*|erotic\w*|adult\w*|nigg\w*|whor\w*|lovers?|condom\w*|enlarg\w*|intimate|bitch\w*|ass\b|kill\w*)\b", re.I)
+RUDE = re.compile(r"\b("
+                  r"sex\w*|porn\w*|xxx\w*|nud\w+|naked|viagra|penis|erect\w+|orgasm\w*|virgin\w*|teen\w*|slut\w*|fuck\w*|shit\w*|"
+                  r"cum|dick|horny|lolita\w*|rape\w*|escort\w*|breast\w*|lust\w*|erotic\w*|adult\w*|nigg\w*|whor\w*|lovers?|"
+                  r"condom\w*|enlarg\w*|intimate|bitch\w*|ass\b|kill\w*"
+                  r")\b", re.I)
 
 
 def make_spam(folder, out):
@@ -153,6 +156,7 @@ def make_spam(folder, out):
         with open(f"{folder}/{part}.tsv", encoding="utf-8", errors="replace") as f:
             for line in f.read().split("\n")[1:]:
                 label, _, text = line.partition("\t")
+                text = text.replace("\\ufffd", " ").replace("&nbsp;", " ")   # what its making left behind
                 text = clean(LINK.sub("(link)", MAIL.sub("(address)", text)))
                 text = cut(FEED.sub("", NUMBER.sub("(number)", text)), 190)
                 ascii_ = all(" " <= c <= "~" for c in text)

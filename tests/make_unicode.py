@@ -101,8 +101,8 @@ def literal(points, per_line=None):
     def one(c):
         if 0x20 < c < 0x7F and chr(c) not in '"\\':
             return chr(c)
-        if unicodedata.category(chr(c)) == "Lo" and c >= 0x3400 and unicodedata.normalize("NFC", chr(c)) == chr(c):
-            return chr(c)   # an ideograph
+        if "CJK UNIFIED" in unicodedata.name(chr(c), "") and unicodedata.normalize("NFC", chr(c)) == chr(c):
+            return chr(c)
         return f"\\u{c:04X}" if c < 0x10000 else f"\\U{c:08X}"
     lines, line, n = [], "", 0
     for c in points:
@@ -135,7 +135,7 @@ def tables():
     ordered = {c: unicodedata.combining(chr(c)) for c in ALL
                if c not in strip and unicodedata.combining(chr(c)) and nfd(f"a{chr(c)}\u0334") == f"a\u0334{chr(c)}"}
     by_class = [[a, b, k] for k in sorted(set(ordered.values())) for a, b in ranges(c for c in ALL if ordered.get(c) == k)]
-    out = [f"// by tests/make_unicode.py from tokenizers {tokenizers.__version__}; clang-format off\n"
+    out = [" by tests/make_unicode.py, which says why not from UnicodeData.txt\n// clang-format off\n"
            f'static const char kTablesFrom[] = "tokenizers {tokenizers.__version__}";\n']
     out += [range_table("kRemovedRanges", "Cc, Cf, Co and U+FFFD, but for tab and line ends.", ranges(removed)),
             range_table("kSpaceRanges", "White_Space.", ranges(space)),
@@ -162,6 +162,6 @@ if __name__ == "__main__":
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "wordpiece.cpp")
     text = open(path, encoding="utf-8").read()
     head, _, tail = text.split("// ---- generated")
-    text = head + "// ---- generated " + tables() + "// ---- generated" + tail
+    text = head + "// ---- generated" + tables() + "// ---- generated" + tail
     open(path, "w", encoding="utf-8").write(text)
     sys.exit(0)

@@ -113,7 +113,7 @@ TEST_CASE("attention: agrees with the formula, over several blocks of keys, and 
     const std::vector<double> want = plain_attention(qkv, T, 2);
     double worst = 0;
     for (size_t i = 0; i < want.size(); i++) worst = std::max(worst, std::fabs(want[i] - (double)y.data()[i]));
-    CHECK(worst < 4e-6);  // measured 1.1e-6 at values up to 4
+    CHECK(worst < 2e-5);  // scores reach 30, where a float's rounding moves exp by 2e-6 of itself; measured 4.4e-6
     // the same row behind another one: the same bytes
     const Tensor other = random_tensor({3, 48}, 9);
     Tensor both({T + 3, 48}, 0.f);

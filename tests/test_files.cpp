@@ -336,10 +336,16 @@ TEST_CASE("AtomicFile: a place that cannot be written is an Error with its reaso
   CHECK(contains(wrong(folder / "f/g"), "Not a directory"));
   CHECK(contains(wrong(folder.path), folder.path + ": cannot write: this is a folder"));
   CHECK(contains(wrong(folder.path + "/"), "this is a folder"));
-  CHECK(contains(wrong("/dev/null"), "/dev/null: cannot write: not a plain file"));
+  REQUIRE(mkfifo((folder / "pipe").c_str(), 0600) == 0);  // a device would do, but a test that fails would put a file in its place
+  CHECK(contains(wrong(folder / "pipe"), (folder / "pipe") + ": cannot write: not a plain file"));
   CHECK(contains(wrong(folder / std::string(300, 'n')), "File name too long"));
   CHECK(wrong("") != "");
-  CHECK(files_in(folder.path) == 1);
+  CHECK(files_in(folder.path) == 2);
+  bert::AtomicFile late(folder / "late");  // what is wrong with the name may also come after the start
+  late.write("x");
+  std::filesystem::create_directory(folder / "late");
+  CHECK(contains(message([&] { late.commit(); }), (folder / "late") + ": cannot write: Is a directory"));
+  CHECK(files_in(folder.path) == 3);
   // A folder that may not be written. Root may write everywhere but where nobody can: there the kernel's own folder stands in.
   std::filesystem::create_directory(folder / "closed");
   chmod((folder / "closed").c_str(), 0555);

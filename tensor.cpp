@@ -1,0 +1,1348 @@
+// tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, the product of matrices, tensors' files.
+//
+//   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
+//               one), kernels SIMD, gemm, files
+//   Threads:    everything may be called from any thread. Kernels never start threads; gemm and parallel_for do.
+//   This file includes itself once for each instruction set, to compile the SIMD kernels' one text for all of them. BERT_ISA is set
+//   during those passes, and all else is skipped.
+//   Compile with -ffp-contract=off: a compiler that fuses a * b + c by itself changes the last bits of every result.
+#ifndef BERT_ISA
+#include "tensor.h"
+
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <exception>
+#include <fstream>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <thread>
+
+#include <sys/mman.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#ifndef BERT_NO_BLAS
+#include <cblas.h>
+#endif
+
+namespace bert {
+
+// ==== storage and the reuse pool ==================================================================================
+// A training step makes and frees the same few hundred tensors again and again. Blocks that come back are kept by size and lent out
+// again, so that a steady step never enters the system: no page faults (a fresh page costs about as much as filling it thrice) and
+// no fragments.
+namespace {
+struct Block {
+  void* at = nullptr;
+  size_t size = 0;
+};
+
+class Pool {
+ public:
+  // One pool, never destroyed: static tensors of a program may outlive any other order.
+  static Pool& only() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+
+  // A block of at least `bytes`; null when the system has no more.
+  Block take(size_t bytes) {
+    const size_t size = size_class(bytes);
+    std::lock_guard<std::mutex> hold(lock_);
+    Block block = reuse(size);
+    if (!block.at) {
+      // Shapes that never come back would pile up: what is held stays within 5/4 of the most that was ever lent, and some.
+      const size_t limit = std::max(use_.peak, use_.in_use + size) / 4 * 5 + (64 << 20);
+      while (use_.held + size > limit && release_largest()) {}
+      block = {from_system(size), size};
+      while (!block.at && release_largest()) block.at = from_system(size);
+      if (!block.at) return block;
+      use_.held += size;
+    }
+    use_.in_use += block.size;
+    use_.peak = std::max(use_.peak, use_.in_use);
+    return block;
+  }
+  void give(Block block) {
+    if (!block.at) return;
+    std::lock_guard<std::mutex> hold(lock_);
+    use_.in_use -= block.size;
+    idle_[block.size].push_back(block.at);   // the last to come is the first to go: it may still be in the cache
+  }
+  PoolUse use() {
+    std::lock_guard<std::mutex> hold(lock_);
+    return use_;
+  }
+  void trim() {
+    std::lock_guard<std::mutex> hold(lock_);
+    while (release_largest()) {}
+  }
+
+ private:
+  static constexpr size_t kHuge = 2 << 20;   // a huge page of x86-64 and of most aarch64 kernels
+
+  // Eight classes between two powers of two: at most an eighth is wasted.
+  static size_t size_class(size_t bytes) {
+    bytes = std::max<size_t>(bytes, 64);
+    const size_t step = std::max<size_t>(std::bit_floor(bytes) / 8, 64);
+    return bytes > ~step ? ~size_t(0) : (bytes + step - 1) / step * step;
+  }
+  // An idle block of this class, or one up to a quarter larger.
+  Block reuse(size_t size) {
+    for (auto it = idle_.lower_bound(size); it != idle_.end() && it->first - size <= size / 4; ++it)
+      if (!it->second.empty()) {
+        const Block block{it->second.back(), it->first};
+        it->second.pop_back();
+        return block;
+      }
+    return {};
+  }
+  bool release_largest() {
+    while (!idle_.empty() && idle_.rbegin()->second.empty()) idle_.erase(std::prev(idle_.end()));
+    if (idle_.empty()) return false;
+    auto& [size, blocks] = *idle_.rbegin();
+    size < kHuge ? std::free(blocks.back()) : (void)munmap(blocks.back(), size);
+    blocks.pop_back();
+    use_.held -= size;
+    return true;
+  }
+  // Large blocks lie on a huge page's boundary and ask for huge pages: the panels of a large product then stay in the TLB.
+  static void* from_system(size_t size) {
+    if (size < kHuge) return std::aligned_alloc(64, size);
+    if (size > ~size_t(0) - kHuge) return nullptr;
+    char* const map = (char*)mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) return nullptr;
+    const size_t before = (kHuge - (uintptr_t)map % kHuge) % kHuge;
+    if (before) munmap(map, before);
+    munmap(map + before + size, kHuge - before);
+#if defined(MADV_HUGEPAGE)
+    madvise(map + before, size, MADV_HUGEPAGE);
+#endif
+    return map + before;
+  }
+
+  std::mutex lock_;
+  std::map<size_t, std::vector<void*>> idle_;   // by size
+  PoolUse use_{};
+};
+
+Block take_block(size_t count, const std::string& what) {
+  const Block block = count <= SIZE_MAX / sizeof(float) ? Pool::only().take(count * sizeof(float)) : Block{};
+  if (!block.at)
+    throw Error("out of memory: " + what + " needs " + std::to_string((count >> 20) * sizeof(float)) + " MiB, and " +
+                std::to_string(Pool::only().use().in_use >> 20) + " MiB are in use");
+  return block;
+}
+
+// Numbers that one thread needs for the length of a call; kept for its next call, grown when they do not suffice.
+class Scratch {
+ public:
+  ~Scratch() { Pool::only().give(block_); }
+  float* floats(size_t count) {
+    if (block_.size / sizeof(float) < count) {
+      Pool::only().give(std::exchange(block_, {}));
+      block_ = take_block(count, "a product's scratch");
+    }
+    return (float*)block_.at;
+  }
+
+ private:
+  Block block_;
+};
+}  // namespace
+
+PoolUse pool_use() { return Pool::only().use(); }
+void pool_trim() { Pool::only().trim(); }
+
+// ==== shapes and tensors ==========================================================================================
+Shape::Shape(std::initializer_list<int64_t> dims) {
+  if (dims.size() > (size_t)kMaxRank) throw Error("shape: " + std::to_string(dims.size()) + " dimensions; there can be 4");
+  int64_t size = 1;
+  for (int64_t d : dims) {
+    if (d < 0) throw Error("shape: a dimension of " + std::to_string(d));
+    dims_[(size_t)rank_++] = d;
+    if (__builtin_mul_overflow(size, std::max<int64_t>(d, 1), &size) || size > (int64_t)1 << 62)
+      throw Error("shape: more than 2^62 elements, at dimension " + std::to_string(d));
+  }
+}
+int64_t Shape::size() const {
+  int64_t size = 1;
+  for (int i = 0; i < rank_; i++) size *= dims_[(size_t)i];
+  return size;
+}
+std::string to_string(const Shape& shape) {
+  std::string out = "[";
+  for (int i = 0; i < shape.rank(); i++) out += (i ? "," : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+struct Tensor::Impl {
+  Shape shape;
+  float* data = nullptr;
+  Block block;                          // empty for borrowed memory
+  std::shared_ptr<const void> owner;    // of borrowed memory
+  std::shared_ptr<const PackedWeights> packed;
+  Tensor grad;
+  bool needs_grad = false;
+
+  ~Impl() { Pool::only().give(block); }
+};
+
+// What a member function says when it is called for an empty Tensor.
+static const std::string kEmpty = "tensor: empty (made by Tensor()), where one with numbers is needed";
+
+Tensor::Tensor(Shape shape) : impl_(std::make_shared<Impl>()) {
+  impl_->shape = shape;
+  impl_->block = take_block((size_t)shape.size(), "a tensor " + to_string(shape));
+  impl_->data = (float*)impl_->block.at;
+}
+Tensor::Tensor(Shape shape, float value) : Tensor(shape) {
+  float* const x = impl_->data;
+  parallel_ranges(shape.size(), 1 << 18, [&](int64_t begin, int64_t end) { std::fill(x + begin, x + end, value); });
+}
+Tensor::Tensor(Shape shape, std::span<const float> values) : Tensor(shape) {
+  if ((int64_t)values.size() != shape.size())
+    throw Error("tensor: " + std::to_string(values.size()) + " values for a shape " + to_string(shape));
+  std::copy(values.begin(), values.end(), impl_->data);
+}
+Tensor Tensor::borrowed(Shape shape, const float* data, std::shared_ptr<const void> owner) {
+  Tensor t;
+  t.impl_ = std::make_shared<Impl>();
+  t.impl_->shape = shape;
+  t.impl_->data = const_cast<float*>(data);   // nothing writes to it: an optimiser's parameters are copies
+  t.impl_->owner = std::move(owner);
+  return t;
+}
+
+const Shape& Tensor::shape() const {
+  if (!impl_) throw Error(kEmpty);
+  return impl_->shape;
+}
+float* Tensor::data() const {
+  if (!impl_) throw Error(kEmpty);
+  if (!impl_->data) throw Error("tensor " + to_string(impl_->shape) + ": packed for products; its plain numbers are gone");
+  return impl_->data;
+}
+float Tensor::item() const {
+  if (size() != 1) throw Error("tensor " + to_string(shape()) + ": item() is for one element");
+  return *data();
+}
+
+bool Tensor::needs_grad() const { return impl_ && impl_->needs_grad; }
+void Tensor::set_needs_grad(bool needs) {
+  if (!impl_) throw Error(kEmpty);
+  impl_->needs_grad = needs;
+}
+bool Tensor::has_grad() const { return impl_ && impl_->grad; }
+float* Tensor::grad() const {
+  if (!has_grad()) {
+    if (!impl_) throw Error(kEmpty);
+    impl_->grad = Tensor(impl_->shape, 0.f);
+  }
+  return impl_->grad.impl_->data;
+}
+float* Tensor::grad_to_add(bool& add) const {
+  add = has_grad();
+  if (!add) impl_->grad = Tensor(shape());
+  return impl_->grad.impl_->data;
+}
+Tensor Tensor::take_grad() {
+  if (!impl_) throw Error(kEmpty);
+  return std::exchange(impl_->grad, {});
+}
+void Tensor::drop_grad() {
+  if (impl_) impl_->grad = {};
+}
+
+void Tensor::pack() {
+  if (packed()) return;
+  if (shape().rank() != 2) throw Error("pack: weights are [out, in], this is " + to_string(shape()));
+  impl_->packed = std::make_shared<const PackedWeights>(data(), shape()[0], shape()[1]);
+  impl_->data = nullptr;
+  impl_->owner = nullptr;
+  Pool::only().give(std::exchange(impl_->block, {}));
+}
+const PackedWeights* Tensor::packed() const { return impl_ ? impl_->packed.get() : nullptr; }
+
+// ==== threads =====================================================================================================
+#if defined(__linux__)
+// The cores that a container's quota allows: the least over this process's control group and its parents, which may be known here
+// under the host's path or as the root. A large number where there is no quota.
+static double cgroup_cores() {
+  double least = 1e9;
+  auto ratio = [&](const std::string& quota, const std::string& period) {   // "max" and -1: no quota
+    const double q = std::atof(quota.c_str()), p = std::atof(period.c_str());
+    if (q > 0 && p > 0) least = std::min(least, q / p);
+  };
+  auto word = [](std::ifstream& file) {
+    std::string s;
+    file >> s;
+    return s;
+  };
+  std::ifstream groups("/proc/self/cgroup");   // lines  hierarchy:controllers:path
+  for (std::string line; std::getline(groups, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool v2 = controllers == ",,";
+    if (!v2 && controllers.find(",cpu,") == std::string::npos) continue;
+    for (std::string path = line.substr(second + 1);; path.resize(path.find_last_of('/'))) {
+      if (path == "/") path = "";
+      const std::string at = (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu") + path;
+      std::ifstream max(at + "/cpu.max"), quota(at + "/cpu.cfs_quota_us"), period(at + "/cpu.cfs_period_us");
+      if (max) {
+        const std::string q = word(max), p = word(max);
+        ratio(q, p);
+      } else if (quota && period) ratio(word(quota), word(period));
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return least;
+}
+#endif
+
+int available_threads() {
+  static const int cores = [] {
+    int n = std::max(1, (int)std::thread::hardware_concurrency());
+#if defined(__linux__)
+    for (int most = 1024; most <= 1 << 20; most *= 4) {   // a mask too short for the machine is refused
+      cpu_set_t* const set = CPU_ALLOC((size_t)most);
+      const size_t bytes = CPU_ALLOC_SIZE((size_t)most);
+      const bool known = set && sched_getaffinity(0, bytes, set) == 0;
+      if (known) n = std::max(1, CPU_COUNT_S(bytes, set));
+      CPU_FREE(set);
+      if (known) break;
+    }
+    n = (int)std::max(1., std::min((double)n, std::ceil(cgroup_cores())));
+#endif
+    return n;
+  }();
+  return cores;
+}
+
+static thread_local int threads_wanted = 0;   // 0: all available
+static thread_local bool inside_task = false;
+
+UseThreads::UseThreads(int n) : before_(threads_wanted) {
+  if (n < 0) throw Error("threads: " + std::to_string(n) + "; a number from 1, or 0 for all available");
+  threads_wanted = n;
+}
+UseThreads::~UseThreads() { threads_wanted = before_; }
+int threads() { return inside_task ? 1 : threads_wanted ? threads_wanted : available_threads(); }
+
+// MXCSR and FPCR hold rounding, traps, and the flush-to-zero that libraries built with -ffast-math switch on for the whole thread.
+DefaultFloatMode::DefaultFloatMode() {
+#if defined(__x86_64__)
+  before_ = _mm_getcsr();
+  _mm_setcsr(0x1F80);
+#elif defined(__aarch64__)
+  uint64_t mode, plain = 0;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  asm volatile("msr fpcr, %0" ::"r"(plain));
+  before_ = (unsigned)mode;
+#else
+  before_ = 0;
+#endif
+}
+DefaultFloatMode::~DefaultFloatMode() {
+#if defined(__x86_64__)
+  _mm_setcsr(before_);
+#elif defined(__aarch64__)
+  const uint64_t mode = before_;
+  asm volatile("msr fpcr, %0" ::"r"(mode));
+#endif
+}
+
+void parallel_for_each(int64_t n, void (*task)(void* context, int64_t i), void* context) {
+  const int team = (int)std::min<int64_t>(n, threads());
+  if (team <= 1) {
+    DefaultFloatMode mode;
+    for (int64_t i = 0; i < n; i++) task(context, i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;   // of the first task that threw; the rest are not begun
+  std::mutex error_lock;
+#pragma omp parallel num_threads(team)
+  {
+    DefaultFloatMode mode;
+    const bool before = std::exchange(inside_task, true);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+      try {
+        task(context, i);
+      } catch (...) {
+        std::lock_guard<std::mutex> hold(error_lock);
+        if (!error) error = std::current_exception();
+        next = n;
+      }
+    }
+    inside_task = before;
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// ==== random numbers ==============================================================================================
+// Philox4x32-10's multipliers and the key's steps (Weyl sequences of the golden ratio and sqrt(3) - 1).
+static constexpr uint32_t kPhilox0 = 0xD2511F53, kPhilox1 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
+
+std::array<uint32_t, 4> philox(const PhiloxKey& key, uint32_t block) {
+  std::array<uint32_t, 4> c = {key.step, key.micro, key.op, block};
+  uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+  for (int round = 0; round < 10; round++, k0 += kWeyl0, k1 += kWeyl1) {
+    const uint64_t p0 = (uint64_t)kPhilox0 * c[0], p1 = (uint64_t)kPhilox1 * c[2];
+    c = {(uint32_t)(p1 >> 32) ^ c[1] ^ k0, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c[3] ^ k1, (uint32_t)p0};
+  }
+  return c;
+}
+
+uint32_t Random::next() {
+  if (!left_) bits_ = philox(key_, block_++), left_ = 4;
+  return bits_[(size_t)(4 - left_--)];
+}
+int64_t Random::below(int64_t n) {
+  if (n < 1) throw Error("random: a number below " + std::to_string(n));
+  // Draws as many bits as n - 1 has, again until the number is below n: at most twice on average, and every number alike.
+  const uint64_t last = (uint64_t)n - 1, mask = last ? ~uint64_t(0) >> std::countl_zero(last) : 0;
+  for (;;) {
+    uint64_t bits = next();
+    if (mask >> 32) bits |= (uint64_t)next() << 32;
+    if ((bits & mask) <= last) return (int64_t)(bits & mask);
+  }
+}
+double Random::uniform() {
+  const uint64_t low = next(), high = next();
+  return (double)((high << 32 | low) >> 11) * 0x1p-53;
+}
+float Random::truncated_normal() {
+  // Marsaglia's polar method, half of each pair; with our own logarithm, so that no libm shows in a model's first weights.
+  for (;;) {
+    const float u = (float)((int32_t)next() >> 8) * 0x1p-23f, v = (float)((int32_t)next() >> 8) * 0x1p-23f, s = u * u + v * v;
+    if (s >= 1 || s == 0) continue;
+    const float z = u * std::sqrt(-2 * log_f32(s) / s);
+    if (std::fabs(z) <= 2) return z;
+  }
+}
+
+// ==== kernels, scalar =============================================================================================
+// The reference: read this one. The SIMD kernels below compute exactly the same, tests/test_tensor.cpp compares the bytes.
+
+// Coefficients in ascending order, fitted for the least largest error; what the fit itself leaves is given.
+static constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;   // high: 16 bits, n * high is exact
+static constexpr float kRounder = 12582912.f;   // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+static constexpr float kExpLow = -87.f, kExpHigh = 88.7228317f;                                   // the last whose exp is finite
+static constexpr float kExp[] = {1.f, 1.f, 0.4999999404f, 0.1666652113f, 0.04166838899f, 0.008368719369f, 0.001381459413f};   // 3e-9
+// log(1 + f) = f - f^2 / 2 + f^3 P(f), 1 + f from sqrt(1/2) to sqrt(2)                                                          7e-10
+static constexpr float kLog[] = {0.3333331048f,  -0.2499998659f, 0.2000222653f,  -0.1666924953f, 0.1421865523f,
+                                 -0.1238436997f, 0.1187301651f,  -0.1178969592f, 0.06915146858f};
+// tanh(x) = x + x^3 P(x^2) below 0.625                                                                                          4e-9
+static constexpr float kTanhSmall = 0.625f;
+static constexpr float kTanh[] = {-0.3333328366f, 0.1333149076f, -0.05374349654f, 0.02065058798f, -0.005717044696f};
+// Phi(x), the normal distribution: 1/2 + x P(x^2) for |x| < 1.25 (2e-9), and Phi(-t) = exp(Q(t)) above (8e-9 to t = 8). Written so,
+// and not as (1 + erf(x / sqrt 2)) / 2, the left tail keeps its relative accuracy.
+static constexpr float kPhiSmall = 1.25f;
+static constexpr float kPhi[] = {0.3989422619f, -0.06648998708f, 0.009971500374f, -0.001182709588f, 1.103274626e-4f, -6.644861060e-6f};
+static constexpr float kPhiTail[] = {-0.6927755475f,   -0.7993936539f, -0.3155943453f,   -0.03920277581f, 0.006759543438f,
+                                     -8.947681054e-4f, 8.639475709e-5f, -5.680810773e-6f, 2.259251914e-7f, -4.080844995e-9f};
+static constexpr float kDensity = 0.398942280f;                              // 1 / sqrt(2 pi)
+static constexpr float kGeluScale = -1.59576912f, kGeluCube = 0.044715f;     // -2 sqrt(2 / pi); the cubic term's factor
+
+namespace {
+template <size_t D>
+float polynomial(const float (&c)[D], float x) {
+  float y = c[D - 1];
+  for (size_t i = D - 1; i-- > 0;) y = std::fma(y, x, c[i]);
+  return y;
+}
+// Phi(x), the integral of the normal density to x.
+float normal(float x) {
+  const float t = std::fabs(x), tail = exp_f32(polynomial(kPhiTail, t));
+  if (t < kPhiSmall) return std::fma(x, polynomial(kPhi, x * x), 0.5f);
+  return x < 0 ? tail : 1 - tail;
+}
+// The logistic function of 2 sqrt(2/pi) (x + 0.044715 x^3), which is (1 + tanh(half of that)) / 2 without its cancellation.
+float gelu_gate(float x) {
+  const float u = x * std::fma(kGeluCube * x, x, 1.f);
+  return 1 / (1 + exp_f32(kGeluScale * u));
+}
+float activation(Activation act, float x) {
+  switch (act) {
+    case Activation::gelu: return x * normal(x);
+    case Activation::gelu_tanh: return x * gelu_gate(x);
+    case Activation::tanh: return tanh_f32(x);
+    case Activation::relu: return x < 0 ? 0 : x;   // so, and NaN stays NaN
+    case Activation::none: break;
+  }
+  return x;
+}
+float activation_slope(Activation act, float x) {
+  switch (act) {
+    case Activation::gelu: {   // Phi(x) + x phi(x)
+      const float density = kDensity * exp_f32(-0.5f * x * x);
+      return std::fma(x, density, normal(x));
+    }
+    case Activation::gelu_tanh: {   // g + x g (1 - g) u',  u' = 2 sqrt(2/pi) (1 + 3 * 0.044715 x^2)
+      const float g = gelu_gate(x), slope = -kGeluScale * std::fma(3 * kGeluCube * x, x, 1.f);
+      return std::fma(x * g * (1 - g), slope, g);
+    }
+    case Activation::tanh: {
+      const float t = tanh_f32(x);
+      return std::fma(-t, t, 1.f);
+    }
+    case Activation::relu: return x <= 0 ? 0.f : 1.f;
+    case Activation::none: break;
+  }
+  return 1;
+}
+}  // namespace
+
+float exp_f32(float x) {
+  if (x != x) return x;
+  if (x < kExpLow) return 0;
+  if (x > kExpHigh) return std::numeric_limits<float>::infinity();
+  // x = n ln 2 + r, |r| <= ln 2 / 2: exp(x) = 2^n exp(r), and 2^n is added to the exponent's bits
+  const float t = std::fma(x, kLog2e, kRounder), n = t - kRounder;
+  const float r = std::fma(n, -kLn2Low, std::fma(n, -kLn2High, x));
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(polynomial(kExp, r)) + (std::bit_cast<uint32_t>(t) << 23));
+}
+float log_f32(float x) {
+  // x = 2^n (1 + f), 1 + f from sqrt(1/2) to sqrt(2)
+  const int32_t bits = std::bit_cast<int32_t>(x), n = (bits - 0x3F3504F3) >> 23;
+  const float f = std::bit_cast<float>(bits - (n << 23)) - 1, square = f * f;
+  const float rest = std::fma(square * f, polynomial(kLog, f), (float)n * kLn2Low);
+  return std::fma((float)n, kLn2High, std::fma(-0.5f, square, rest) + f);
+}
+float tanh_f32(float x) {
+  const float t = std::fabs(x), square = x * x;
+  if (t < kTanhSmall) return std::fma(square * x, polynomial(kTanh, square), x);
+  return std::copysign(1 - 2 / (exp_f32(2 * t) + 1), x);
+}
+float normal_cdf_f32(float x) { return normal(x); }
+
+namespace scalar {
+namespace {
+// 16 lanes: element i goes into lane i mod 16, and at the end the upper half is added to the lower, four times.
+struct Lanes {
+  float lane[16] = {};
+  float& operator[](int64_t i) { return lane[i & 15]; }
+  float sum() {
+    for (int half = 8; half; half /= 2)
+      for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+    return lane[0];
+  }
+};
+
+constexpr int kRows = 4, kCols = 16;
+
+void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols, bool add) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j++) {
+      float acc = 0;
+      for (int64_t k = 0; k < depth; k++) acc = std::fma(a[i * a_row + k * a_step], b[k * kCols + j], acc);
+      c[i * c_row + j] = add ? c[i * c_row + j] + acc : acc;
+    }
+}
+void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
+  for (int64_t k = 0; k < depth; k++)
+    for (int j = 0; j < kCols; j++) panel[k * kCols + j] = j < cols ? b[k * b_step + j * b_col] : 0;
+}
+float sum(const float* x, int64_t n) {
+  Lanes s;
+  for (int64_t i = 0; i < n; i++) s[i] += x[i];
+  return s.sum();
+}
+float dot(const float* x, const float* y, int64_t n) {
+  Lanes s;
+  for (int64_t i = 0; i < n; i++) s[i] = std::fma(x[i], y[i], s[i]);
+  return s.sum();
+}
+float max(const float* x, int64_t n) {
+  float most = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+  return most + 0.f;   // of -0 and +0 the lanes may meet either first: give +0
+}
+float squares_about(const float* x, float mean, int64_t n) {
+  Lanes s;
+  for (int64_t i = 0; i < n; i++) s[i] = std::fma(x[i] - mean, x[i] - mean, s[i]);
+  return s.sum();
+}
+float exp_sum(const float* x, float scale, float shift, float* y, int64_t n) {
+  Lanes s;
+  for (int64_t i = 0; i < n; i++) s[i] += y[i] = exp_f32(x[i] * scale - shift);
+  return s.sum();
+}
+void add(const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+void axpy(float a, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = std::fma(a, x[i], y[i]);
+}
+void scale(float a, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = a * x[i];
+}
+void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float z = bias ? y[i] + bias[i] : y[i];
+    if (pre) pre[i] = z;
+    y[i] = activation(act, z);
+  }
+}
+void activate_grad(Activation act, const float* z, const float* dy, float* dz, int64_t n) {
+  for (int64_t i = 0; i < n; i++) dz[i] = dy[i] * activation_slope(act, z[i]);
+}
+void norm(const float* x, float mean, float rstd, const float* gamma, const float* beta, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = std::fma((x[i] - mean) * rstd, gamma[i], beta[i]);
+}
+void norm_grad(const float* x, float mean, float rstd, const float* gamma, const float* dy, float* dx, float* dgamma, float* dbeta, int64_t n) {
+  Lanes s, t;
+  for (int64_t i = 0; i < n; i++) {
+    const float g = dy[i] * gamma[i];
+    s[i] += g, t[i] = std::fma(g, (x[i] - mean) * rstd, t[i]);
+  }
+  const float mean_g = s.sum() / (float)n, mean_gx = t.sum() / (float)n;
+  for (int64_t i = 0; i < n; i++) {
+    const float d = dy[i], xhat = (x[i] - mean) * rstd;
+    if (dgamma) dgamma[i] = std::fma(d, xhat, dgamma[i]), dbeta[i] += d;
+    dx[i] = rstd * std::fma(-xhat, mean_gx, d * gamma[i] - mean_g);
+  }
+}
+void softmax_grad(const float* p, const float* dp, float delta, float scale, float* ds, int64_t n) {
+  for (int64_t i = 0; i < n; i++) ds[i] = p[i] * (dp[i] - delta) * scale;
+}
+void draws(const PhiloxKey& key, uint32_t first, int64_t blocks, uint16_t* out) {
+  for (int64_t b = 0; b < blocks; b++)
+    for (uint32_t word : philox(key, first + (uint32_t)b)) *out++ = (uint16_t)word, *out++ = (uint16_t)(word >> 16);
+}
+void drop(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = draws[i] >= threshold ? x[i] * scale : 0;
+}
+}  // namespace
+}  // namespace scalar
+
+namespace {
+// An AdamW update's numbers, each rounded to float once.
+struct AdamWFactors {
+  float keep1, take1, keep2, take2, eps, shrink, root, rate, decay;
+  AdamWFactors(const AdamWSettings& s, float lr, float decay_, float correct1, float correct2)
+      : keep1((float)s.beta1), take1((float)(1 - (double)s.beta1)), keep2((float)s.beta2), take2((float)(1 - (double)s.beta2)),
+        eps((float)s.eps), shrink(s.google ? 1.f : (float)(1 - (double)lr * (double)decay_)),
+        root(s.google ? 1.f : (float)(1 / std::sqrt((double)correct2))), rate(s.google ? lr : (float)((double)lr / (double)correct1)),
+        decay(s.google ? decay_ : 0.f) {}
+};
+}  // namespace
+
+namespace scalar {
+namespace {
+void adamw(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p, float* m,
+           float* v, int64_t n) {
+  const AdamWFactors f(s, lr, decay, correct1, correct2);
+  for (int64_t i = 0; i < n; i++) {
+    const float g = grad[i] * factor, kept = p[i] * f.shrink;
+    m[i] = std::fma(f.take1, g, f.keep1 * m[i]);
+    v[i] = std::fma(f.take2 * g, g, f.keep2 * v[i]);
+    const float update = m[i] / std::fma(std::sqrt(v[i]), f.root, f.eps);
+    p[i] = std::fma(-f.rate, std::fma(f.decay, kept, update), kept);
+  }
+}
+}  // namespace
+}  // namespace scalar
+
+#define BERT_TABLE(name)                                                                                                         \
+  const Kernels table = {name, kRows, kCols, tile, pack, sum, dot, max, squares_about, exp_sum, add, axpy, scale, bias_activate, \
+                         activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw};
+namespace scalar {
+static BERT_TABLE("scalar")
+}
+
+// ==== kernels, SIMD ===============================================================================================
+// One text for all instruction sets, at the end of this section: this file includes itself with BERT_ISA, the bits of a vector, set.
+// Every function there carries its instruction set as an attribute, so that the rest of the program runs on any CPU.
+#if defined(__x86_64__)
+#define BERT_ISA 256
+#include "tensor.cpp"
+#undef BERT_ISA
+#define BERT_ISA 512
+#include "tensor.cpp"
+#undef BERT_ISA
+#elif defined(__aarch64__)
+#define BERT_ISA 128
+#include "tensor.cpp"
+#undef BERT_ISA
+#endif
+
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> tables = {&scalar::table};
+#if defined(__x86_64__)
+  auto has = [](bool flag) { return flag; };
+  __builtin_cpu_init();
+  if (has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma"))) {
+    tables.push_back(&avx2::table);
+    if (has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) && has(__builtin_cpu_supports("avx512dq")) &&
+        has(__builtin_cpu_supports("avx512vl")))
+      tables.push_back(&avx512::table);
+  }
+#elif defined(__aarch64__)
+  tables.push_back(&neon::table);
+#endif
+  return tables;
+}
+
+#else   // BERT_ISA: what follows to the section's end is read once for each instruction set
+// ---- what differs: a vector V of W floats, and the few operations that C++ has no operator for -------------------
+#if BERT_ISA == 512
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#elif BERT_ISA == 256
+#define TARGET __attribute__((target("avx2,fma")))
+#else
+#define TARGET
+#endif
+#define INLINE TARGET __attribute__((always_inline))
+#define OP INLINE static inline
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if BERT_ISA == 512
+namespace avx512 {
+namespace {
+typedef __m512 V;
+constexpr const char* kName = "avx512";
+constexpr int kRows = 12, kCols = 32;   // 24 sums, 2 of b and one of a in 32 registers
+OP V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+OP V root(V a) { return _mm512_maskz_sqrt_ps(0xFFFF, a); }   // maskz here and below: of the plain form g++ 12 warns in its header
+OP V spread(float x) { return _mm512_set1_ps(x); }
+OP V read(const float* p) { return _mm512_loadu_ps(p); }
+OP V read(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }   // the first n, then 0
+OP void write(float* p, V v) { _mm512_storeu_ps(p, v); }
+OP void write(float* p, V v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
+#define EVEN_PRODUCTS(a, b) _mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b))   // of lanes 0, 2, 4 ..., 64 bits each
+#elif BERT_ISA == 256
+namespace avx2 {
+namespace {
+typedef __m256 V;
+constexpr const char* kName = "avx2";
+constexpr int kRows = 6, kCols = 16;   // 12 sums, 2 of b and one of a in 16 registers
+OP __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+OP V fused(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+OP V root(V a) { return _mm256_sqrt_ps(a); }
+OP V spread(float x) { return _mm256_set1_ps(x); }
+OP V read(const float* p) { return _mm256_loadu_ps(p); }
+OP V read(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+OP void write(float* p, V v) { _mm256_storeu_ps(p, v); }
+OP void write(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+#define EVEN_PRODUCTS(a, b) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#else
+namespace neon {
+namespace {
+typedef float32x4_t V;
+constexpr const char* kName = "neon";
+constexpr int kRows = 6, kCols = 16;   // 24 sums, 4 of b and one of a in 32 registers
+OP V fused(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+OP V root(V a) { return vsqrtq_f32(a); }
+OP V spread(float x) { return vdupq_n_f32(x); }
+OP V read(const float* p) { return vld1q_f32(p); }
+OP V read(const float* p, int n) {
+  float part[4] = {};
+  std::memcpy(part, p, (size_t)n * sizeof(float));
+  return vld1q_f32(part);
+}
+OP void write(float* p, V v) { vst1q_f32(p, v); }
+OP void write(float* p, V v, int n) { std::memcpy(p, &v, (size_t)n * sizeof(float)); }
+#define EVEN_PRODUCTS(a, b) vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
+#endif
+
+// ---- sixteen floats at a time: the lanes of the sums, whatever a vector's width ----------------------------------
+constexpr int W = BERT_ISA / 32, K = 16 / W;
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint64_t L __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef float F4 __attribute__((vector_size(16)));
+#define EACH UNROLL for (int q = 0; q < K; q++)
+
+struct P {
+  V v[K];
+  P() = default;
+  INLINE P(float x) { EACH v[q] = spread(x); }
+};
+struct Mask {
+  I v[K];
+};
+struct Full {};      // all sixteen
+struct Part {        // the first n, 0 < n < 16
+  int n;
+  OP int of(int n, int q) { return n <= q * W ? 0 : n >= q * W + W ? W : n - q * W; }
+};
+
+OP P operator+(const P& a, const P& b) { P r; EACH r.v[q] = a.v[q] + b.v[q]; return r; }
+OP P operator-(const P& a, const P& b) { P r; EACH r.v[q] = a.v[q] - b.v[q]; return r; }
+OP P operator*(const P& a, const P& b) { P r; EACH r.v[q] = a.v[q] * b.v[q]; return r; }
+OP P operator/(const P& a, const P& b) { P r; EACH r.v[q] = a.v[q] / b.v[q]; return r; }
+OP P operator-(const P& a) { P r; EACH r.v[q] = -a.v[q]; return r; }
+OP P fma(const P& a, const P& b, const P& c) { P r; EACH r.v[q] = fused(a.v[q], b.v[q], c.v[q]); return r; }
+OP P sqrt(const P& a) { P r; EACH r.v[q] = root(a.v[q]); return r; }
+OP P abs(const P& a) { P r; EACH r.v[q] = (V)((I)a.v[q] & 0x7FFFFFFF); return r; }
+OP P with_sign(const P& a, const P& s) { P r; EACH r.v[q] = (V)((I)a.v[q] | ((I)s.v[q] & INT32_MIN)); return r; }   // a not negative
+OP Mask operator<(const P& a, const P& b) { Mask r; EACH r.v[q] = (I)(a.v[q] < b.v[q]); return r; }
+OP Mask operator>(const P& a, const P& b) { Mask r; EACH r.v[q] = (I)(a.v[q] > b.v[q]); return r; }
+OP Mask operator<=(const P& a, const P& b) { Mask r; EACH r.v[q] = (I)(a.v[q] <= b.v[q]); return r; }
+OP Mask operator==(const P& a, const P& b) { Mask r; EACH r.v[q] = (I)(a.v[q] == b.v[q]); return r; }
+OP P select(const Mask& m, const P& a, const P& b) { P r; EACH r.v[q] = m.v[q] ? a.v[q] : b.v[q]; return r; }
+// The bits of a plus the low bits of n moved to the exponent.
+OP P add_exponent(const P& a, const P& n) { P r; EACH r.v[q] = (V)((U)a.v[q] + ((U)n.v[q] << 23)); return r; }
+
+OP P load(const float* p, Full) { P r; EACH r.v[q] = read(p + q * W); return r; }
+OP P load(const float* p, Part w) { P r; EACH r.v[q] = read(p + q * W, Part::of(w.n, q)); return r; }
+OP void store(float* p, const P& x, Full) { EACH write(p + q * W, x.v[q]); }
+OP void store(float* p, const P& x, Part w) { EACH write(p + q * W, x.v[q], Part::of(w.n, q)); }
+constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+OP P keep(const P& x, const P&, Full) { return x; }
+OP P keep(const P& x, const P& other, Part w) {   // `other` in the lanes that are not there
+  P r;
+  EACH {
+    I lane;
+    std::memcpy(&lane, kLane + q * W, sizeof lane);
+    r.v[q] = lane < w.n ? x.v[q] : other.v[q];
+  }
+  return r;
+}
+// Calls f(i, Full) for every whole sixteen of n, then f(i, Part) for the rest.
+template <class F>
+OP void chunks(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) f(i, Full());
+  if (i < n) f(i, Part{(int)(n - i)});
+}
+#define BODY (int64_t i, auto w) INLINE
+// The lanes' sum, and their maximum: the upper half to the lower, four times.
+OP float lane_sum(const P& x) {
+  F4 a[4];
+  std::memcpy(a, &x, sizeof a);
+  const F4 s = (a[0] + a[2]) + (a[1] + a[3]);
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+OP float lane_max(const P& x) {
+  float lane[16], most = x.v[0][0];
+  std::memcpy(lane, &x, sizeof lane);
+  for (float l : lane) most = l > most ? l : most;
+  return most;
+}
+
+// ---- functions, as in the scalar section -------------------------------------------------------------------------
+template <size_t D>
+OP P polynomial(const float (&c)[D], const P& x) {
+  P y = c[D - 1];
+  UNROLL for (int i = (int)D - 2; i >= 0; i--) y = fma(y, x, c[i]);
+  return y;
+}
+OP P exp(const P& x) {
+  const P t = fma(x, kLog2e, kRounder), n = t - kRounder, r = fma(n, -kLn2Low, fma(n, -kLn2High, x));
+  P y = add_exponent(polynomial(kExp, r), t);
+  y = select(x < kExpLow, 0.f, y);
+  y = select(x > kExpHigh, std::numeric_limits<float>::infinity(), y);
+  return select(x == x, y, x);
+}
+OP P tanh(const P& x) {
+  const P t = abs(x), square = x * x, small = fma(square * x, polynomial(kTanh, square), x);
+  return select(t < kTanhSmall, small, with_sign(P(1.f) - P(2.f) / (exp(P(2.f) * t) + 1.f), x));
+}
+OP P normal(const P& x) {
+  const P t = abs(x), tail = exp(polynomial(kPhiTail, t)), near = fma(x, polynomial(kPhi, x * x), 0.5f);
+  return select(t < kPhiSmall, near, select(x < 0.f, tail, P(1.f) - tail));
+}
+OP P gelu_gate(const P& x) {
+  const P u = x * fma(P(kGeluCube) * x, x, 1.f);
+  return P(1.f) / (P(1.f) + exp(P(kGeluScale) * u));
+}
+template <Activation A>
+OP P activation(const P& x) {
+  if constexpr (A == Activation::gelu) return x * normal(x);
+  if constexpr (A == Activation::gelu_tanh) return x * gelu_gate(x);
+  if constexpr (A == Activation::tanh) return tanh(x);
+  if constexpr (A == Activation::relu) return select(x < 0.f, 0.f, x);
+  return x;
+}
+template <Activation A>
+OP P activation_slope(const P& x) {
+  if constexpr (A == Activation::gelu) return fma(x, P(kDensity) * exp(P(-0.5f) * x * x), normal(x));
+  if constexpr (A == Activation::gelu_tanh) {
+    const P g = gelu_gate(x), slope = P(-kGeluScale) * fma(P(3 * kGeluCube) * x, x, 1.f);
+    return fma(x * g * (P(1.f) - g), slope, g);
+  }
+  if constexpr (A == Activation::tanh) {
+    const P t = tanh(x);
+    return fma(-t, t, 1.f);
+  }
+  if constexpr (A == Activation::relu) return select(x <= 0.f, 0.f, 1.f);
+  return 1.f;
+}
+
+// ---- the product's tile ------------------------------------------------------------------------------------------
+// R rows by kCols columns of sums live in registers over the whole depth; each step reads a row of b, and spreads R numbers of a.
+template <int R>
+TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int cols, bool add) {
+  constexpr int N = kCols / W;
+  V acc[R][N];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) acc[r][j] = spread(0);
+  const float* row[(R + 2) / 3];   // every third row: the two between are one and two distances on, which addresses can say
+  UNROLL for (int r = 0; r < R; r += 3) row[r / 3] = a + r * a_row;
+  for (int64_t k = 0; k < depth; k++, b += kCols) {
+    V from_b[N];
+    UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
+    UNROLL for (int r = 0; r < R; r++) {
+      const V from_a = spread(row[r / 3][r % 3 * a_row]);
+      UNROLL for (int j = 0; j < N; j++) acc[r][j] = fused(from_a, from_b[j], acc[r][j]);
+    }
+    UNROLL for (int r = 0; r < R; r += 3) row[r / 3] += a_step;
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    float* const to = c + r * c_row;
+    UNROLL for (int j = 0; j < N; j++) {
+      const int n = cols - j * W;
+      if (n >= W) write(to + j * W, add ? read(to + j * W) + acc[r][j] : acc[r][j]);
+      else if (n > 0) write(to + j * W, add ? read(to + j * W, n) + acc[r][j] : acc[r][j], n);
+    }
+  }
+}
+template <int R = kRows>
+TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols, bool add) {
+  if (rows == R) return tile_rows<R>(depth, a, a_row, a_step, b, c, c_row, cols, add);
+  if constexpr (R > 1) tile<R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
+}
+
+// Four columns of four, as rows.
+OP void transpose(const float* from, int64_t distance, float* to) {
+  F4 r[4];
+  UNROLL for (int i = 0; i < 4; i++) std::memcpy(&r[i], from + i * distance, sizeof(F4));
+  const F4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  const F4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  const F4 out[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                     __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+  UNROLL for (int i = 0; i < 4; i++) std::memcpy(to + i * kCols, &out[i], sizeof(F4));
+}
+TARGET void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
+  if (b_col == 1 && cols == kCols) {
+    for (int64_t k = 0; k < depth; k++) UNROLL for (int j = 0; j < kCols; j += W) write(panel + k * kCols + j, read(b + k * b_step + j));
+    return;
+  }
+  // Sixteen k of four columns at a time: whole cache lines of b are used up before they can be driven out.
+  for (int64_t k0 = 0; k0 < depth; k0 += 16)
+    for (int j0 = 0; j0 < kCols; j0 += 4) {
+      const int64_t k1 = std::min(k0 + 16, depth);
+      int64_t k = k0;
+      if (b_step == 1 && j0 + 4 <= cols)
+        for (; k + 4 <= k1; k += 4) transpose(b + j0 * b_col + k, b_col, panel + k * kCols + j0);
+      for (; k < k1; k++)
+        for (int j = j0; j < j0 + 4; j++) panel[k * kCols + j] = j < cols ? b[k * b_step + j * b_col] : 0;
+    }
+}
+
+// ---- sums along a row, and what is done element by element -------------------------------------------------------
+TARGET float sum(const float* x, int64_t n) {
+  P s = 0.f;
+  chunks(n, [&] BODY { s = s + load(x + i, w); });
+  return lane_sum(s);
+}
+TARGET float dot(const float* x, const float* y, int64_t n) {
+  P s = 0.f;
+  chunks(n, [&] BODY { s = fma(load(x + i, w), load(y + i, w), s); });
+  return lane_sum(s);
+}
+TARGET float max(const float* x, int64_t n) {
+  const P least = -std::numeric_limits<float>::infinity();
+  P most = least;
+  chunks(n, [&] BODY {
+    const P v = keep(load(x + i, w), least, w);
+    most = select(v > most, v, most);
+  });
+  return lane_max(most) + 0.f;
+}
+TARGET float squares_about(const float* x, float mean, int64_t n) {
+  P s = 0.f;
+  chunks(n, [&] BODY {
+    const P d = keep(load(x + i, w) - mean, 0.f, w);
+    s = fma(d, d, s);
+  });
+  return lane_sum(s);
+}
+TARGET float exp_sum(const float* x, float scale, float shift, float* y, int64_t n) {
+  P s = 0.f;
+  chunks(n, [&] BODY {
+    const P e = exp(load(x + i, w) * scale - shift);
+    store(y + i, e, w);
+    s = s + keep(e, 0.f, w);
+  });
+  return lane_sum(s);
+}
+TARGET void add(const float* x, float* y, int64_t n) {
+  chunks(n, [&] BODY { store(y + i, load(y + i, w) + load(x + i, w), w); });
+}
+TARGET void axpy(float a, const float* x, float* y, int64_t n) {
+  chunks(n, [&] BODY { store(y + i, fma(a, load(x + i, w), load(y + i, w)), w); });
+}
+TARGET void scale(float a, const float* x, float* y, int64_t n) {
+  chunks(n, [&] BODY { store(y + i, P(a) * load(x + i, w), w); });
+}
+template <Activation A>
+TARGET void bias_activate_as(const float* bias, float* y, float* pre, int64_t n) {
+  chunks(n, [&] BODY {
+    P z = load(y + i, w);
+    if (bias) z = z + load(bias + i, w);
+    if (pre) store(pre + i, z, w);
+    store(y + i, activation<A>(z), w);
+  });
+}
+void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t n) {
+  switch (act) {
+    case Activation::none: return bias_activate_as<Activation::none>(bias, y, pre, n);
+    case Activation::gelu: return bias_activate_as<Activation::gelu>(bias, y, pre, n);
+    case Activation::gelu_tanh: return bias_activate_as<Activation::gelu_tanh>(bias, y, pre, n);
+    case Activation::tanh: return bias_activate_as<Activation::tanh>(bias, y, pre, n);
+    case Activation::relu: return bias_activate_as<Activation::relu>(bias, y, pre, n);
+  }
+}
+template <Activation A>
+TARGET void activate_grad_as(const float* z, const float* dy, float* dz, int64_t n) {
+  chunks(n, [&] BODY { store(dz + i, load(dy + i, w) * activation_slope<A>(load(z + i, w)), w); });
+}
+void activate_grad(Activation act, const float* z, const float* dy, float* dz, int64_t n) {
+  switch (act) {
+    case Activation::none: return activate_grad_as<Activation::none>(z, dy, dz, n);
+    case Activation::gelu: return activate_grad_as<Activation::gelu>(z, dy, dz, n);
+    case Activation::gelu_tanh: return activate_grad_as<Activation::gelu_tanh>(z, dy, dz, n);
+    case Activation::tanh: return activate_grad_as<Activation::tanh>(z, dy, dz, n);
+    case Activation::relu: return activate_grad_as<Activation::relu>(z, dy, dz, n);
+  }
+}
+TARGET void norm(const float* x, float mean, float rstd, const float* gamma, const float* beta, float* y, int64_t n) {
+  chunks(n, [&] BODY { store(y + i, fma((load(x + i, w) - mean) * rstd, load(gamma + i, w), load(beta + i, w)), w); });
+}
+TARGET void norm_grad(const float* x, float mean, float rstd, const float* gamma, const float* dy, float* dx, float* dgamma, float* dbeta, int64_t n) {
+  P s = 0.f, t = 0.f;
+  chunks(n, [&] BODY {
+    const P g = load(dy + i, w) * load(gamma + i, w);
+    s = s + g;
+    t = fma(g, keep((load(x + i, w) - mean) * rstd, 0.f, w), t);
+  });
+  const float mean_g = lane_sum(s) / (float)n, mean_gx = lane_sum(t) / (float)n;
+  chunks(n, [&] BODY {
+    const P d = load(dy + i, w), xhat = (load(x + i, w) - mean) * rstd;
+    if (dgamma) {
+      store(dgamma + i, fma(d, xhat, load(dgamma + i, w)), w);
+      store(dbeta + i, load(dbeta + i, w) + d, w);
+    }
+    store(dx + i, P(rstd) * fma(-xhat, mean_gx, d * load(gamma + i, w) - mean_g), w);
+  });
+}
+TARGET void softmax_grad(const float* p, const float* dp, float delta, float scale, float* ds, int64_t n) {
+  chunks(n, [&] BODY { store(ds + i, load(p + i, w) * (load(dp + i, w) - delta) * scale, w); });
+}
+
+// The 64 bits of each lane's product: `high` and `low`.
+OP void multiply(const U& a, uint32_t factor, U& high, U& low) {
+  const U m = U{} + factor;
+  const L even = (L)EVEN_PRODUCTS(a, m), odd = (L)EVEN_PRODUCTS((L)a >> 32, m);
+  low = (U)((even & 0xFFFFFFFFu) | odd << 32);
+  high = (U)(even >> 32 | (odd & ~(uint64_t)0xFFFFFFFFu));
+}
+TARGET void draws(const PhiloxKey& key, uint32_t first, int64_t blocks, uint16_t* out) {
+  U lane;
+  std::memcpy(&lane, kLane, sizeof lane);
+  for (int64_t b = 0; b < blocks; b += W) {
+    U c[4] = {U{} + key.step, U{} + key.micro, U{} + key.op, lane + (first + (uint32_t)b)};
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+    for (int round = 0; round < 10; round++, k0 += kWeyl0, k1 += kWeyl1) {
+      U high0, low0, high1, low1;
+      multiply(c[0], kPhilox0, high0, low0);
+      multiply(c[2], kPhilox1, high1, low1);
+      c[0] = high1 ^ c[1] ^ k0, c[1] = low1, c[2] = high0 ^ c[3] ^ k1, c[3] = low0;
+    }
+    // A word's low half comes first: both CPUs here store it so.
+    const int64_t count = std::min<int64_t>(W, blocks - b);
+    for (int64_t j = 0; j < count; j++) {
+      const uint32_t words[4] = {c[0][j], c[1][j], c[2][j], c[3][j]};
+      std::memcpy(out + 8 * (b + j), words, sizeof words);
+    }
+  }
+}
+OP Mask at_least(const uint16_t* draws, uint32_t threshold, Full) {
+  Mask r;
+  EACH {
+    H half;
+    std::memcpy(&half, draws + q * W, sizeof half);
+    r.v[q] = (I)(__builtin_convertvector(half, U) >= U{} + threshold);
+  }
+  return r;
+}
+OP Mask at_least(const uint16_t* draws, uint32_t threshold, Part w) {
+  uint16_t part[16] = {};
+  std::memcpy(part, draws, (size_t)w.n * sizeof part[0]);
+  return at_least(part, threshold, Full());
+}
+TARGET void drop(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n) {
+  chunks(n, [&] BODY { store(y + i, select(at_least(draws + i, threshold, w), load(x + i, w) * scale, 0.f), w); });
+}
+TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p,
+                  float* m, float* v, int64_t n) {
+  const AdamWFactors f(s, lr, decay, correct1, correct2);
+  chunks(n, [&] BODY {
+    const P g = load(grad + i, w) * factor, kept = load(p + i, w) * f.shrink;
+    const P m1 = fma(f.take1, g, P(f.keep1) * load(m + i, w)), v1 = fma(P(f.take2) * g, g, P(f.keep2) * load(v + i, w));
+    store(m + i, m1, w);
+    store(v + i, v1, w);
+    store(p + i, fma(-f.rate, fma(f.decay, kept, m1 / fma(sqrt(v1), f.root, f.eps)), kept), w);
+  });
+}
+BERT_TABLE(kName)
+}  // namespace
+}  // namespace avx512, avx2 or neon
+#undef TARGET
+#undef INLINE
+#undef OP
+#undef UNROLL
+#undef EACH
+#undef BODY
+#undef EVEN_PRODUCTS
+#endif  // BERT_ISA
+#ifndef BERT_ISA
+
+// ==== gemm ========================================================================================================
+static constexpr int64_t kDepth = 256;   // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
+static constexpr int64_t kSmallProduct = 1 << 21;
+
+static std::string table_names(const std::vector<const Kernels*>& tables) {
+  std::string names;
+  for (const Kernels* t : tables) names += (names.empty() ? "" : ", ") + std::string(t->name);
+  return names;
+}
+const Kernels& kernels() {
+  static const Kernels* const chosen = [] {
+    const std::vector<const Kernels*> tables = usable_kernels();
+    const char* const want = std::getenv("BERT_KERNELS");
+    if (!want || !*want) return tables.back();
+    for (const Kernels* t : tables)
+      if (!std::strcmp(want, t->name)) return t;
+    throw Error("BERT_KERNELS=" + std::string(want) + ": this CPU has " + table_names(tables));
+  }();
+  return *chosen;
+}
+
+namespace {
+struct Product {
+  const Kernels& table;
+  const Gemm& how;
+  int64_t m, n, k;
+  const float* a;
+  int64_t lda;
+  const float* b;   // null when packed
+  int64_t ldb;
+  const float* panels;
+  float* c;
+  int64_t ldc;
+};
+
+// `all` cut into pieces of at most `most`, as equal as multiples of `unit` allow.
+int64_t even_piece(int64_t all, int64_t most, int64_t unit) {
+  const int64_t pieces = (all + most - 1) / most;
+  return pieces ? ((all + pieces - 1) / pieces + unit - 1) / unit * unit : unit;
+}
+
+void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Epilogue& e = p.how.epilogue;
+  if (!e.bias && !e.pre && e.activation == Activation::none) return;
+  for (int64_t i = i0; i < i1; i++)
+    p.table.bias_activate(e.activation, e.bias ? e.bias + j0 : nullptr, p.c + i * p.ldc + j0, e.pre ? e.pre + i * p.ldc + j0 : nullptr, j1 - j0);
+}
+
+// Rows i0..i1 and columns j0..j1 of C by the own kernels.
+void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  static thread_local Scratch scratch;
+  const Kernels& t = p.table;
+  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr;
+  // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each;
+  // an odd number of cache lines from row to row spreads them over all sets of the cache.
+  const int64_t a_stride = (rows / 16 | 1) * 16 + 32;
+  float* const panel = scratch.floats((size_t)(kDepth * (t.nr + (p.how.a_transposed ? a_stride : 0))));
+  float* const a_copy = panel + kDepth * t.nr;
+  if (!p.k && !p.how.add)
+    for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
+  for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, p.k - k0);
+    const float* a = p.a + i0 * p.lda + k0;
+    int64_t a_row = p.lda, a_step = 1;
+    if (p.how.a_transposed) {
+      for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
+      a = a_copy, a_row = 1, a_step = a_stride;
+    }
+    for (int64_t j = j0; j < j1; j += t.nr) {
+      const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
+      const float* b = panel;
+      if (p.panels) b = p.panels + j * p.k + k0 * t.nr;
+      else if (p.how.b_transposed) t.pack(depth, p.b + j * p.ldb + k0, 1, p.ldb, panel, cols);
+      else t.pack(depth, p.b + k0 * p.ldb + j, p.ldb, 1, panel, cols);
+      for (int64_t s = 0; s < strips; s++) {
+        const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
+        t.tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
+      }
+    }
+  }
+  finish(p, i0, i1, j0, j1);
+}
+}  // namespace
+
+#ifndef BERT_NO_BLAS
+namespace {
+// The program's own thread setting of OpenBLAS, put aside while we call it: the first of our products sets 1, the last one restores.
+class OneBlasThread {
+ public:
+  OneBlasThread() {
+    std::lock_guard<std::mutex> hold(lock());
+    if (users()++ == 0) before() = openblas_get_num_threads(), openblas_set_num_threads(1);
+  }
+  ~OneBlasThread() {
+    std::lock_guard<std::mutex> hold(lock());
+    if (--users() == 0) openblas_set_num_threads(before());
+  }
+
+ private:
+  static std::mutex& lock() {
+    static std::mutex m;
+    return m;
+  }
+  static int& users() {
+    static int n = 0;
+    return n;
+  }
+  static int& before() {
+    static int n = 1;
+    return n;
+  }
+};
+
+void blas_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Gemm& how = p.how;
+  cblas_sgemm(CblasRowMajor, how.a_transposed ? CblasTrans : CblasNoTrans, how.b_transposed ? CblasTrans : CblasNoTrans, (int)(i1 - i0),
+              (int)(j1 - j0), (int)p.k, 1, p.a + (how.a_transposed ? i0 : i0 * p.lda), (int)p.lda,
+              p.b + (how.b_transposed ? j0 * p.ldb : j0), (int)p.ldb, how.add ? 1 : 0, p.c + i0 * p.ldc + j0, (int)p.ldc);
+  finish(p, i0, i1, j0, j1);
+}
+}  // namespace
+
+bool has_openblas() { return true; }
+static std::string openblas_name() { return openblas_get_config(); }
+#else
+namespace {
+struct OneBlasThread {};
+void blas_part(const Product&, int64_t, int64_t, int64_t, int64_t) {}
+}  // namespace
+
+bool has_openblas() { return false; }
+static std::string openblas_name() { return "built without OpenBLAS"; }
+#endif
+
+// Without fused multiply-add the own kernels would compute each one in software: OpenBLAS does everything there, unless a table was
+// asked for by name.
+static bool blas_alone() {
+  static const bool alone = has_openblas() && usable_kernels().size() == 1 && !std::getenv("BERT_KERNELS");
+  return alone;
+}
+
+static Backend automatic_backend() {
+  static const Backend chosen = [] {
+    const char* const want = std::getenv("BERT_GEMM");
+    if (!want || !*want) return blas_alone() ? Backend::openblas : Backend::own;
+    if (!std::strcmp(want, "own")) return Backend::own;
+    if (std::strcmp(want, "openblas")) throw Error("BERT_GEMM=" + std::string(want) + ": it may be own or openblas");
+    if (!has_openblas()) throw Error("BERT_GEMM=openblas: this program was built without OpenBLAS");
+    return Backend::openblas;
+  }();
+  return chosen;
+}
+
+std::string backend_description() {
+  return std::string(kernels().name) + " kernels; " + openblas_name() +
+         (automatic_backend() == Backend::openblas ? " for products" : has_openblas() ? " on request" : "");
+}
+
+static void check_product(const Gemm& how, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc) {
+  auto fail = [&](const std::string& what) {
+    throw Error("gemm: m " + std::to_string(m) + ", n " + std::to_string(n) + ", k " + std::to_string(k) + ": " + what);
+  };
+  if (m < 0 || n < 0 || k < 0) fail("a negative size");
+  if (lda < (how.a_transposed ? m : k) || ldb < (how.b_transposed ? k : n) || ldc < n)
+    fail("rows overlap: lda " + std::to_string(lda) + ", ldb " + std::to_string(ldb) + ", ldc " + std::to_string(ldc));
+}
+
+// Cuts C into tasks, by the shapes alone, and hands them out.
+static void run(const Product& p, Backend backend) {
+  if (!p.m || !p.n) return;
+  const bool blas = backend == Backend::openblas && p.k;
+  // A task's rows of op(a), its panel and its part of C stay in a cache of 1 MiB; packing a panel (own) costs 1/50 of 240 rows' work.
+  const int64_t rows = even_piece(p.m, blas ? 512 : 240, p.table.mr);
+  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : 192, p.table.nr), across = (p.n + cols - 1) / cols;
+  const int64_t tasks = (p.m + rows - 1) / rows * across;
+  auto part = [&](int64_t i) {
+    const int64_t i0 = i / across * rows, j0 = i % across * cols;
+    (blas ? blas_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
+  };
+  [[maybe_unused]] std::optional<OneBlasThread> one;
+  if (blas) {
+    if (std::max({p.k, p.lda, p.ldb, p.ldc}) > INT32_MAX) throw Error("gemm: OpenBLAS counts with 32 bits, and a side is larger");
+    one.emplace();
+  }
+  // Waking threads costs a few microseconds: products that take less stay here. (m + 8: weights must be read even for few rows.)
+  if ((p.m + 8) * p.n * p.k < kSmallProduct) {
+    UseThreads here(1);
+    parallel_for(tasks, part);
+  } else parallel_for(tasks, part);
+}
+
+void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  check_product(how, m, n, k, lda, ldb, ldc);
+  if (how.backend == Backend::openblas && !has_openblas()) throw Error("gemm: built without OpenBLAS, which was asked for");
+  run({kernels(), how, m, n, k, a, lda, b, ldb, nullptr, c, ldc}, how.backend == Backend::automatic ? automatic_backend() : how.backend);
+}
+
+void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  check_product(how, m, n, k, lda, ldb, ldc);
+  const Product p{kernels(), how, m, n, k, a, lda, b, ldb, nullptr, c, ldc};
+  if (blas_alone()) {
+    UseThreads here(1);
+    return run(p, Backend::openblas);
+  }
+  DefaultFloatMode mode;
+  const int64_t rows = 240 / p.table.mr * p.table.mr;
+  for (int64_t i = 0; i < m; i += rows) own_part(p, i, std::min(m, i + rows), 0, n);
+}
+
+// Panel j holds columns j nr .. of the transposed weights, all of k.
+PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k) : n_(n), k_(k) {
+  const Kernels& t = kernels();
+  const int64_t panels = (n + t.nr - 1) / t.nr;
+  if (blas_alone()) {
+    panels_ = Tensor({n, k}, std::span<const float>(w, (size_t)(n * k)));
+    return;
+  }
+  panels_ = Tensor({panels * t.nr, k});
+  float* const to = panels_.data();
+  parallel_for(panels, [&](int64_t j) { t.pack(k, w + j * t.nr * k, 1, k, to + j * t.nr * k, (int)std::min<int64_t>(t.nr, n - j * t.nr)); });
+}
+void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue) {
+  const Gemm how{.b_transposed = true, .epilogue = epilogue};
+  const int64_t n = w.rows(), k = w.cols();
+  check_product(how, m, n, k, lda, k, ldc);
+  if (blas_alone()) run({kernels(), how, m, n, k, a, lda, w.panels(), k, nullptr, c, ldc}, Backend::openblas);
+  else run({kernels(), how, m, n, k, a, lda, nullptr, 0, w.panels(), c, ldc}, Backend::own);
+}
+
+}  // namespace bert
+#endif  // BERT_ISA

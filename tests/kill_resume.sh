@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# kill -9 at random moments of training: the folder loads, or says that nothing was saved yet; the resumed run ends with the same
+# model and state bytes as one that was never stopped.      usage: kill_resume.sh BERT [TIMES]
+set -euo pipefail
+bert=$1 times=${2:-20}
+here=$(cd "$(dirname "$0")" && pwd)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+head -c 200000 "$here/../data/english.txt" > text
+case "$bert" in /*) ;; *) bert="$here/../$bert" ;; esac
+"$bert" vocab --input text --size 1000 --output vocab --quiet
+train() {
+  "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --max-length 64 --save-every 7 --quiet "${@:2}"
+}
+train whole 2>/dev/null
+saved=0 nothing=0
+for i in $(seq "$times"); do
+  rm -rf cut
+  train cut 2>/dev/null &
+  pid=$!
+  sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 0.05 + rand() * 4 }')"
+  kill -9 $pid 2>/dev/null || true
+  wait $pid 2>/dev/null || true
+  if [ -e cut/training_state.safetensors ]; then
+    saved=$((saved + 1))
+    "$bert" info --model cut > /dev/null || { echo "kill_resume: the folder does not load after a kill"; exit 1; }
+    train cut --resume 2>/dev/null
+  else
+    nothing=$((nothing + 1))
+    if train cut --resume 2> message; then :; else grep -q "nothing was saved" message || { echo "kill_resume: $(cat message)"; exit 1; }; rm -rf cut; train cut 2>/dev/null; fi
+  fi
+  for f in model.safetensors training_state.safetensors; do
+    cmp -s whole/$f cut/$f || { echo "kill_resume: $f differs after kill $i"; exit 1; }
+  done
+done
+echo "kill_resume: $times kills, $saved with a saved state, $nothing before the first; all ended with the same bytes"
