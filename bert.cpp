@@ -344,12 +344,12 @@ Bert Bert::random(const Config& config, Task task, uint64_t seed) {
 // One encoder layer, post-norm as in the paper (Vaswani et al. 2017, figure 1; Devlin et al. 2019).
 //   x [N,H], packed rows split at offsets [R+1]   ->   [N,H]
 static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p, const Config& c, Dropout& drop) {
-  Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                          // [N,3H]
-  Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                 // [N,H]
-  Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                    // [N,H]
+  Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                                 // [N,3H]
+  Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                        // [N,H]
+  Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                           // [N,H]
   Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
-  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                               // [N,F]
-  Tensor down = linear(up, p.down.weight, p.down.bias);                                                      // [N,H]
+  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                                      // [N,F]
+  Tensor down = linear(up, p.down.weight, p.down.bias);                                                             // [N,H]
   return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);           // [N,H]
 }
 
@@ -592,7 +592,9 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   for (size_t i = 0; i < micro_batches.size(); i++) {
     const Batch& batch = micro_batches[i];
     auto p = [&](double of_config) { return (float)(settings_.dropout >= 0 ? settings_.dropout : of_config); };
-    Dropout drop{p(c.hidden_dropout_prob), p(c.attention_probs_dropout_prob), p(c.classifier_dropout.value_or(c.hidden_dropout_prob)),
+    Dropout drop{p(c.hidden_dropout_prob),
+                 p(c.attention_probs_dropout_prob),
+                 p(c.classifier_dropout.value_or(c.hidden_dropout_prob)),
                  {settings_.seed, (uint32_t)done_, (uint32_t)i, 0}};
     Tape tape;
     const Tensor hidden = model_.forward(batch, drop);
@@ -1270,6 +1272,8 @@ FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
   if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
     // only the message for others suffers; the lock itself holds
   }
+  for (const auto& entry : fs::directory_iterator(folder))  // half-written files of a run that was killed: the folder is ours now
+    if (entry.path().filename().string().find(".tmp-") != std::string::npos) fs::remove(entry.path());
 }
 FolderLock::~FolderLock() {
   unlink(path_.c_str());

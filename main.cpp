@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -26,6 +27,7 @@ namespace fs = std::filesystem;
 using std::to_string;
 using Strings = std::vector<std::string>;
 using Named = std::vector<std::pair<std::string, std::string>>;  // name and value, in order
+using Numbers = std::vector<std::pair<std::string, double>>;
 
 constexpr const char* kVersion = "0.1";
 
@@ -45,6 +47,8 @@ void say(const std::string& text) {
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+bool among(const std::string& name, const Strings& names) { return std::find(names.begin(), names.end(), name) != names.end(); }
 
 std::string join(const Strings& parts, const std::string& between) {
   std::string out;
@@ -82,6 +86,8 @@ std::string grouped(int64_t n) {
   for (int64_t i = (int64_t)s.size() - 3; i > (n < 0); i -= 3) s.insert((size_t)i, ",");
   return s;
 }
+
+std::string counted(int64_t n, const std::string& what) { return grouped(n) + " " + what + (n == 1 ? "" : "s"); }
 
 std::string fixed(double v, int digits) {
   char text[64];
@@ -138,6 +144,9 @@ class Args {
   }
   std::string need(const std::string& name, const std::string& what) {
     const std::optional<std::string> value = take(name);
+    for (const std::string& word : words_)  // said here already: the command stops before it sees what is left
+      if (!value && word.starts_with("--") && edit_distance(word.substr(2), name) < 3)
+        fail("no option " + word + "; did you mean --" + name + "?");
     if (!value) fail("--" + name + " is missing: " + what);
     return *value;
   }
@@ -187,11 +196,13 @@ class Args {
     keep(name, to_string((int64_t)bytes));
     return (int64_t)bytes;
   }
-  std::string take_one_of(const std::string& name, const std::string& otherwise, const Strings& choices) {
-    const std::string value = take(name, otherwise);
-    if (std::find(choices.begin(), choices.end(), value) == choices.end())
+  // The number of the choice; the first is the default.
+  int take_choice(const std::string& name, const Strings& choices) {
+    const std::string value = take(name, choices[0]);
+    const auto at = std::find(choices.begin(), choices.end(), value);
+    if (at == choices.end())
       fail("--" + name + " " + value + ": one of " + join(choices, ", ") + " is wanted; did you mean " + nearest(value, choices) + "?");
-    return value;
+    return (int)(at - choices.begin());
   }
   std::optional<bool> take_yes_no(const std::string& name) {
     const std::optional<std::string> value = take(name);
@@ -327,35 +338,43 @@ class Lines {
   int64_t number_ = 0;
 };
 
+const Strings kFormats = {"lines", "tsv", "csv", "jsonl", "fasttext", "ids", "conll", "squad"};
+enum Format { kLines, kTsv, kCsv, kJsonl, kFasttext, kIds, kConll, kSquad };
+// The well-known names of texts and pairs, and of answers.
+const Strings kTextNames = {"text",      "sentence", "sentence1", "premise",    "question", "question1", "text_a", "#1 String",
+                            "text_pair", "pair",     "sentence2", "hypothesis", "context",  "question2", "text_b", "#2 String"};
+const Strings kLabelNames = {"label", "labels", "score", "gold_label", "class", "Quality"};
+
 // What a reader was told.
 struct Source {
   Strings files;
-  std::string format, columns;  // empty: by the file's ending, by name
+  std::optional<Format> format;  // unset: by the file's ending
+  std::string columns;           // empty: by name
   bool header = true, skip_bad = false, quiet = false;
+  bool labels = false;      // every row must have one
   bool word_lists = false;  // tokenize --split-words
   bool keep_bytes = false;  // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
   bool raw = false;         // running text: a TAB is white space, an empty line the end of a document
-  enum Labels { unwanted, wanted } labels = unwanted;
 };
 
-Source take_source(Args& a, const Common& common, const std::string& name, Source::Labels labels = Source::unwanted) {
+Source take_source(Args& a, const Common& common, const std::string& name) {
   Source s;
   s.files = a.take_all(name);
   if (s.files.empty() && name == "input") s.files = {"-"};
-  static const Strings formats = {"lines", "tsv", "csv", "jsonl", "conll", "squad", "fasttext", "ids"};
-  if (const auto format = a.take("format")) {
-    if (std::find(formats.begin(), formats.end(), *format) == formats.end())
-      a.fail("--format " + *format + ": one of " + join(formats, ", ") + " is wanted; did you mean " + nearest(*format, formats) + "?");
-    if (*format == "conll" || *format == "squad") throw Error("--format " + *format + ": not built yet");
-    s.format = *format;
-  }
+  if (const int format = a.take_choice("format", {"by ending", "lines", "tsv", "csv", "jsonl", "fasttext", "ids", "conll", "squad"}))
+    s.format = Format(format - 1);
   s.columns = a.take("columns", "");
   s.header = !a.take_switch("no-header");
   s.skip_bad = a.take_switch("skip-bad");
   if (!s.header && s.columns.empty()) a.fail("--no-header needs --columns text=0 or the like");
   s.quiet = common.quiet;
-  s.labels = labels;
   return s;
+}
+
+Format format_of(const std::string& path) {
+  for (const Format f : {kTsv, kCsv, kJsonl, kConll})
+    if (path.ends_with("." + kFormats[f])) return f;
+  return path.ends_with(".json") ? kSquad : kLines;
 }
 
 // One text or pair of any format.
@@ -374,17 +393,16 @@ struct Row {
 // All rows of all files, in order, one at a time.
 class Rows {
  public:
-  explicit Rows(Source source) : source_(std::move(source)) {}
+  explicit Rows(Source source) : s_(std::move(source)) {}
 
   bool next(Row& row) {
-    for (;;) {
-      if (!lines_ && !open()) return false;
-      try {
+    while (lines_ || open()) try {
         row = Row();
         row.number = number_ + 1;
-        if ((this->*read_)(row)) {
+        if (read(row)) {
           count_++, number_++;
-          row.document = read_ == &Rows::tsv || read_ == &Rows::csv || read_ == &Rows::jsonl;
+          row.document = format_ == kTsv || format_ == kCsv || format_ == kJsonl;
+          if (s_.word_lists && row.words.empty()) row.words = whole_words(row.text), row.pair_words = whole_words(row.pair.value_or(""));
           if (row.ids.empty()) row.text.insert(0, prompt_);
           return true;
         }
@@ -394,59 +412,55 @@ class Rows {
         number_++;
         bad(row.where, e.what());
       }
-    }
+    return false;
   }
   // A row turned out to be of no use: an Error, or with --skip-bad counted.
   void bad(const std::string& where, const std::string& what) {
-    if (!source_.skip_bad) throw Error(where + ": " + what + "; or pass over such lines with --skip-bad");
+    if (!s_.skip_bad) throw Error(where + ": " + what + "; or pass over such lines with --skip-bad");
     if (skipped_++ < 5) say("bert: " + where + ": " + what + "; skipped");
   }
   // What was repaired or skipped, said once at the end.
   void report() const {
-    if (skipped_) say("bert: " + grouped(skipped_) + " lines could not be used and were skipped");
+    if (skipped_) say("bert: " + counted(skipped_, "line") + " could not be used and skipped");
     if (repaired_)
-      say("bert: " + grouped(repaired_) + " lines held invalid UTF-8, from " + first_repaired_ + " on; each invalid part became U+FFFD");
+      say("bert: invalid UTF-8 in " + counted(repaired_, "line") + ", the first is " + first_repaired_ +
+          "; each invalid part became U+FFFD");
   }
   int64_t count() const { return count_; }
   void set_prompt(const std::string& text) { prompt_ = text; }  // goes in front of every text
   bool from_terminal() const { return lines_ && lines_->name() == "standard input" && isatty(0); }
 
  private:
-  Source source_;
+  Source s_;
   std::optional<Lines> lines_;
+  Format format_ = kLines;
   size_t file_ = 0;
-  bool (Rows::*read_)(Row&) = nullptr;
-  int text_ = 0, pair_ = -1, label_ = -1;        // columns
-  std::string text_key_, pair_key_, label_key_;  // jsonl: from --columns
+  Strings names_;                           // of the columns or keys that were picked from last
+  int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   bool said_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_, prompt_;
 
   bool open() {
-    if (file_ >= source_.files.size()) return false;
-    const std::string path = source_.files[file_++];
-    std::string format = source_.format;
-    for (const char* ending : {"tsv", "csv", "jsonl"})
-      if (format.empty() && path.ends_with("." + std::string(ending))) format = ending;
-    if (format.empty() && (path.ends_with(".conll") || path.ends_with(".json")))
-      throw Error(path + ": files of this ending are not built yet; for a JSON object a line say --format jsonl");
-    lines_.emplace(path);
-    said_ = false;
-    read_ = format == "tsv"        ? &Rows::tsv
-            : format == "csv"      ? &Rows::csv
-            : format == "jsonl"    ? &Rows::jsonl
-            : format == "fasttext" ? &Rows::fasttext
-            : format == "ids"      ? &Rows::ids
-                                   : &Rows::plain;
-    if (format == "tsv" || format == "csv") try {
-        columns(format == "csv");
-      } catch (const BadLine& e) { throw Error(lines_->where() + ": " + e.what()); }
-    else if (format == "jsonl")
-      keys();
-    else if (!source_.columns.empty())
-      throw Usage("--columns: " + path + " has no columns; it is for tsv, csv and jsonl");
-    if (source_.labels == Source::wanted && (read_ == &Rows::plain || read_ == &Rows::ids))
+    if (file_ >= s_.files.size()) return false;
+    const std::string path = s_.files[file_++];
+    format_ = s_.format.value_or(format_of(path));
+    if (format_ == kConll || format_ == kSquad)
+      throw Error(path + ": format " + kFormats[format_] + " is not built yet; say --format if it is another");
+    const bool named = format_ == kTsv || format_ == kCsv || format_ == kJsonl;
+    if (!named && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
+    if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext");
+    lines_.emplace(path);
+    said_ = false, names_.clear();
+    if (format_ == kTsv || format_ == kCsv) try {
+        Row row;
+        Strings header;
+        if (s_.header && !cells(header, row)) throw Error(path + ": empty; a header line is wanted");
+        pick(header);
+      } catch (const BadLine& e) {
+        throw Error(lines_->where() + ": " + e.what());  // no header, no rows: nothing that could be skipped
+      }
     return true;
   }
 
@@ -455,37 +469,46 @@ class Rows {
     if (!lines_->next(text)) return false;
     row.where = lines_->where();
     if (text.find('\0') != text.npos) throw BadLine("a NUL byte, so this is no text; give a text file in UTF-8");
-    if (source_.keep_bytes) {
-      std::string copy = text;
-      if (repair_utf8(copy) && !repaired_++) first_repaired_ = row.where;
-    } else if (repair_utf8(text) && !repaired_++) {
-      first_repaired_ = row.where;
+    std::string copy;
+    if (s_.keep_bytes) copy = text;
+    if (repair_utf8(s_.keep_bytes ? copy : text) && !repaired_++) first_repaired_ = row.where;
+    return true;
+  }
+  bool read(Row& row) {
+    if (format_ == kTsv || format_ == kCsv) {
+      Strings parts;
+      if (!cells(parts, row)) return false;
+      const int last = std::max({text_, pair_, label_});
+      if ((int)parts.size() <= last)
+        throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
+                      " (from 0) is wanted; is a separator missing?");
+      row.text = parts[(size_t)text_];
+      if (pair_ >= 0) row.pair = parts[(size_t)pair_];
+      if (label_ >= 0) row.labelled = true, row.answers = {parts[(size_t)label_]};
+      return true;
     }
+    std::string text;
+    if (!line(text, row)) return false;
+    if (format_ == kJsonl)
+      json(text, row);
+    else if (format_ == kFasttext)
+      fasttext(text, row);
+    else if (format_ == kIds)
+      ids(text, row);
+    else
+      plain(std::move(text), row);
     return true;
   }
 
-  bool plain(Row& row) {
-    std::string text;
-    if (!line(text, row)) return false;
+  void plain(std::string text, Row& row) const {
     const size_t tab = text.find('\t');
-    if (tab != text.npos && !source_.raw) {
+    if (tab != text.npos && !s_.raw) {
       if (text.find('\t', tab + 1) != text.npos) throw BadLine("more than two texts; a line is a text, or text TAB text");
       row.pair = text.substr(tab + 1), text.resize(tab);
     }
     row.text = std::move(text);
-    if (source_.word_lists) row.words = whole_words(row.text), row.pair_words = whole_words(row.pair.value_or(""));
-    return true;
   }
-  static Strings whole_words(const std::string& text) {
-    Strings words;
-    for (std::string& w : split(text, ' '))
-      if (!w.empty()) words.push_back(std::move(w));
-    return words;
-  }
-
-  bool fasttext(Row& row) {
-    std::string text;
-    if (!line(text, row)) return false;
+  static void fasttext(const std::string& text, Row& row) {
     static const std::string mark = "__label__";
     size_t at = 0;
     do {  // the first word is a label, and every following one that is marked
@@ -497,222 +520,134 @@ class Rows {
     if (row.answers[0].empty()) throw BadLine("no label; a line is a label, a space, the text");
     row.labelled = true, row.listed = row.answers.size() > 1;
     row.text = text.substr(at);
-    return true;
   }
-
-  bool ids(Row& row) {
-    std::string text;
-    if (!line(text, row)) return false;
+  static Strings whole_words(const std::string& text) {
+    Strings words;
+    for (std::string& w : split(text, ' '))
+      if (!w.empty()) words.push_back(std::move(w));
+    return words;
+  }
+  static std::vector<int32_t> numbers(const std::string& list) {
+    std::vector<int32_t> out;
+    for (const std::string& word : whole_words(list)) {
+      const auto v = parse_number<int32_t>(word);
+      if (!v || *v < 0) throw BadLine("'" + word + "' is no token id; a line is numbers joined by spaces");
+      out.push_back(*v);
+    }
+    return out;
+  }
+  static void ids(const std::string& text, Row& row) {
     const Strings parts = split(text, '\t');
-    auto numbers = [](const std::string& list) {
-      std::vector<int32_t> out;
-      for (const std::string& word : whole_words(list)) {
-        const auto v = parse_number<int32_t>(word);
-        if (!v || *v < 0) throw BadLine("'" + word + "' is no token id; a line is numbers joined by spaces");
-        out.push_back(*v);
-      }
-      return out;
-    };
     row.ids = numbers(parts[0]);
-    if (row.ids.empty()) throw BadLine("no token ids");
     row.segments = parts.size() > 1 ? numbers(parts[1]) : std::vector<int32_t>(row.ids.size(), 0);
+    if (row.ids.empty()) throw BadLine("no token ids");
     if (row.segments.size() != row.ids.size() || parts.size() > 2)
       throw BadLine(to_string(row.ids.size()) + " ids but " + to_string(row.segments.size()) + " segment ids; one for each is wanted");
-    return true;
   }
 
-  // ---- tsv and csv
-  bool tsv(Row& row) {
-    std::string text;
-    return line(text, row) && fields(split(text, '\t'), row);
-  }
-  bool csv(Row& row) {
-    Strings parts;
-    return csv_fields(parts, row) && fields(parts, row);
-  }
-  // RFC 4180: fields in quotes may hold commas, doubled quotes and ends of lines.
-  bool csv_fields(Strings& parts, Row& row) {
+  // The cells of a line of tsv or csv. In csv (RFC 4180) quoted ones may hold commas, doubled quotes and ends of lines.
+  bool cells(Strings& parts, Row& row) {
     std::string text;
     if (!line(text, row)) return false;
+    if (format_ == kTsv) return parts = split(text, '\t'), true;
     const std::string first = row.where;
     parts.assign(1, "");
-    bool quoted = false, closed = false;
-    for (size_t i = 0;; i++) {
-      if (i == text.size()) {
-        if (!quoted) break;
+    enum { bare, quoted, closed } state = bare;
+    for (size_t i = 0; i < text.size() || state == quoted; i++) {
+      if (i >= text.size()) {  // the end of the line, inside quotes
         const bool more = line(text, row);
         row.where = first;
         if (!more) throw BadLine("a quote that is never closed; quotes inside a field are doubled");
         parts.back() += '\n', i = (size_t)-1;
-      } else if (quoted) {
-        if (text[i] != '"')
-          parts.back() += text[i];
-        else if (i + 1 < text.size() && text[i + 1] == '"')
-          parts.back() += '"', i++;
-        else
-          quoted = false, closed = true;
-      } else if (text[i] == ',')
-        parts.emplace_back(), closed = false;
-      else if (text[i] == '"' && parts.back().empty() && !closed)
-        quoted = true;
-      else if (closed)
-        throw BadLine("something follows a closing quote; quotes inside a field are doubled");
-      else
+      } else if (text[i] == '"' && state == quoted && text.substr(i + 1, 1) == "\"") {
+        parts.back() += text[i++];
+      } else if (text[i] == '"' && (state == quoted || (state == bare && parts.back().empty()))) {
+        state = state == quoted ? closed : quoted;
+      } else if (text[i] == ',' && state != quoted) {
+        parts.emplace_back(), state = bare;
+      } else {
+        if (state == closed) throw BadLine("something follows a closing quote; quotes inside a field are doubled");
         parts.back() += text[i];
-    }
-    return true;
-  }
-  bool fields(const Strings& parts, Row& row) {
-    const int last = std::max({text_, pair_, label_});
-    if ((int)parts.size() <= last)
-      throw BadLine(to_string(parts.size()) + " fields, but column " + to_string(last) + " (from 0) is wanted; is a separator missing?");
-    row.text = parts[(size_t)text_];
-    if (pair_ >= 0) row.pair = parts[(size_t)pair_];
-    if (label_ >= 0) row.labelled = true, row.answers = {parts[(size_t)label_]};
-    if (source_.word_lists) row.words = whole_words(row.text), row.pair_words = whole_words(row.pair.value_or(""));
-    return true;
-  }
-
-  static const Strings& text_names() {
-    static const Strings names = {"text",      "sentence", "sentence1", "premise",    "question", "question1", "text_a", "#1 String",
-                                  "text_pair", "pair",     "sentence2", "hypothesis", "context",  "question2", "text_b", "#2 String"};
-    return names;
-  }
-  static const Strings& label_names() {
-    static const Strings names = {"label", "labels", "score", "gold_label", "class", "Quality"};
-    return names;
-  }
-  static bool among(const std::string& name, const Strings& names) { return std::find(names.begin(), names.end(), name) != names.end(); }
-
-  // --columns text=3,pair=4,label=0 as three names or numbers.
-  void wishes(std::string& text, std::string& pair, std::string& label) const {
-    if (source_.columns.empty()) return;
-    for (const std::string& wish : split(source_.columns, ',')) {
-      const size_t equal = wish.find('=');
-      const std::string key = wish.substr(0, equal), value = equal == wish.npos ? "" : wish.substr(equal + 1);
-      std::string* to = key == "text" ? &text : key == "pair" ? &pair : key == "label" || key == "labels" ? &label : nullptr;
-      if (!to || value.empty())
-        throw Usage("--columns " + source_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
-      *to = value;
-    }
-  }
-  // Reads the header and settles which columns are meant.
-  void columns(bool is_csv) {
-    Row row;
-    Strings header;
-    if (source_.header) {
-      std::string text;
-      if (is_csv ? !csv_fields(header, row) : !line(text, row)) throw Error(lines_->name() + ": empty; a header line is wanted");
-      if (!is_csv) header = split(text, '\t');
-    }
-    std::string text, pair, label;
-    wishes(text, pair, label);
-    auto index = [&](const std::string& name) {
-      if (const auto number = parse_number<int>(name); number && *number >= 0) return *number;
-      const auto at = std::find(header.begin(), header.end(), name);
-      if (at == header.end())
-        throw Error(
-            lines_->name() + ": no column '" + name + "'; " +
-            (source_.header ? "the header has: " + join(header, ", ") : std::string("without a header columns are numbers from 0")));
-      return (int)(at - header.begin());
-    };
-    text_ = pair_ = label_ = -1;
-    if (!text.empty()) text_ = index(text);
-    if (!pair.empty()) pair_ = index(pair);
-    if (!label.empty()) label_ = index(label);
-    for (int i = 0; i < (int)header.size(); i++)
-      if (text.empty() && among(header[(size_t)i], text_names())) {
-        if (text_ < 0)
-          text_ = i;
-        else if (pair_ < 0 && pair.empty())
-          pair_ = i;
       }
-    for (const std::string& name : label_names())
-      if (label_ < 0 && among(name, header)) label_ = index(name);
-    const std::string cure = "; name it with --columns; the header has: " + join(header, ", ");
-    if (text_ < 0) throw Error(lines_->where() + ": no column for the text (" + join(text_names(), ", ") + ")" + cure);
-    if (label_ < 0 && source_.labels == Source::wanted)
-      throw Error(lines_->where() + ": no column for the label (" + join(label_names(), ", ") + ")" + cure);
-    if (source_.labels != Source::wanted && label.empty()) label_ = -1;
-    auto name = [&](int i) { return i < (int)header.size() && i >= 0 ? header[(size_t)i] : "column " + to_string(i); };
-    taken(name(text_), pair_ < 0 ? "" : name(pair_), label_ < 0 ? "" : name(label_));
+    }
+    return true;
   }
-  void taken(const std::string& text, const std::string& pair, const std::string& label) {
-    if (!source_.quiet && !said_)
-      say(lines_->name() + ": text is '" + text + "'" + (pair.empty() ? "" : ", pair is '" + pair + "'") +
-          (label.empty() ? "" : ", label is '" + label + "'"));
+
+  // Settles which columns or keys are meant: those of --columns, else by well-known names in the order they stand.
+  void pick(const Strings& names) {
+    if (said_ && names == names_) return;
+    names_ = names, text_ = pair_ = label_ = -1;
+    auto index = [&](const std::string& name) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); };
+    for (const std::string& wish : s_.columns.empty() ? Strings{} : split(s_.columns, ',')) {
+      const size_t equal = std::min(wish.find('='), wish.size());
+      const std::string key = wish.substr(0, equal), value = wish.substr(std::min(equal + 1, wish.size()));
+      int* to = key == "text" ? &text_ : key == "pair" ? &pair_ : key == "label" || key == "labels" ? &label_ : nullptr;
+      if (!to || value.empty())
+        throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
+      const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
+      *to = number ? *number : index(value);
+      if (*to < 0 || (!number && *to == (int)names.size()))
+        throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
+    }
+    const bool by_name = text_ < 0;
+    for (int i = 0; i < (int)names.size() && by_name; i++) {
+      const bool context = format_ == kJsonl && names[(size_t)i] == "context";
+      if (!among(names[(size_t)i], kTextNames)) continue;
+      if (text_ < 0 && !context)
+        text_ = i;
+      else if (pair_ < 0 || context)
+        pair_ = i;
+    }
+    if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
+    for (const std::string& name : kLabelNames)
+      if (label_ < 0 && among(name, names)) label_ = index(name);
+    if (!s_.labels) label_ = -1;
+    auto missing = [&](const std::string& what, const Strings& known) {
+      throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
+    };
+    if (text_ < 0) missing("text", kTextNames);
+    if (label_ < 0 && s_.labels) missing("label", kLabelNames);
+    auto name = [&](int i) { return "'" + (i < (int)names.size() ? names[(size_t)i] : "column " + to_string(i)) + "'"; };
+    if (!s_.quiet && !said_)
+      say(lines_->name() + ": text is " + name(text_) + (pair_ < 0 ? "" : ", pair is " + name(pair_)) +
+          (label_ < 0 ? "" : ", label is " + name(label_)));
     said_ = true;
   }
 
-  // ---- jsonl
-  void keys() {
-    text_key_ = pair_key_ = label_key_ = "";
-    wishes(text_key_, pair_key_, label_key_);
-  }
-  bool jsonl(Row& row) {
-    std::string text;
-    if (!line(text, row)) return false;
+  void json(const std::string& text, Row& row) {
     Json v;
     try {
       v = Json::parse(text, "column");
     } catch (const Error& e) {  // "column:1:17: not JSON: ...": the line is known already
-      const std::string what = e.what();
-      throw BadLine("column " + what.substr(std::min(what.size(), std::string("column:1:").size())));
+      throw BadLine("column " + std::string(e.what()).substr(std::strlen("column:1:")));
     }
-    if (v.is(Json::string))
-      row.text = v.as_string("text");
-    else if (v.is(Json::object))
-      object(v, row);
+    if (v.is(Json::string) && !s_.labels) return void(row.text = v.as_string("text"));
+    if (!v.is(Json::object)) throw BadLine("no JSON object");
+    Strings names;
+    for (const auto& member : v.members()) names.push_back(member.first);
+    pick(names);
+    const auto& values = v.members();
+    row.text = string_or_words(values[(size_t)text_].second, names[(size_t)text_], row.words);
+    if (pair_ >= 0) row.pair = string_or_words(values[(size_t)pair_].second, names[(size_t)pair_], row.pair_words);
+    if (label_ < 0) return;
+    const Json& label = values[(size_t)label_].second;
+    row.labelled = true, row.listed = label.is(Json::array);
+    if (!row.listed)
+      row.answers = {answer(label)};
     else
-      throw BadLine("neither a JSON object nor a string");
-    if (source_.labels == Source::wanted && !row.labelled)
-      throw BadLine("no key for the label (" + (label_key_.empty() ? join(label_names(), ", ") : label_key_) + ")");
-    return true;
+      for (const Json& item : label.items("label")) row.answers.push_back(answer(item));
   }
-  void object(const Json& v, Row& row) {
-    std::string text = text_key_, pair = pair_key_, label = label_key_;
-    for (const auto& [key, value] : v.members()) {
-      if (!text_key_.empty() || !among(key, text_names())) continue;
-      if (text.empty() && key != "context")
-        text = key;
-      else if (pair_key_.empty() && (pair.empty() || key == "context"))
-        pair = key;
-    }
-    for (const std::string& name : label_names())
-      if (label.empty() && v.find(name)) label = name;
-    if (text.empty() && !pair.empty()) std::swap(text, pair);  // a context alone is the text
-    if (text.empty() || !v.find(text)) throw BadLine("no key for the text (" + (text.empty() ? join(text_names(), ", ") : text) + ")");
-    value_text(*v.find(text), text, row.text, row.words);
-    if (const Json* p = pair.empty() ? nullptr : v.find(pair)) value_text(*p, pair, row.pair.emplace(), row.pair_words);
-    if (const Json* l = label.empty() || source_.labels != Source::wanted ? nullptr : v.find(label)) {
-      row.labelled = true, row.listed = l->is(Json::array);
-      if (!row.listed)
-        row.answers = {answer(*l)};
-      else
-        for (const Json& item : l->items("label")) row.answers.push_back(answer(item));
-    } else {
-      label = "";
-    }
-    taken(text, pair, label);
-  }
-  void value_text(const Json& v, const std::string& key, std::string& text, Strings& words) const {
-    if (v.is(Json::string)) {
-      text = v.as_string(key);
-      if (source_.word_lists) words = whole_words(text);
-    } else if (source_.word_lists && v.is(Json::array)) {
-      for (const Json& word : v.items(key)) {
-        if (!word.is(Json::string)) throw BadLine("'" + key + "' is a list, but not of strings");
-        words.push_back(word.as_string(key));
-      }
-    } else {
-      throw BadLine("'" + key + "' is not a string");
-    }
+  std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
+    if (v.is(Json::string)) return v.as_string(key);
+    if (!s_.word_lists || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
+    for (const Json& word : v.items(key)) words.push_back(answer(word));
+    return "";
   }
   static std::string answer(const Json& v) {
     if (v.is(Json::string)) return v.as_string("label");
     if (v.is(Json::boolean)) return v.as_bool("label") ? "true" : "false";
     if (v.is(Json::number)) return exact(v.as_double("label"));
-    throw BadLine("the label is neither a string nor a number");
+    throw BadLine("a value that is neither a string nor a number");
   }
 };
 
@@ -734,6 +669,13 @@ class Results {
  public:
   explicit Results(Args& a) {
     if (const auto path = a.take("output")) path_ = *path;
+    struct stat there;
+    const bool device = path_.starts_with("/dev/") || (!::stat(path_.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
+    if (path_.empty() || !device) return;
+    name_ = path_;  // a device or a pipe: nothing to put in place of
+    file_out_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    if (file_out_ < 0) throw Error(path_ + ": cannot write: " + std::strerror(errno));
+    path_.clear();
   }
   void line(std::string_view text) { write(text), write("\n"); }
   void write(std::string_view text) {
@@ -747,9 +689,9 @@ class Results {
       return buffer_.clear();
     }
     for (size_t at = 0; at < buffer_.size();) {
-      const ssize_t n = ::write(1, buffer_.data() + at, buffer_.size() - at);
+      const ssize_t n = ::write(file_out_, buffer_.data() + at, buffer_.size() - at);
       if (n < 0 && errno == EPIPE) throw ClosedPipe();
-      if (n < 0 && errno != EINTR) throw Error(std::string("standard output: cannot write: ") + std::strerror(errno));
+      if (n < 0 && errno != EINTR) throw Error(name_ + ": cannot write: " + std::strerror(errno));
       if (n > 0) at += (size_t)n;
     }
     buffer_.clear();
@@ -760,9 +702,35 @@ class Results {
   }
 
  private:
-  std::string path_, buffer_;
+  std::string path_, buffer_, name_ = "standard output";
+  int file_out_ = 1;
   std::optional<AtomicFile> file_;
 };
+
+// Single figures, as `name TAB value`.
+void print_numbers(const Numbers& list) {
+  for (const auto& [name, value] : list) std::printf("%s\t%s\n", name.c_str(), format_number(value).c_str());
+}
+
+template <class T, class F>
+std::string json_list(const std::vector<T>& list, F&& element) {
+  std::string out = "[";
+  for (size_t i = 0; i < list.size(); i++) out += (i ? "," : "") + element(i);
+  return out + "]";
+}
+
+// JSON numbers cannot be nan or inf.
+std::string json_object(const Numbers& numbers) {
+  std::string out;
+  for (const auto& [name, value] : numbers)
+    out += (out.empty() ? "{" : ",") + json_quote(name) + ":" + (std::isfinite(value) ? format_number(value) : "null");
+  return out.empty() ? "{}" : out + "}";
+}
+
+double median(std::vector<double> v) {
+  std::nth_element(v.begin(), v.begin() + (int64_t)v.size() / 2, v.end());
+  return v[v.size() / 2];
+}
 
 // ==== 5 text into ids =============================================================================================
 // Calls each(sentence) for the sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and
@@ -875,6 +843,29 @@ void check_ids(const Row& row, const Config& config) {
                 " positions");
 }
 
+// FNV-1a over 32-bit words: tells whether data is what it was.
+class Fingerprint {
+ public:
+  template <class T>
+  void add(const std::vector<T>& list) {
+    for (const T& v : list) word((uint64_t)v);
+    word(list.size());
+  }
+  void add(std::string_view text) {
+    for (const char c : text) word((unsigned char)c);
+    word(text.size());
+  }
+  std::string text() const {
+    char hex[17];
+    std::snprintf(hex, sizeof hex, "%016llx", (unsigned long long)state_);
+    return hex;
+  }
+
+ private:
+  uint64_t state_ = 14695981039346656037ull;
+  void word(uint64_t v) { state_ = (state_ ^ v) * 1099511628211ull; }
+};
+
 // ==== 6 model folders =============================================================================================
 const char* const kStateFile = "/training_state.safetensors";
 
@@ -900,6 +891,17 @@ void check_model_folder(const std::string& folder, bool weights = true) {
                 ": model.safetensors is missing, and pytorch_model.bin cannot be read here; save it with transformers: "
                 "AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)");
   throw Error(folder + ": " + join(missing, " and ") + " missing" + where_from);
+}
+
+void check_positions(int64_t max_length, const Config& config) {
+  if (max_length > config.max_position_embeddings)
+    throw Error("--max-length " + to_string(max_length) + ": the model has only " + to_string(config.max_position_embeddings) +
+                " positions; give less");
+}
+
+std::string model_size(const Bert& bert) {
+  return to_string(bert.config.num_hidden_layers) + " layers of " + to_string(bert.config.hidden_size) + ", " +
+         grouped(bert.parameter_count()) + " parameters";
 }
 
 void show_warnings(const WordPiece& tokenizer, const Common& common) {
@@ -934,6 +936,7 @@ std::map<std::string, std::string> tokenizer_files(const std::string& path, cons
 
 // ==== 7 a training run: folder, log, progress, signals ============================================================
 volatile std::sig_atomic_t stop_signal = 0;
+std::string command_line;  // as it was given, with --resume: so that it can be given again
 
 // The first signal asks the run to save and stop, the second one ends the process.
 void catch_signals() {
@@ -944,123 +947,75 @@ void catch_signals() {
   sigaction(SIGTERM, &action, nullptr);
 }
 
+using About = std::map<std::string, std::string>;  // what a training state holds beside numbers
+int64_t stored_number(const About& about, const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); }
+
+struct RunSettings {
+  int64_t keep = 2, save_every = 0;  // 0: every five minutes
+  bool quiet = false, resume = false, overwrite = false;
+};
+RunSettings take_run(Args& a, const Common& common) {
+  RunSettings s;
+  s.quiet = common.quiet;
+  s.resume = a.take_switch("resume"), s.overwrite = a.take_switch("overwrite");
+  return s;
+}
+
 // The folder that a command writes: made, locked against a second run, refused when it holds something else.
 class OutputFolder {
  public:
-  OutputFolder(const std::string& path, bool overwrite, bool resume) : path_(path) {
+  OutputFolder(const std::string& path, const RunSettings& s) {
     std::error_code code;
     if (fs::exists(path) && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
-    if (resume && !fs::exists(path)) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
-    if (!overwrite && !resume && fs::exists(path))
+    if (s.resume && !fs::exists(path)) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
+    static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html"};  // ended before its first save
+    if (!s.overwrite && !s.resume && fs::exists(path))
       for (const auto& entry : fs::directory_iterator(path))
-        if (!ours_unfinished(entry.path().filename().string()))
-          throw Error(path + ": holds files already (" + entry.path().filename().string() + "); give another --output, or --overwrite");
+        if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run))
+          throw Error(path + ": holds files already (" + name + "); give another --output, or --overwrite");
     fs::create_directories(path, code);
     if (code) throw Error(path + ": cannot make the folder: " + code.message() + "; give another --output");
     lock_.emplace(path);
   }
-  const std::string& path() const { return path_; }
 
  private:
-  std::string path_;
   std::optional<FolderLock> lock_;
-
-  // What a run leaves that was ended before its first save.
-  static bool ours_unfinished(const std::string& name) { return name == ".lock" || name == "log.jsonl" || name == "report.html"; }
 };
 
 // training_state.safetensors and, before it, training_state-1.safetensors ...: at every moment one whole file bears a name that --resume
 // looks for.
 class States {
  public:
-  States(std::string folder, int64_t keep) : base_(std::move(folder) + "/training_state"), keep_(keep) {}
-  std::string name(int64_t i) const { return base_ + (i ? "-" + to_string(i) : "") + ".safetensors"; }
-
-  void save(const Trainer& trainer, const std::map<std::string, std::string>& about) const {
+  States(const std::string& folder, int64_t keep) : base_(folder + "/training_state"), keep_(keep) {}
+  bool any() const { return fs::exists(name(0)) || fs::exists(name(1)); }
+  void save(const Trainer& trainer, const About& about) const {
     const std::string fresh = base_ + "-new.safetensors";
     trainer.save(fresh, about);
-    std::error_code code;
+    std::error_code code;  // an older state that is not there, or cannot be linked, is no failure
     for (int64_t i = keep_ - 1; i > 1; i--) fs::rename(name(i - 1), name(i), code);
-    if (keep_ > 1) {
-      fs::remove(name(1), code);
-      fs::create_hard_link(name(0), name(1), code);
-    }
+    if (keep_ > 1) fs::remove(name(1), code), fs::create_hard_link(name(0), name(1), code);
     fs::rename(fresh, name(0));
   }
   // The newest state that can be read; empty where there is none.
-  std::map<std::string, std::string> load(Trainer& trainer) const {
-    for (int64_t i = 0; i < std::max<int64_t>(keep_, 2); i++) {
-      if (!fs::exists(name(i))) continue;
-      try {
-        return trainer.load(name(i));
+  About load(Trainer& trainer) const {
+    for (int64_t i = 0; i < 2; i++) try {
+        if (fs::exists(name(i))) return trainer.load(name(i));
       } catch (const Error& e) {
-        if (!fs::exists(name(i + 1))) throw;
-        say(std::string("bert: ") + e.what() + "; going on from " + name(i + 1));
+        if (i || !fs::exists(name(1))) throw;
+        say(std::string("bert: ") + e.what() + "; going on from " + name(1));
       }
-    }
     return {};
   }
   void remove_all() const {
     std::error_code code;
-    for (int64_t i = 0; fs::remove(name(i), code) || i < 2; i++) {}
+    for (int64_t i = 0; i < 100; i++) fs::remove(name(i), code);
   }
 
  private:
   std::string base_;
   int64_t keep_;
+  std::string name(int64_t i) const { return base_ + (i ? "-" + to_string(i) : "") + ".safetensors"; }
 };
-
-// log.jsonl: one object a line, in the file as soon as it is written.
-class Log {
- public:
-  explicit Log(const std::string& folder) : path_(folder + "/log.jsonl") {}
-  // Keeps what was logged up to `step` and goes on behind it; 0: begins anew.
-  void open(int64_t step) {
-    std::string kept;
-    if (step && fs::exists(path_)) {
-      const std::string old = read_file(path_);
-      for (size_t begin = 0, end; (end = old.find('\n', begin)) != old.npos; begin = end + 1) {  // a last line cut short is dropped
-        const std::string line = old.substr(begin, end - begin);
-        const Json v = Json::parse(line, path_);
-        if (const Json* s = v.find("step"); !s || s->as_int(path_) > step) break;
-        if (const Json* s = v.find("seconds")) seconds_ = s->as_double(path_);
-        if (const Json* t = v.find("tokens")) tokens_ = t->as_int(path_);
-        kept += line + "\n";
-        records_.push_back(v);
-      }
-    }
-    write_file(path_, kept);
-    file_.reset(std::fopen(path_.c_str(), "ab"));
-    if (!file_) throw Error(path_ + ": cannot open: " + std::strerror(errno));
-  }
-  void add(const std::string& object) {
-    if (std::fputs((object + "\n").c_str(), file_.get()) < 0 || std::fflush(file_.get()))
-      throw Error(path_ + ": cannot write: " + std::strerror(errno));
-    records_.push_back(Json::parse(object, path_));
-  }
-  const std::vector<Json>& records() const { return records_; }
-  double seconds() const { return seconds_; }  // of earlier runs, and the tokens they trained on
-  int64_t tokens() const { return tokens_; }
-
- private:
-  struct Close {
-    void operator()(std::FILE* f) const { std::fclose(f); }
-  };
-  std::string path_;
-  std::unique_ptr<std::FILE, Close> file_;
-  std::vector<Json> records_;
-  double seconds_ = 0;
-  int64_t tokens_ = 0;
-};
-
-// JSON numbers cannot be nan or inf.
-std::string json_number(double v) { return std::isfinite(v) ? format_number(v) : "null"; }
-
-std::string json_object(const std::vector<std::pair<std::string, double>>& numbers) {
-  std::string out;
-  for (const auto& [name, value] : numbers) out += (out.empty() ? "{" : ",") + json_quote(name) + ":" + json_number(value);
-  return out.empty() ? "{}" : out + "}";
-}
 
 // One line with step, loss, tokens/s and time left: rewritten on a terminal, otherwise a plain line now and then.
 class Progress {
@@ -1082,99 +1037,168 @@ class Progress {
   double next_ = 0, wait_ = 4;
 };
 
-// The command as it was given, so that it can be given again.
-std::string command_line;
+// Settings that a resumed run may change, or that are checked by the data they name.
+const Strings kFreeSettings = {"threads",      "quiet",  "device",  "resume",    "overwrite", "output", "save-every", "keep",
+                               "input",        "train",  "dev",     "test",      "model",     "vocab",  "config",     "init",
+                               "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run"};
 
-// What a training command knows beside its trainer, and does after every step.
+// What a training command has beside its trainer: the folder's state, log.jsonl, report.html, the progress line.
 class Run {
  public:
-  struct Settings {
-    int64_t keep = 2, save_every = 0;  // 0: every five minutes
-    bool quiet = false;
-  };
   Named settings, data;  // for the report
-  std::vector<std::pair<std::string, double>> results;
-  std::function<void()> save_model;                           // writes the model folder; empty: the caller does that
-  std::function<std::map<std::string, std::string>()> about;  // the run's place, beyond what the trainer stores
-
-  Run(const std::string& folder, std::string title, const Settings& s)
-      : states(folder, s.keep), log(folder), folder_(folder), title_(std::move(title)), settings_(s), progress_(s.quiet) {}
+  Numbers results;
+  std::function<void()> save_model = [] {};
+  std::function<About()> place = [] { return About(); };  // where the caller stands, stored with every state
   States states;
-  Log log;
 
-  void begin(int64_t done) { log.open(done), begun_ = saved_at_ = now(), first_ = window_first_ = done; }
+  Run(const std::string& folder, std::string title, const RunSettings& s)
+      : states(folder, s.keep), folder_(folder), title_(std::move(title)), s_(s), progress_(s.quiet) {}
+  // Takes up the run that the folder holds, or begins anew: then empty.
+  About take_up(Trainer& trainer, const Named& taken, const std::string& data_fingerprint);
   void after_step(const StepReport& r);
-  void evaluated(int64_t step, const std::vector<std::pair<std::string, double>>& metrics);
+  void evaluated(int64_t step, const Numbers& metrics) { add("{\"step\":" + to_string(step) + ",\"dev\":" + json_object(metrics) + "}"); }
+  bool save_due(int64_t done) const { return s_.save_every ? done % s_.save_every == 0 : now() - saved_at_ > 300; }
   void save(const Trainer& trainer);
-  bool save_due(int64_t done) const { return settings_.save_every ? done % settings_.save_every == 0 : now() - saved_at_ > 300; }
-  void write_report() const;
   int stopped(const Trainer& trainer);  // after a signal: saves, says how to go on, returns the exit status
-  [[noreturn]] void failed(const Error& e) const {
-    throw Error(std::string(e.what()) +
-                (last_saved_ < 0 ? "; nothing was saved yet" : "; the state of step " + to_string(last_saved_) + " stands in " + folder_));
-  }
+  void write_report() const;
   const std::string& folder() const { return folder_; }
-  void finish_line() {
+  // Trains by `steps`, which returns an exit status, and saves at the end; an Error says what stands in the folder.
+  template <class F>
+  int guarded(const Trainer& trainer, F&& steps) try {
+    const int status = steps();
     if (!line_.empty()) progress_.show(line_, true);
+    if (!status) save(trainer);
+    return status;
+  } catch (const Error& e) {
+    const bool any = states.any();
+    throw Error(e.what() + (any ? "; the state of the last save stands in " + folder_ : "; nothing was saved yet in " + folder_));
   }
 
  private:
   std::string folder_, title_, line_;
-  Settings settings_;
+  RunSettings s_;
   Progress progress_;
-  double begun_ = 0, saved_at_ = 0;
-  int64_t first_ = 0, last_saved_ = -1, tokens_ = 0;
+  About fixed_;            // settings, data and machine: what a resumed run must share
+  std::vector<Json> log_;  // the objects of log.jsonl
+  std::FILE* log_file_ = nullptr;
+  double earlier_seconds_ = 0, begun_ = 0, saved_at_ = 0, window_began_ = 0;
+  int64_t earlier_tokens_ = 0, tokens_ = 0, first_ = 0, window_first_ = 0, saved_ = -1;
   StepReport sum_;  // since the last logged step
-  int64_t window_first_ = 0;
-  double window_began_ = 0;
+
+  void check(const About& stored) const;
+  void open_log(int64_t step);
+  void add(const std::string& object);
 };
 
+About Run::take_up(Trainer& trainer, const Named& taken, const std::string& data_fingerprint) {
+  settings = taken;
+  fixed_ = {{"data", data_fingerprint}, {"backend", backend_description()}};
+  for (const auto& [name, value] : taken)
+    if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
+  About stored;
+  if (s_.resume)
+    stored = states.load(trainer);
+  else
+    states.remove_all();
+  if (!stored.empty()) {
+    check(stored);
+    fixed_["backend"] = stored["backend"];
+    trainer.set_steps(stored_number(stored, "steps"));
+    saved_ = trainer.done();
+  }
+  if (s_.resume && !s_.quiet)
+    say(stored.empty() ? "bert: nothing was saved yet in " + folder_ + "; beginning with the first step"
+                       : "going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
+  open_log(trainer.done());
+  begun_ = saved_at_ = window_began_ = now(), first_ = window_first_ = trainer.done();
+  return stored;
+}
+
+// A resumed run must be the run that was begun.
+void Run::check(const About& stored) const {
+  auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
+  std::set<std::string> keys;
+  for (const About* m : {&fixed_, &stored})
+    for (const auto& [key, value] : *m)
+      if (key.starts_with("--")) keys.insert(key);
+  Strings differ;
+  for (const std::string& key : keys)
+    if (get(fixed_, key) != get(stored, key))
+      differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(fixed_, key) + ")");
+  if (differ.empty() && get(fixed_, "data") != get(stored, "data")) differ = {"other data"};
+  if (!differ.empty())
+    throw Error(folder_ + ": --resume with what the run did not begin with: " + join(differ, ", ") +
+                "; give the same, or begin anew in another folder");
+  if (get(fixed_, "backend") != get(stored, "backend"))
+    say("bert: the run began on " + get(stored, "backend") + ", here are " + get(fixed_, "backend") +
+        ": its last bits may come out otherwise");
+}
+
+// Keeps what was logged up to `step` and goes on behind it; 0: begins anew.
+void Run::open_log(int64_t step) {
+  const std::string path = folder_ + "/log.jsonl", old = step && fs::exists(path) ? read_file(path) : "";
+  std::string kept;
+  for (size_t begin = 0, end; (end = old.find('\n', begin)) != old.npos; begin = end + 1) {  // a last line cut short is dropped
+    const Json v = Json::parse(std::string_view(old).substr(begin, end - begin), path);
+    if (const Json* s = v.find("step"); !s || s->as_int(path) > step) break;
+    if (const Json* s = v.find("seconds")) earlier_seconds_ = s->as_double(path);
+    if (const Json* t = v.find("tokens")) earlier_tokens_ = t->as_int(path);
+    kept += old.substr(begin, end + 1 - begin);
+    log_.push_back(v);
+  }
+  write_file(path, kept);
+  log_file_ = std::fopen(path.c_str(), "ab");  // closed by the end of the process
+  if (!log_file_) throw Error(path + ": cannot open: " + std::strerror(errno));
+}
+
+void Run::add(const std::string& object) {
+  if (std::fputs((object + "\n").c_str(), log_file_) < 0 || std::fflush(log_file_))
+    throw Error(folder_ + "/log.jsonl: cannot write: " + std::strerror(errno));
+  log_.push_back(Json::parse(object, "log.jsonl"));
+}
+
 void Run::after_step(const StepReport& r) {
-  const double t = now();
-  if (!sum_.tokens) window_began_ = window_began_ ? window_began_ : begun_;
+  const double t = now(), spent = t - begun_;
   tokens_ += r.tokens;
   sum_.tokens += r.tokens, sum_.rows += r.rows, sum_.masked += r.masked;
   sum_.loss.total += r.loss.total, sum_.loss.masked += r.loss.masked, sum_.loss.next_sentence += r.loss.next_sentence;
   sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
-  const double speed = tokens_ / std::max(1e-9, t - begun_), left = (t - begun_) / (double)(r.step - first_) * (double)(r.steps - r.step);
-  line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + "  loss " + fixed(r.loss.total, 4) + "  " + grouped((int64_t)speed) +
-          " tokens/s  " + (r.step < r.steps ? duration(left) + " left" : "in " + duration(t - begun_));
+  line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + "  loss " + fixed(r.loss.total, 4) + "  " +
+          grouped((int64_t)((double)tokens_ / spent)) + " tokens/s  " +
+          (r.step < r.steps ? duration(spent / (double)(r.step - first_) * (double)(r.steps - r.step)) + " left" : "in " + duration(spent));
   progress_.show(line_);
 
   // About a thousand logged steps whatever the run's length; each stands for the mean since the one before.
-  const int64_t every = std::max<int64_t>(1, r.steps / 1000), n = r.step - window_first_;
-  if (r.step % every && r.step != r.steps) return;
-  std::vector<std::pair<std::string, double>> record = {{"step", (double)r.step},
-                                                        {"loss", sum_.loss.total / (double)n},
-                                                        {"lr", r.lr},
-                                                        {"grad_norm", r.grad_norm},
-                                                        {"tokens", (double)(log.tokens() + tokens_)},
-                                                        {"tokens_per_second", (double)sum_.tokens / std::max(1e-9, t - window_began_)},
-                                                        {"seconds", log.seconds() + t - begun_}};
-  if (sum_.masked) {
-    record.emplace_back("mlm_loss", sum_.loss.masked / (double)n);
-    record.emplace_back("nsp_loss", sum_.loss.next_sentence / (double)n);
-    record.emplace_back("mlm_accuracy", (double)sum_.loss.masked_right / (double)sum_.masked);
-    record.emplace_back("nsp_accuracy", (double)sum_.loss.next_right / (double)sum_.rows);
-  }
-  log.add(json_object(record));
+  if (r.step % std::max<int64_t>(1, r.steps / 1000) && r.step != r.steps) return;
+  const double n = (double)(r.step - window_first_);
+  Numbers record = {{"step", (double)r.step},
+                    {"loss", sum_.loss.total / n},
+                    {"lr", r.lr},
+                    {"grad_norm", r.grad_norm},
+                    {"tokens", (double)(earlier_tokens_ + tokens_)},
+                    {"tokens_per_second", (double)sum_.tokens / (t - window_began_)},
+                    {"seconds", earlier_seconds_ + spent}};
+  if (sum_.masked)
+    record.insert(record.end(), {{"mlm_loss", sum_.loss.masked / n},
+                                 {"nsp_loss", sum_.loss.next_sentence / n},
+                                 {"mlm_accuracy", (double)sum_.loss.masked_right / (double)sum_.masked},
+                                 {"nsp_accuracy", (double)sum_.loss.next_right / (double)sum_.rows}});
+  add(json_object(record));
   sum_ = StepReport(), window_first_ = r.step, window_began_ = t;
 }
 
-void Run::evaluated(int64_t step, const std::vector<std::pair<std::string, double>>& metrics) {
-  log.add("{\"step\":" + to_string(step) + ",\"dev\":" + json_object(metrics) + "}");
-}
-
 void Run::save(const Trainer& trainer) {
-  states.save(trainer, about());
-  if (save_model) save_model();
+  About about = fixed_;
+  about["steps"] = to_string(trainer.settings().steps);
+  about.merge(place());
+  if (saved_ != trainer.done()) states.save(trainer, about);
+  save_model();
   write_report();
-  saved_at_ = now(), last_saved_ = trainer.done();
+  saved_at_ = now(), saved_ = trainer.done();
 }
 
 int Run::stopped(const Trainer& trainer) {
-  finish_line();
-  if (last_saved_ != trainer.done()) save(trainer);
+  save(trainer);
   say("bert: stopped by a signal after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps) +
       " and saved; go on with\n  " + command_line);
   return 128 + (int)stop_signal;
@@ -1332,7 +1356,7 @@ std::string cpu_name() {
 }
 
 void Run::write_report() const {
-  const std::vector<Json>& records = log.records();
+  const std::vector<Json>& records = log_;
   auto last = [&](const char* key) {
     const auto c = curve(records, key, false);
     return c.empty() ? 0.0 : c.back().second;
@@ -1381,7 +1405,8 @@ int cmd_vocab(Args& a) {
   Source source = take_source(a, common, "input");
   source.raw = true;
   const std::string output = a.need("output", "the folder to write vocab.txt to");
-  const bool overwrite = a.take_switch("overwrite");
+  RunSettings settings_of_run;
+  settings_of_run.overwrite = a.take_switch("overwrite");
   VocabTrainer::Options options;
   options.size = parse_number<int64_t>(a.need("size", "the number of pieces, for example 8000")).value_or(0);
   if (options.size < 10 || options.size > 10000000) a.fail("--size: a whole number from 10 to 10000000 is wanted");
@@ -1392,7 +1417,7 @@ int cmd_vocab(Args& a) {
   const int64_t max_memory = a.take_size("max-memory", int64_t(2) << 30);
   a.done();
 
-  OutputFolder folder(output, overwrite, false);
+  OutputFolder folder(output, settings_of_run);
   VocabTrainer trainer(settings, max_memory);
   Rows rows(source);
   Progress progress(common.quiet);
@@ -1417,7 +1442,8 @@ int cmd_vocab(Args& a) {
 // What `tokenize` was asked for.
 struct TokenizeOptions {
   EncodeOptions encode;
-  enum { pieces, ids, jsonl } to = pieces;
+  enum { pieces, ids, jsonl };
+  int to = pieces;
   bool chars = false, words = false, windows = false, skip_special = false, cleanup = true;
 };
 struct TokenizeCounts {
@@ -1449,13 +1475,6 @@ void offsets_in_chars(Encoding& e, const Row& row, bool split_words) {
   }
 }
 
-template <class T, class F>
-std::string json_list(const std::vector<T>& list, F&& element) {
-  std::string out = "[";
-  for (size_t i = 0; i < list.size(); i++) out += (i ? "," : "") + element(i);
-  return out + "]";
-}
-
 std::string encoding_json(const WordPiece& t, const Encoding& e) {
   return "{\"tokens\":" + json_list(e.ids, [&](size_t i) { return json_quote(t.piece(e.ids[i])); }) +
          ",\"ids\":" + json_list(e.ids, [&](size_t i) { return to_string(e.ids[i]); }) +
@@ -1482,11 +1501,10 @@ std::string tokenized(const WordPiece& t, const Row& row, const TokenizeOptions&
   if (row.pair) pair = *row.pair;
   try {
     if (o.words)
-      windows = {t.encode_words(row.words, row.pair_words, row.pair.has_value(), o.encode)};
-    else if (o.windows)
-      windows = t.encode_windows(row.text, pair, o.encode);
+      windows = t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode);
     else
-      windows = {pair ? t.encode(row.text, *pair, o.encode) : t.encode(row.text, o.encode)};
+      windows = t.encode_windows(row.text, pair, o.encode);
+    if (!o.windows) windows.resize(1);
   } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
   std::string out;
   counts.texts++;
@@ -1524,22 +1542,17 @@ WordPiece take_tokenizer(Args& a, const Common& common) {
 
 TokenizeOptions take_tokenize(Args& a) {
   TokenizeOptions o;
-  const std::string to = a.take_one_of("to", "pieces", {"pieces", "ids", "jsonl"});
-  o.to = to == "ids" ? TokenizeOptions::ids : to == "jsonl" ? TokenizeOptions::jsonl : TokenizeOptions::pieces;
+  o.to = a.take_choice("to", {"pieces", "ids", "jsonl"});
   o.encode.max_length = a.take_int("max-length", 0, 1, INT32_MAX);
-  const std::string cut = a.take_one_of("truncation", "longest_first", {"longest_first", "only_first", "only_second"});
-  o.encode.truncation = cut == "only_first"    ? Truncation::only_first
-                        : cut == "only_second" ? Truncation::only_second
-                                               : Truncation::longest_first;
-  o.encode.from_left = a.take_one_of("side", "right", {"right", "left"}) == "left";
+  o.encode.truncation = (Truncation)a.take_choice("truncation", {"longest_first", "only_first", "only_second"});
+  o.encode.from_left = a.take_choice("side", {"right", "left"});
   o.encode.stride = a.take_int("stride", 0, 0, INT32_MAX);
   o.windows = a.given("stride");
   o.encode.add_special = !a.take_switch("no-special");
   o.encode.parse_special = !a.take_switch("plain-special");
   o.words = a.take_switch("split-words");
-  o.chars = a.take_one_of("offsets", "bytes", {"bytes", "chars"}) == "chars";
+  o.chars = a.take_choice("offsets", {"bytes", "chars"});
   if (o.encode.stride && !o.encode.max_length) a.fail("--stride needs --max-length");
-  if (o.words && o.windows) throw Error("tokenize: --split-words with --stride: not built yet");
   if (o.encode.add_special && o.encode.max_length && o.encode.max_length < 3)
     a.fail("--max-length " + to_string(o.encode.max_length) + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
   return o;
@@ -1547,7 +1560,7 @@ TokenizeOptions take_tokenize(Args& a) {
 
 // Ids to text.
 void decode_rows(const WordPiece& t, Source source, const TokenizeOptions& o, Results& out) {
-  source.format = "ids";
+  source.format = kIds;
   Rows rows(source);
   for (Row row; rows.next(row);) {
     for (const int32_t id : row.ids)
@@ -1617,9 +1630,8 @@ TrainSettings take_training(Args& a, const Common& common, double lr) {
   if (t.accumulate & (t.accumulate - 1)) a.fail("--accumulate " + to_string(t.accumulate) + ": a power of two is wanted");
   t.lr = a.take_number("lr", lr, 0, 10);
   t.warmup = a.take_number("warmup", 0.1, 0, 1);
-  const std::string schedule = a.take_one_of("schedule", "linear", {"linear", "cosine", "constant"});
-  t.schedule = schedule == "cosine" ? Schedule::cosine : schedule == "constant" ? Schedule::constant : Schedule::linear;
-  t.optimizer.google = a.take_one_of("optimizer", "adamw", {"adamw", "google"}) == "google";
+  t.schedule = (Schedule)a.take_choice("schedule", {"linear", "cosine", "constant"});
+  t.optimizer.google = a.take_choice("optimizer", {"adamw", "google"});
   if (t.optimizer.google) t.optimizer.eps = 1e-6f;
   t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0, 10);
   t.clip = a.take_number("clip", 1.0, 0, 1e9);
@@ -1628,119 +1640,37 @@ TrainSettings take_training(Args& a, const Common& common, double lr) {
   return t;
 }
 
-// Settings that a resumed run may change, or that are checked by what they name.
-const Strings kFreeSettings = {"threads",      "quiet",  "device",  "resume",    "overwrite", "output", "save-every", "keep",
-                               "input",        "train",  "dev",     "test",      "model",     "vocab",  "config",     "init",
-                               "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run"};
-
-void keep_settings(const Named& taken, std::map<std::string, std::string>& about) {
-  for (const auto& [name, value] : taken)
-    if (!value.empty() && std::find(kFreeSettings.begin(), kFreeSettings.end(), name) == kFreeSettings.end()) about["--" + name] = value;
-}
-
-// A resumed run must be the run that was begun.
-void check_resumed(const std::map<std::string, std::string>& now_wanted, const std::map<std::string, std::string>& stored,
-                   const std::string& folder) {
-  auto get = [](const std::map<std::string, std::string>& m, const std::string& key) {
-    const auto at = m.find(key);
-    return at == m.end() ? std::string() : at->second;
-  };
-  std::set<std::string> keys;
-  for (const auto& m : {now_wanted, stored})
-    for (const auto& [key, value] : m)
-      if (key.starts_with("--")) keys.insert(key);
-  Strings differ;
-  for (const std::string& key : keys)
-    if (get(now_wanted, key) != get(stored, key)) {
-      auto show = [&](const std::string& v) { return v.empty() ? std::string("none") : v; };
-      differ.push_back(key + " (begun with " + show(get(stored, key)) + ", now " + show(get(now_wanted, key)) + ")");
-    }
-  if (!differ.empty())
-    throw Error(folder + ": --resume with other settings: " + join(differ, ", ") + "; give the same, or begin anew in another folder");
-  if (get(now_wanted, "data") != get(stored, "data"))
-    throw Error(folder + ": --resume with other data than the run began with; give the same files, or begin anew in another folder");
-  if (get(now_wanted, "backend") != get(stored, "backend"))
-    say("bert: the run began on " + get(stored, "backend") + ", here are " + get(now_wanted, "backend") +
-        ": its last bits may come out otherwise");
-}
-
-// FNV-1a over 32-bit words: tells whether data is what it was.
-class Fingerprint {
- public:
-  template <class T>
-  void add(const std::vector<T>& list) {
-    for (const T& v : list) word((uint64_t)v);
-    word(list.size());
-  }
-  void add(std::string_view text) {
-    for (const char c : text) word((unsigned char)c);
-    word(text.size());
-  }
-  std::string text() const {
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", (unsigned long long)state_);
-    return hex;
-  }
-
- private:
-  uint64_t state_ = 14695981039346656037ull;
-  void word(uint64_t v) { state_ = (state_ ^ v) * 1099511628211ull; }
-};
-
-// Takes a share of the text out as held-out text: whole documents where there are enough small ones, else the end of the text. At most
-// kMostDev tokens, so that an evaluation stays cheap however large the text is.
-constexpr int64_t kMostDev = 100000;
+// Takes a share of the text out as held-out text: stretches of up to 50 sentences of one document, chosen by the seed, each a document
+// there. At most 100,000 tokens, so that an evaluation stays cheap however large the text is.
 Corpus take_dev(Corpus& text, double share, uint64_t seed) {
-  const int64_t documents = (int64_t)text.documents.size() - 1, sentences = (int64_t)text.sentences.size() - 1;
-  const int64_t want = std::min<int64_t>(kMostDev, (int64_t)((double)text.ids.size() * share));
-  auto tokens = [&](int64_t d) {
-    return text.sentences[(size_t)text.documents[(size_t)d + 1]] - text.sentences[(size_t)text.documents[(size_t)d]];
-  };
-  std::vector<uint8_t> held(sentences, 0);
-  std::vector<int64_t> order(documents);
-  for (int64_t d = 0; d < documents; d++) order[(size_t)d] = d;
-  Random random({seed, 0, 0, kSplitStream});
-  random.shuffle(order);
+  const int64_t want = std::min<int64_t>(100000, (int64_t)((double)text.ids.size() * share));
+  std::vector<int64_t> cuts;  // first sentences of the stretches, and the end
+  for (size_t d = 0; d + 1 < text.documents.size(); d++)
+    for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += 50) cuts.push_back(s);
+  std::vector<int64_t> order(cuts.size());
+  for (size_t i = 0; i < cuts.size(); i++) order[i] = (int64_t)i;
+  cuts.push_back((int64_t)text.sentences.size() - 1);
+  Random({seed, 0, 0, kSplitStream}).shuffle(order);
+  std::vector<uint8_t> held(order.size(), 0);
   int64_t got = 0;
-  for (const int64_t d : order)
-    if (documents >= 20 && got < want && tokens(d) <= want / 2 + 1) {
-      std::fill(held.begin() + text.documents[(size_t)d], held.begin() + text.documents[(size_t)d + 1], 1);
-      got += tokens(d);
-    }
-  std::vector<int64_t> cuts;  // where held-out text from one long document is cut into several, so that it has other documents too
-  if (got < want) {
-    int64_t s = sentences;
-    for (; s > 1 && got < want; s--)
-      if (!held[(size_t)s - 1]) held[(size_t)s - 1] = 1, got += text.sentences[(size_t)s] - text.sentences[(size_t)s - 1];
-    for (int64_t i = 1; i < 8; i++) cuts.push_back(s + (sentences - s) * i / 8);
+  for (size_t i = 0; i + 1 < order.size() && got < want; i++) {
+    const size_t k = (size_t)order[i];
+    held[k] = 1, got += text.sentences[(size_t)cuts[k + 1]] - text.sentences[(size_t)cuts[k]];
   }
-  Corpus dev;
-  std::vector<int64_t> sentence_ends{0}, document_ends{0};
-  int64_t write = 0;
-  for (int64_t d = 0; d < documents; d++) {
-    for (int64_t s = text.documents[(size_t)d]; s < text.documents[(size_t)d + 1]; s++) {
-      const auto begin = text.ids.begin() + text.sentences[(size_t)s], end = text.ids.begin() + text.sentences[(size_t)s + 1];
-      if (held[(size_t)s]) {
-        if (std::find(cuts.begin(), cuts.end(), s) != cuts.end()) dev.end_document();
-        dev.ids.insert(dev.ids.end(), begin, end);
-        dev.end_sentence();
-      } else {
-        write = std::copy(begin, end, text.ids.begin() + write) - text.ids.begin();
-        sentence_ends.push_back(write);
-      }
+  Corpus dev, rest;
+  size_t document = 1;
+  for (size_t k = 0; k < held.size(); k++) {
+    Corpus& to = held[k] ? dev : rest;
+    for (int64_t s = cuts[k]; s < cuts[k + 1]; s++) {
+      to.ids.insert(to.ids.end(), text.ids.begin() + text.sentences[(size_t)s], text.ids.begin() + text.sentences[(size_t)s + 1]);
+      to.end_sentence();
     }
-    dev.end_document();
-    if ((int64_t)sentence_ends.size() - 1 > document_ends.back()) document_ends.push_back((int64_t)sentence_ends.size() - 1);
+    if (held[k]) dev.end_document();
+    if (cuts[k + 1] == text.documents[document]) rest.end_document(), document++;
   }
-  text.ids.resize((size_t)write);
-  text.sentences = std::move(sentence_ends), text.documents = std::move(document_ends);
+  text = std::move(rest);
   return dev;
 }
-
-struct Phase {
-  int64_t max_length;
-  double share;
-};
 
 struct PretrainOptions {
   Source input;
@@ -1749,27 +1679,9 @@ struct PretrainOptions {
   double dev_split = 0, minutes = 0;
   PretrainSettings data;
   TrainSettings train;
-  std::vector<Phase> phases;
-  Run::Settings run;
-  bool resume = false, overwrite = false, dry_run = false;
+  RunSettings run;
+  bool dry_run = false;
 };
-
-std::vector<Phase> take_phases(Args& a, int64_t max_length) {
-  const std::optional<std::string> text = a.take("phases");
-  if (!text) return {{max_length, 1}};
-  std::vector<Phase> phases;
-  double sum = 0;
-  for (const std::string& part : split(*text, ',')) {
-    const size_t colon = part.find(':');
-    const auto length = parse_number<int64_t>(part.substr(0, colon));
-    const auto share = parse_number<double>(colon == part.npos ? "" : part.substr(colon + 1));
-    if (!length || !share || *length < 8 || !(*share > 0))
-      a.fail("--phases " + *text + ": LENGTH:SHARE,… is wanted, as in 128:0.9,512:0.1");
-    phases.push_back({*length, *share}), sum += *share;
-  }
-  if (std::fabs(sum - 1) > 1e-6) a.fail("--phases " + *text + ": the shares add up to " + format_number(sum) + ", not 1");
-  return phases;
-}
 
 PretrainOptions take_pretrain(Args& a, const Common& common) {
   PretrainOptions o;
@@ -1778,82 +1690,35 @@ PretrainOptions take_pretrain(Args& a, const Common& common) {
   o.vocab = a.take("vocab", o.init);
   o.config = a.take("config", "");
   if (o.vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
-  if (o.config.empty() == o.init.empty())
-    a.fail(o.init.empty() ? "--config is missing: tiny, mini, small, medium, base or a config.json"
-                          : "--config and --init exclude each other");
+  if (o.config.empty() && o.init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
+  if (!o.config.empty() && !o.init.empty()) a.fail("--config and --init exclude each other");
   o.output = a.need("output", "the folder to write the model to");
   o.train = take_training(a, common, 1e-4);
   o.train.steps = a.take_int("steps", 0, 1, INT32_MAX);
   o.minutes = a.take_number("minutes", 0, 0.01, 1e6);
-  if ((o.train.steps > 0) == (o.minutes > 0))
-    a.fail(o.minutes > 0 ? "--steps and --minutes exclude each other" : "--steps or --minutes is missing");
+  if ((o.train.steps > 0) == (o.minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
   o.data.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30);
   o.data.max_length = a.take_int("max-length", 128, 8, 1 << 20);
   o.data.mask = a.take_number("mask", 0.15, 0.001, 0.9);
   o.data.whole_word = a.take_switch("whole-word");
   o.data.next_sentence = !a.take_switch("no-nsp");
-  o.phases = take_phases(a, o.data.max_length);
   if (const auto dev = a.take("dev")) o.dev = o.input, o.dev->files = {*dev};
   o.dev_split = a.take_number("dev-split", 0.01, 0, 0.5);
   if (a.given("dev") && a.given("dev-split")) a.fail("--dev and --dev-split exclude each other");
   o.dump = a.take("dump-batches", "");
+  o.run = take_run(a, common);
   o.run.save_every = a.take_int("save-every", 0, 1, INT32_MAX);
   o.run.keep = a.take_int("keep", 2, 1, 100);
-  o.run.quiet = common.quiet;
-  o.resume = a.take_switch("resume"), o.overwrite = a.take_switch("overwrite"), o.dry_run = a.take_switch("dry-run");
+  o.dry_run = a.take_switch("dry-run");
   return o;
 }
 
-// Batches of the phase that a step belongs to, each phase with a sampler of its own.
-class PhaseSampler {
- public:
-  PhaseSampler(const Corpus& corpus, const PretrainOptions& o, const WordPiece& t, int64_t vocab_size)
-      : corpus_(&corpus), options_(&o), special_{t.cls, t.sep, t.mask}, vocab_size_(vocab_size) {
-    for (int32_t id = 0; id < (int32_t)t.size(); id++) continues_.push_back(t.continuation(id));
-    continues_.resize((size_t)vocab_size, 0);
-  }
-  void set_steps(int64_t steps) { steps_ = steps; }
-  Batch next(int64_t step, int64_t micro) {
-    enter(phase_of(step));
-    return sampler_->next(step, micro);
-  }
-  void store(std::map<std::string, std::string>& about) const {
-    const PretrainSampler::Place place = sampler_ ? sampler_->place() : PretrainSampler::Place{};
-    about["phase"] = to_string(phase_), about["epoch"] = to_string(place.epoch), about["batch"] = to_string(place.batch);
-  }
-  void restore(const std::map<std::string, std::string>& about) {
-    auto number = [&](const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); };
-    if (number("phase") < 0) return;
-    enter(number("phase"));
-    sampler_->go_to({number("epoch"), number("batch")});
-  }
-  PretrainSettings settings(int64_t phase) const {
-    PretrainSettings s = options_->data;
-    s.max_length = options_->phases[(size_t)phase].max_length;
-    return s;
-  }
-  const SpecialIds& special() const { return special_; }
-  const std::vector<uint8_t>& continues() const { return continues_; }
-  int64_t epoch_batches() { return enter(std::max<int64_t>(0, phase_)), sampler_->epoch_batches(); }
-
- private:
-  const Corpus* corpus_;
-  const PretrainOptions* options_;
-  SpecialIds special_;
-  int64_t vocab_size_, steps_ = 0, phase_ = -1;
-  std::vector<uint8_t> continues_;
-  std::optional<PretrainSampler> sampler_;
-
-  int64_t phase_of(int64_t step) const {
-    double share = 0;
-    for (size_t i = 0; i + 1 < options_->phases.size(); i++)
-      if (share += options_->phases[i].share; (double)step < share * (double)steps_) return (int64_t)i;
-    return (int64_t)options_->phases.size() - 1;
-  }
-  void enter(int64_t phase) {
-    if (phase == phase_) return;
-    phase_ = phase;
-    sampler_.emplace(*corpus_, settings(phase), special_, vocab_size_, continues_, options_->train.seed);
+// What masking needs to know of a vocabulary.
+struct MaskingIds {
+  SpecialIds special;
+  std::vector<uint8_t> continues;
+  MaskingIds(const WordPiece& t, int64_t vocab_size) : special{t.cls, t.sep, t.mask}, continues((size_t)vocab_size, 0) {
+    for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[(size_t)id] = t.continuation(id);
   }
 };
 
@@ -1862,18 +1727,28 @@ struct Pretraining {
   PretrainOptions o;
   WordPiece tokenizer;
   Config config;
-  std::map<std::string, std::string> carried;
   Corpus text, dev;
   std::vector<int64_t> unigrams;
-  std::string fingerprint;
 
   Bert model() const {
     const Task task = o.data.next_sentence ? Task::pretrain : Task::mlm;
     return o.init.empty() ? Bert::random(config, task, o.train.seed) : load_folder_for(o.init, task, {}, o.train.seed).bert;
   }
-  PretrainScores scores(const Bert& bert, const PhaseSampler& sampler) const {
-    return evaluate_pretraining(bert, dev, sampler.settings((int64_t)o.phases.size() - 1), sampler.special(), sampler.continues(),
-                                o.train.seed, unigrams);
+  PretrainSampler sampler() const {
+    const MaskingIds ids(tokenizer, config.vocab_size);
+    return PretrainSampler(text, o.data, ids.special, config.vocab_size, ids.continues, o.train.seed);
+  }
+  Numbers scores(const Bert& bert) const {
+    const MaskingIds ids(tokenizer, config.vocab_size);
+    const PretrainScores s = evaluate_pretraining(bert, dev, o.data, ids.special, ids.continues, o.train.seed, unigrams);
+    Numbers list = {{"mlm_loss", s.masked_loss}, {"unigram_loss", s.unigram_loss}, {"mlm_accuracy", s.masked_accuracy}};
+    if (o.data.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
+    return list;
+  }
+  std::string fingerprint() const {
+    Fingerprint f;
+    for (const Corpus* c : {&text, &dev}) f.add(c->ids), f.add(c->sentences), f.add(c->documents);
+    return f.text();
   }
 };
 
@@ -1883,42 +1758,40 @@ void check_fit(const Pretraining& p) {
   if (t.cls < 0 || t.sep < 0 || t.mask < 0)
     throw Error(p.o.vocab + ": [CLS], [SEP] or [MASK] is missing in the vocabulary; pretraining needs them");
   if (p.config.vocab_size < t.size())
-    throw Error(p.o.vocab + ": " + to_string(t.size()) + " pieces, but the model has " + to_string(p.config.vocab_size) +
-                " (vocab_size of its config.json); they must fit");
-  for (const Phase& phase : p.o.phases)
-    if (phase.max_length > p.config.max_position_embeddings)
-      throw Error("--max-length " + to_string(phase.max_length) + ": the model has only " + to_string(p.config.max_position_embeddings) +
-                  " positions; give less");
+    throw Error(p.o.vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(p.config.vocab_size) +
+                "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
+  check_positions(p.o.data.max_length, p.config);
+}
+
+std::string corpus_size(const Corpus& c) {
+  return grouped((int64_t)c.ids.size()) + " tokens, " + grouped((int64_t)c.sentences.size() - 1) + " sentences, " +
+         grouped((int64_t)c.documents.size() - 1) + " documents";
 }
 
 Pretraining prepare_pretraining(PretrainOptions options, const Common& common) {
-  Pretraining p{std::move(options), {}, {}, {}, {}, {}, {}, {}};
+  Pretraining p{std::move(options), {}, {}, {}, {}, {}};
   const PretrainOptions& o = p.o;
   p.tokenizer = WordPiece::load(o.vocab);
   show_warnings(p.tokenizer, common);
-  const bool is_file = o.config.ends_with(".json") || fs::exists(o.config);
-  if (!o.init.empty())
-    check_model_folder(o.init), p.config = Config::parse(read_file(o.init + "/config.json"), o.init + "/config.json");
-  else
-    p.config = is_file ? Config::parse(read_file(o.config), o.config) : Config::named(o.config, p.tokenizer.size());
+  if (!o.init.empty()) check_model_folder(o.init);
+  const std::string file = o.init.empty() ? o.config : o.init + "/config.json";
+  p.config = fs::exists(file) || file.ends_with(".json") ? Config::parse(read_file(file), file) : Config::named(file, p.tokenizer.size());
   check_fit(p);
-  p.carried = tokenizer_files(o.vocab, p.tokenizer, p.config.max_position_embeddings);
   const double began = now();
   p.text = read_corpus(o.input, p.tokenizer);
   if (o.dev)
     p.dev = read_corpus(*o.dev, p.tokenizer);
   else if (o.dev_split > 0)
     p.dev = take_dev(p.text, o.dev_split, o.train.seed);
-  if (p.text.ids.empty())
-    throw Error(join(o.input.files, ", ") + ": all the text went into the held-out part; give more text or a smaller --dev-split");
-  Fingerprint f;
-  for (const Corpus* c : {&p.text, &p.dev}) f.add(c->ids), f.add(c->sentences), f.add(c->documents);
-  p.fingerprint = f.text();
   p.unigrams = unigram_counts(p.text, p.config.vocab_size);
-  common.note("text: " + grouped((int64_t)p.text.ids.size()) + " tokens, " + grouped((int64_t)p.text.sentences.size() - 1) +
-              " sentences, " + grouped((int64_t)p.text.documents.size() - 1) + " documents; held out " +
-              grouped((int64_t)p.dev.ids.size()) + " tokens; read in " + duration(now() - began));
+  common.note("text: " + corpus_size(p.text) + "; held out: " + corpus_size(p.dev) + "; read in " + duration(now() - began));
   return p;
+}
+
+std::vector<Batch> step_batches(const Pretraining& p, PretrainSampler& sampler, int64_t step) {
+  std::vector<Batch> micro;
+  for (int64_t i = 0; i < p.o.train.accumulate; i++) micro.push_back(sampler.next(step, i));
+  return micro;
 }
 
 // The number of steps that fit into the minutes, from the time of the first ones, made on a model of their own.
@@ -1927,65 +1800,37 @@ int64_t steps_in_minutes(const Pretraining& p) {
   TrainSettings settings = p.o.train;
   settings.steps = 1000;
   Trainer trainer(p.model(), settings);
-  PhaseSampler sampler(p.text, p.o, p.tokenizer, p.config.vocab_size);
-  sampler.set_steps(settings.steps);
+  PretrainSampler sampler = p.sampler();
   std::vector<double> took;
   while (took.size() < 4 || (now() - began < std::min(20.0, seconds * 0.03) && took.size() < 100)) {
     const double t = now();
-    std::vector<Batch> micro;
-    for (int64_t i = 0; i < settings.accumulate; i++) micro.push_back(sampler.next(trainer.done(), i));
-    trainer.step(micro);
+    trainer.step(step_batches(p, sampler, trainer.done()));
     took.push_back(now() - t);
   }
   took.erase(took.begin());  // the first one also takes its memory from the system
-  std::sort(took.begin(), took.end());
-  return std::max<int64_t>(1, (int64_t)((seconds - (now() - began)) * 0.95 / took[took.size() / 2]));
+  return std::max<int64_t>(1, (int64_t)((seconds - (now() - began)) * 0.95 / median(took)));  // 5 %: evaluations and saves
 }
 
-std::string batch_json(const Batch& b, int64_t step, int64_t micro) {
+std::string batch_json(const Batch& b, int64_t step, size_t micro) {
   auto list = [](const auto& v) { return json_list(v, [&](size_t i) { return to_string(v[i]); }); };
   return "{\"step\":" + to_string(step) + ",\"micro\":" + to_string(micro) + ",\"ids\":" + list(b.ids) +
          ",\"segments\":" + list(b.segments) + ",\"offsets\":" + list(b.offsets) + ",\"masked\":" + list(b.masked) +
          ",\"masked_labels\":" + list(b.masked_labels) + ",\"labels\":" + list(b.labels) + "}\n";
 }
 
-void dry_run(const Pretraining& p, PhaseSampler& sampler) {
-  const Bert bert = p.model();
-  const int64_t parameters = bert.parameter_count(), batches = sampler.epoch_batches();
-  int gradients = 1;
-  for (int64_t g = p.o.train.accumulate; g > 1; g /= 2) gradients++;
-  const Named lines = {{"parameters", to_string(parameters)},
-                       {"tokens", to_string(p.text.ids.size())},
-                       {"dev_tokens", to_string(p.dev.ids.size())},
-                       {"vocabulary", to_string(p.tokenizer.size())},
-                       {"steps", p.o.train.steps ? to_string(p.o.train.steps) : "from the time of the first ones"},
-                       {"batches_per_epoch", to_string(batches)},
-                       {"gradients_held", to_string(gradients)},
-                       {"weights_moments_gradients_MiB", fixed((double)parameters * 4 * (3 + gradients) / (1 << 20), 0)}};
-  for (const auto& [name, value] : lines) std::printf("%s\t%s\n", name.c_str(), value.c_str());
-}
-
-std::vector<std::pair<std::string, double>> score_list(const PretrainScores& s, bool next_sentence) {
-  std::vector<std::pair<std::string, double>> list = {{"mlm_loss", s.masked_loss}, {"mlm_accuracy", s.masked_accuracy}};
-  if (next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
-  return list;
-}
-
-// What the report says of the run beside its settings.
-Named pretrain_data(const Pretraining& p, const Bert& bert) {
-  auto size = [](const Corpus& c) {
-    return grouped((int64_t)c.ids.size()) + " tokens, " + grouped((int64_t)c.sentences.size() - 1) + " sentences, " +
-           grouped((int64_t)c.documents.size() - 1) + " documents";
-  };
-  return {{"training text", size(p.text)},
-          {"held-out text", size(p.dev)},
-          {"vocabulary", grouped(p.tokenizer.size()) + " pieces"},
-          {"model", to_string(bert.config.num_hidden_layers) + " layers of " + to_string(bert.config.hidden_size) + ", " +
-                        grouped(bert.parameter_count()) + " parameters"}};
+void dry_run(const Pretraining& p) {
+  const int64_t parameters = p.model().parameter_count(), gradients = 1 + std::bit_width((uint64_t)p.o.train.accumulate) - 1;
+  print_numbers({{"parameters", (double)parameters},
+                 {"tokens", (double)p.text.ids.size()},
+                 {"tokens_dev", (double)p.dev.ids.size()},
+                 {"pieces", (double)p.tokenizer.size()},
+                 {"steps", (double)p.o.train.steps},
+                 {"gradients", (double)gradients},
+                 {"state_MiB", (double)(parameters * 4 * (3 + gradients)) / (1 << 20)}});
 }
 
 // The steps from where the trainer stands to the end; the exit status.
-int pretrain_steps(const Pretraining& p, Trainer& trainer, PhaseSampler& sampler, Run& run) {
+int pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
   const int64_t steps = trainer.settings().steps;
   // Evaluations: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
   const double trained = (double)steps * (double)(p.o.data.batch_tokens * p.o.train.accumulate);
@@ -1993,84 +1838,50 @@ int pretrain_steps(const Pretraining& p, Trainer& trainer, PhaseSampler& sampler
   const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations);
   std::ofstream dump;
   if (!p.o.dump.empty()) dump.open(p.o.dump, trainer.done() ? std::ios::app : std::ios::trunc);
-  if (!p.o.dump.empty() && !dump) throw Error(p.o.dump + ": cannot write: " + std::strerror(errno));
   while (trainer.done() < steps && !stop_signal) {
-    std::vector<Batch> micro;
-    for (int64_t i = 0; i < p.o.train.accumulate; i++) {
-      micro.push_back(sampler.next(trainer.done(), i));
-      if (dump.is_open() && !(dump << batch_json(micro.back(), trainer.done(), i)))
-        throw Error(p.o.dump + ": cannot write: " + std::strerror(errno));
-    }
+    const std::vector<Batch> micro = step_batches(p, sampler, trainer.done());
+    for (size_t i = 0; i < micro.size() && !p.o.dump.empty(); i++)
+      if (!(dump << batch_json(micro[i], trainer.done(), i) << std::flush)) throw Error(p.o.dump + ": cannot write");
     run.after_step(trainer.step(micro));
     const int64_t done = trainer.done();
-    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) {
-      const PretrainScores s = p.scores(trainer.model(), sampler);
-      run.evaluated(done, score_list(s, p.o.data.next_sentence));
-      if (done == steps) {
-        run.results = {{"loss_dev", s.masked_loss},
-                       {"unigram_loss_dev", s.unigram_loss},
-                       {"perplexity_dev", std::exp(s.masked_loss)},
-                       {"accuracy_dev", s.masked_accuracy}};
-        if (p.o.data.next_sentence) run.results.emplace_back("nsp_accuracy_dev", s.next_accuracy);
-      }
-    }
+    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) run.evaluated(done, p.scores(trainer.model()));
     if (done < steps && run.save_due(done)) run.save(trainer);
   }
-  if (trainer.done() < steps) return run.stopped(trainer);
-  run.finish_line();
-  run.save(trainer);
-  return 0;
+  return trainer.done() < steps ? run.stopped(trainer) : 0;
 }
 
 int cmd_pretrain(Args& a) {
   Common common(a);
   PretrainOptions options = take_pretrain(a, common);
   a.done();
-  Pretraining p = prepare_pretraining(std::move(options), common);
+  const Pretraining p = prepare_pretraining(std::move(options), common);
   const PretrainOptions& o = p.o;
-  PhaseSampler sampler(p.text, o, p.tokenizer, p.config.vocab_size);
-  if (o.dry_run) return dry_run(p, sampler), 0;
-
-  OutputFolder folder(o.output, o.overwrite, o.resume);
+  if (o.dry_run) return dry_run(p), 0;
+  OutputFolder folder(o.output, o.run);
   Run run(o.output, "Pretraining " + (o.config.empty() ? o.init : o.config), o.run);
   catch_signals();
-  Trainer trainer(p.model(), o.train);
-  std::map<std::string, std::string> stored, wanted = {{"data", p.fingerprint}, {"backend", backend_description()}};
-  keep_settings(a.taken(), wanted);
-  if (o.resume)
-    stored = run.states.load(trainer);
-  else
-    run.states.remove_all();
-  if (!stored.empty()) {
-    check_resumed(wanted, stored, o.output);
-    wanted["backend"] = stored["backend"];
-    trainer.set_steps(parse_number<int64_t>(stored.at("steps")).value_or(1));
-    sampler.set_steps(trainer.settings().steps);
-    sampler.restore(stored);
-    common.note("going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
-  } else {
-    if (o.resume) common.note("bert: nothing was saved yet in " + o.output + "; beginning with the first step");
-    if (!o.train.steps) trainer.set_steps(steps_in_minutes(p));
-    sampler.set_steps(trainer.settings().steps);
-  }
-  run.settings = a.taken(), run.data = pretrain_data(p, trainer.model());
-  run.about = [&] {
-    std::map<std::string, std::string> about = wanted;
-    about["steps"] = to_string(trainer.settings().steps);
-    sampler.store(about);
-    return about;
+  TrainSettings settings = o.train;
+  if (!settings.steps && !(o.run.resume && run.states.any())) settings.steps = steps_in_minutes(p);
+  Trainer trainer(p.model(), settings);
+  PretrainSampler sampler = p.sampler();
+  const auto stored = run.take_up(trainer, a.taken(), p.fingerprint());
+  if (!stored.empty()) sampler.go_to({stored_number(stored, "epoch"), stored_number(stored, "batch")});
+  run.place = [&]() -> std::map<std::string, std::string> {
+    return {{"epoch", to_string(sampler.place().epoch)}, {"batch", to_string(sampler.place().batch)}};
   };
-  run.save_model = [&] { save_folder(o.output, trainer.model(), p.carried); };
-  int status = 0;
-  try {
-    run.begin(trainer.done());
-    status = pretrain_steps(p, trainer, sampler, run);
-  } catch (const Error& e) { run.failed(e); }
-  if (!status && run.results.empty() && !p.dev.ids.empty()) {  // a run that was complete already
-    const PretrainScores s = p.scores(trainer.model(), sampler);
-    run.results = {{"loss_dev", s.masked_loss}, {"unigram_loss_dev", s.unigram_loss}, {"accuracy_dev", s.masked_accuracy}};
-  }
-  for (const auto& [name, value] : run.results) std::printf("%s\t%s\n", name.c_str(), format_number(value).c_str());
+  const auto carried = tokenizer_files(o.vocab, p.tokenizer, p.config.max_position_embeddings);
+  run.save_model = [&] { save_folder(o.output, trainer.model(), carried); };
+  run.data = {{"training text", corpus_size(p.text)},
+              {"held-out text", corpus_size(p.dev)},
+              {"vocabulary", grouped(p.tokenizer.size()) + " pieces"},
+              {"model", model_size(trainer.model())}};
+  const int status = run.guarded(trainer, [&] {
+    if (const int stopped = pretrain_steps(p, trainer, sampler, run)) return stopped;
+    if (!p.dev.ids.empty())
+      for (const auto& [name, value] : p.scores(trainer.model())) run.results.emplace_back(name + "_dev", value);
+    return 0;
+  });
+  print_numbers(run.results);
   if (!status) common.note(o.output + ": the model; curves in " + o.output + "/report.html");
   return status;
 }
@@ -2132,7 +1943,7 @@ std::vector<int32_t> answer_of(const Row& row, Labels& labels, Example& example)
 }
 
 LabelledSet read_labelled(Source source, const WordPiece& tokenizer, Labels& labels, int64_t max_length) {
-  source.labels = Source::wanted;
+  source.labels = true;
   LabelledSet set;
   Rows rows(source);
   std::vector<Row> chunk;
@@ -2187,8 +1998,8 @@ struct FinetuneOptions {
   double dev_split = 0, epochs = 3;
   int64_t batch = 32, max_length = 128, patience = 0, seeds = 1;
   TrainSettings settings;
-  Run::Settings run;
-  bool resume = false, overwrite = false, from_scratch = false, quiet = false;
+  RunSettings run;
+  bool from_scratch = false;
 };
 
 Task take_task(Args& a) {
@@ -2219,9 +2030,8 @@ FinetuneOptions take_finetune(Args& a, const Common& common) {
   o.seeds = a.take_int("seeds", 1, 1, 1000);
   o.tsv = a.take("tsv", "");
   o.from_scratch = a.take_switch("from-scratch");
-  o.resume = a.take_switch("resume"), o.overwrite = a.take_switch("overwrite");
-  if (o.resume && o.seeds > 1) a.fail("--resume and --seeds exclude each other");
-  o.quiet = o.run.quiet = common.quiet;
+  o.run = take_run(a, common);
+  if (o.run.resume && o.seeds > 1) a.fail("--resume and --seeds exclude each other");
   return o;
 }
 
@@ -2257,9 +2067,7 @@ FinetuneData read_finetune_data(const FinetuneOptions& o, const Common& common) 
   FinetuneData d;
   check_model_folder(o.model, !o.from_scratch);
   const Config config = Config::parse(read_file(o.model + "/config.json"), o.model + "/config.json");
-  if (o.max_length > config.max_position_embeddings)
-    throw Error("--max-length " + to_string(o.max_length) + ": the model has only " + to_string(config.max_position_embeddings) +
-                " positions; give less");
+  check_positions(o.max_length, config);
   d.tokenizer = WordPiece::load(o.model);
   show_warnings(d.tokenizer, common);
   d.labels.task = o.task, d.labels.open = true;
@@ -2299,8 +2107,7 @@ Named finetune_data(const FinetuneData& d, const Bert& bert) {
   if (!d.test.examples.empty()) rows.emplace_back("test texts", grouped((int64_t)d.test.examples.size()));
   if (d.labels.task != Task::regress) rows.emplace_back("labels", label_shares(d.train, d.labels));
   if (d.train.cut) rows.emplace_back("texts cut to --max-length", grouped(d.train.cut));
-  rows.emplace_back("model", to_string(bert.config.num_hidden_layers) + " layers of " + to_string(bert.config.hidden_size) + ", " +
-                                 grouped(bert.parameter_count()) + " parameters");
+  rows.emplace_back("model", model_size(bert));
   return rows;
 }
 
@@ -2323,8 +2130,8 @@ std::vector<Metric> scored(const Bert& bert, const LabelledSet& set, uint64_t se
   return score_outputs(bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), seed);
 }
 
-std::vector<std::pair<std::string, double>> metric_list(const std::vector<Metric>& metrics, const std::string& ending = "") {
-  std::vector<std::pair<std::string, double>> list;
+Numbers metric_list(const std::vector<Metric>& metrics, const std::string& ending = "") {
+  Numbers list;
   for (const Metric& m : metrics) list.emplace_back(m.name + ending, m.value);
   return list;
 }
@@ -2332,15 +2139,22 @@ std::vector<std::pair<std::string, double>> metric_list(const std::vector<Metric
 // Where fine-tuning stands beside the trainer: the best evaluation, whose model is the one in the folder.
 struct BestOnDev {
   double value = -1e300;
-  int64_t epoch = 0, since = 0;  // evaluations since it
-  bool ended = false;            // by patience
+  int64_t since = 0;   // evaluations since it
+  bool ended = false;  // by patience
+  About about() const { return {{"best", exact(value)}, {"since_best", to_string(since)}, {"ended", to_string(ended)}}; }
+  static BestOnDev from(const About& a) {
+    return a.empty()
+               ? BestOnDev()
+               : BestOnDev{parse_number<double>(a.at("best")).value_or(0), stored_number(a, "since_best"), stored_number(a, "ended") != 0};
+  }
 };
 
 // The steps from where the trainer stands; the exit status.
-int finetune_steps(const FinetuneOptions& o, const FinetuneData& d, uint64_t seed, Trainer& trainer, Run& run, BestOnDev& best,
+int finetune_steps(const FinetuneOptions& o, const FinetuneData& d, Trainer& trainer, Run& run, BestOnDev& best,
                    const std::map<std::string, std::string>& carried) {
   const int64_t n = (int64_t)d.train.examples.size(), per_step = o.batch * o.settings.accumulate, per_epoch = (n + per_step - 1) / per_step;
   const int64_t steps = trainer.settings().steps;
+  const uint64_t seed = trainer.settings().seed;
   int64_t ordered = -1;
   std::vector<int64_t> order;
   while (trainer.done() < steps && !best.ended && !stop_signal) {
@@ -2356,34 +2170,24 @@ int finetune_steps(const FinetuneOptions& o, const FinetuneData& d, uint64_t see
       const std::vector<Metric> metrics = scored(trainer.model(), d.dev, seed);
       run.evaluated(done, metric_list(metrics));
       if (metrics[0].value > best.value)
-        best = {metrics[0].value, epoch + 1, 0, false};
-      else if (++best.since == o.patience)
-        best.ended = true;
-      if (!o.quiet)
+        best.value = metrics[0].value, best.since = 0;
+      else
+        best.ended = ++best.since == o.patience;
+      if (!o.run.quiet)
         say("epoch " + to_string(epoch + 1) + ": " + metrics[0].name + " " + fixed(metrics[0].value, 4) + " on dev" +
             (best.since ? "" : ", the best so far"));
     }
-    if (!best.since) save_folder(run.folder(), trainer.model(), carried);  // the model first: a state that says "best" has it beside it
+    // The model first: a state that says "best" has it beside it.
+    if (!best.since) save_folder(run.folder(), trainer.model(), carried);
     if (done < steps) run.save(trainer);
   }
-  if (trainer.done() < steps && !best.ended) return run.stopped(trainer);
-  run.finish_line();
-  return 0;
+  return trainer.done() < steps && !best.ended ? run.stopped(trainer) : 0;
 }
 
-std::map<std::string, std::string> finetune_about(const std::map<std::string, std::string>& wanted, const Trainer& trainer,
-                                                  const BestOnDev& best) {
-  std::map<std::string, std::string> about = wanted;
-  about["steps"] = to_string(trainer.settings().steps);
-  about["best"] = exact(best.value), about["best_epoch"] = to_string(best.epoch), about["since_best"] = to_string(best.since),
-  about["ended"] = best.ended ? "yes" : "no";
-  return about;
-}
-
-// One run with one seed into one folder. Its metrics; the exit status in `status`.
-std::vector<std::pair<std::string, double>> finetune_once(const FinetuneOptions& o, const FinetuneData& d, uint64_t seed,
-                                                          const std::string& output, const Named& taken, int& status) {
-  OutputFolder folder(output, o.overwrite, o.resume);
+// One run with one seed into one folder: its metrics, and the exit status.
+std::pair<Numbers, int> finetune_once(const FinetuneOptions& o, const FinetuneData& d, uint64_t seed, const std::string& output,
+                                      const Named& taken) {
+  OutputFolder folder(output, o.run);
   Run run(output, "Fine-tuning " + o.model + " to " + task_name(o.task), o.run);
   ModelFolder start = finetune_start(o, d, seed);
   const int64_t n = (int64_t)d.train.examples.size(), per_step = o.batch * o.settings.accumulate;
@@ -2391,36 +2195,18 @@ std::vector<std::pair<std::string, double>> finetune_once(const FinetuneOptions&
   settings.seed = seed;
   settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(o.epochs * (double)((n + per_step - 1) / per_step)));
   Trainer trainer(std::move(start.bert), settings);
-  BestOnDev best;
-  std::map<std::string, std::string> stored, wanted = {{"data", d.fingerprint}, {"backend", backend_description()}};
-  keep_settings(taken, wanted);
-  if (o.resume)
-    stored = run.states.load(trainer);
-  else
-    run.states.remove_all();
-  if (!stored.empty()) {
-    check_resumed(wanted, stored, output);
-    wanted["backend"] = stored["backend"];
-    auto number = [&](const char* key) { return parse_number<int64_t>(stored.at(key)).value_or(0); };
-    best = {parse_number<double>(stored.at("best")).value_or(-1e300), number("best_epoch"), number("since_best"),
-            stored.at("ended") == "yes"};
-    if (!o.quiet) say("going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
-  } else if (o.resume && !o.quiet) {
-    say("bert: nothing was saved yet in " + output + "; beginning with the first step");
-  }
-  run.settings = taken, run.data = finetune_data(d, trainer.model());
-  run.about = [&] { return finetune_about(wanted, trainer, best); };
-  try {
-    run.begin(trainer.done());
-    status = finetune_steps(o, d, seed, trainer, run, best, start.carried);
-    if (status) return {};
+  BestOnDev best = BestOnDev::from(run.take_up(trainer, taken, d.fingerprint));
+  run.place = [&] { return best.about(); };
+  run.data = finetune_data(d, trainer.model());
+  const int status = run.guarded(trainer, [&] {
+    if (const int stopped = finetune_steps(o, d, trainer, run, best, start.carried)) return stopped;
     const ModelFolder saved = load_folder(output);  // the best one, as everybody else will read it
     if (!d.dev.examples.empty()) run.results = metric_list(scored(saved.bert, d.dev, seed), "_dev");
     if (!d.test.examples.empty())
       for (const auto& m : metric_list(scored(saved.bert, d.test, seed), "_test")) run.results.push_back(m);
-    run.save(trainer);
-  } catch (const Error& e) { run.failed(e); }
-  return run.results;
+    return 0;
+  });
+  return {run.results, status};
 }
 
 int cmd_finetune(Args& a) {
@@ -2440,8 +2226,7 @@ int cmd_finetune(Args& a) {
                   " held out" + (o.task == Task::regress ? "" : "; " + label_shares(data.train, data.labels)) +
                   (data.train.cut ? "; " + grouped(data.train.cut) + " cut to " + to_string(o.max_length) + " tokens" : ""));
     }
-    int status = 0;
-    const auto metrics = finetune_once(o, data, seed, o.seeds > 1 ? o.output + "/seed-" + to_string(seed) : o.output, a.taken(), status);
+    const auto [metrics, status] = finetune_once(o, data, seed, o.seeds > 1 ? o.output + "/seed-" + to_string(seed) : o.output, a.taken());
     if (status) return status;
     for (const auto& [name, value] : metrics) {
       auto at = std::find_if(results.begin(), results.end(), [&](const auto& r) { return r.first == name; });
@@ -2480,12 +2265,11 @@ void write_metrics(Results& out, const std::vector<Metric>& metrics) {
 void evaluate_text(const ModelFolder& folder, const Source& source, uint64_t seed, Results& out) {
   const WordPiece& t = folder.tokenizer;
   const Corpus text = read_corpus(source, t);
-  std::vector<uint8_t> continues((size_t)folder.config.vocab_size, 0);
-  for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[(size_t)id] = t.continuation(id);
+  const MaskingIds ids(t, folder.config.vocab_size);
   PretrainSettings settings;
   settings.max_length = std::min<int64_t>(128, folder.max_length);
   settings.next_sentence = folder.bert.task == Task::pretrain;
-  const PretrainScores s = evaluate_pretraining(folder.bert, text, settings, {t.cls, t.sep, t.mask}, continues, seed, {});
+  const PretrainScores s = evaluate_pretraining(folder.bert, text, settings, ids.special, ids.continues, seed, {});
   Named lines = {{"loss", format_number(s.masked_loss)},
                  {"perplexity", format_number(std::exp(s.masked_loss))},
                  {"accuracy", format_number(s.masked_accuracy)}};
@@ -2548,10 +2332,11 @@ void each_chunk(Rows& rows, const ModelFolder& folder, int64_t limit, bool parse
                 " tokens and were cut");
 }
 
-std::string take_long(Args& a, const std::string& otherwise) {
-  const std::string how = a.take_one_of("long", otherwise, {"truncate", "error", "window"});
+// Whether a text that is too long is an error.
+bool take_refuse_long(Args& a, const Strings& ways) {
+  const std::string how = ways[(size_t)a.take_choice("long", ways)];
   if (how == "window") throw Error("--long window: not built yet; truncate and error are");
-  return how;
+  return how == "error";
 }
 
 // What `predict` prints of one row: raw outputs, or what the task's answer is.
@@ -2589,7 +2374,7 @@ struct Prediction {
                 : join(names, "|") + "\t" + join(values, "|");
   }
   std::string scores(std::span<const float> p, const std::vector<size_t>& order) const {
-    std::vector<std::pair<std::string, double>> list;
+    Numbers list;
     for (const size_t i : order) list.emplace_back(labels[i], p[i]);
     return json_object(list);
   }
@@ -2602,7 +2387,7 @@ int cmd_predict(Args& a) {
   const int64_t batch_tokens = take_batch_tokens(a), top = a.take_int("top", 1, 1, 1 << 20);
   const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits");
   if (json && logits) a.fail("--jsonl and --logits exclude each other");
-  const bool refuse_long = take_long(a, "error") == "error";
+  const bool refuse_long = take_refuse_long(a, {"error", "truncate", "window"});
   Results out(a);
   a.done();
   const ModelFolder folder = open_model(model, common);
@@ -2746,42 +2531,39 @@ int cmd_embed(Args& a) {
   Rows rows(take_source(a, common, "input"));
   EmbedOptions o;
   o.batch_tokens = take_batch_tokens(a);
-  const std::string pooling = a.take("pooling", ""), to = a.take_one_of("to", "tsv", {"tsv", "jsonl", "npy"});
+  const int to = a.take_choice("to", {"tsv", "jsonl", "npy"});
+  const bool npy = to == 2;
+  o.json = to == 1;
   const auto normalize = a.take_yes_no("normalize");
-  o.tokens = a.take_switch("tokens"), o.json = to == "jsonl";
+  o.tokens = a.take_switch("tokens");
   o.layer = a.take_int("layer", -1, 0, 1000);
   const int64_t max_length = a.take_int("max-length", 0, 3, 1 << 30);
   const std::string prompt_name = a.take("prompt", "");
-  const bool refuse_long = take_long(a, "truncate") == "error";
+  const bool refuse_long = take_refuse_long(a, {"truncate", "error", "window"});
   Results out(a);
-  static const Strings poolings = {"mean", "cls", "max", "pooler"};
-  const auto kind = std::find(poolings.begin(), poolings.end(), pooling);
-  if (!pooling.empty() && kind == poolings.end()) a.fail("--pooling " + pooling + ": one of " + join(poolings, ", ") + " is wanted");
-  if (o.tokens && to == "npy") a.fail("--tokens and --to npy exclude each other");
-  if (o.tokens && (!pooling.empty() || normalize))
-    a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
+  if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
+  const int pooling = a.take_choice("pooling", {"the folder's", "mean", "cls", "max", "pooler"});
+  if (o.tokens && (pooling || normalize)) a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
   a.done();
 
   const ModelFolder folder = open_model(model, common);
   o.pooling = folder.pooling;
-  if (!pooling.empty()) o.pooling.kind = (Pooling::Kind)(kind - poolings.begin());
+  if (pooling) o.pooling.kind = (Pooling::Kind)(pooling - 1);
   o.pooling.normalize = normalize.value_or(o.pooling.normalize);
   if (o.pooling.kind == Pooling::pooler && !folder.bert.pooler.weight)
     throw Error(model + ": no pooler in this model; --pooling mean, cls or max");
   if (o.layer > folder.config.num_hidden_layers)
     throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(folder.config.num_hidden_layers));
-  if (max_length > folder.config.max_position_embeddings)
-    throw Error("--max-length " + to_string(max_length) + ": the model has only " + to_string(folder.config.max_position_embeddings) +
-                " positions; give less");
+  check_positions(max_length, folder.config);
   const std::string in_front = prompt_name.empty() ? "" : prompt(model, prompt_name);
   rows.set_prompt(in_front);
   std::string raw;  // npy's header holds the number of rows: the vectors wait for it
   each_chunk(rows, folder, max_length ? max_length : folder.max_length, false, refuse_long, common,
              [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-               for (const std::string& line : embed_chunk(folder, o, chunk, examples, to == "npy" ? &raw : nullptr)) out.write(line);
+               for (const std::string& line : embed_chunk(folder, o, chunk, examples, npy ? &raw : nullptr)) out.write(line);
                if (rows.from_terminal()) out.flush();
              });
-  if (to == "npy") out.write(npy_header(rows.count(), folder.config.hidden_size)), out.write(raw);
+  if (npy) out.write(npy_header(rows.count(), folder.config.hidden_size)), out.write(raw);
   out.finish();
   return 0;
 }
@@ -2868,8 +2650,7 @@ double median_seconds(double seconds, F&& call) {
     call();
     took.push_back(now() - t);
   }
-  std::sort(took.begin(), took.end());
-  return took[took.size() / 2];
+  return median(took);
 }
 
 // Rows `what engine config metric value`: as TSV, or aligned for people.
@@ -3132,7 +2913,7 @@ const Command kCommands[] = {
   --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
   --steps N        or --minutes M: as many steps as fit
   --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
-  --max-length N   tokens of a row (default 128)         --phases 128:0.9,512:0.1   lengths over the run
+  --max-length N   tokens of a row (default 128)
   --lr X           peak rate (default 1e-4)              --warmup X         share of the steps (default 0.1)
   --schedule linear|cosine|constant                      --optimizer adamw|google
   --weight-decay X (default 0.01)                        --clip X           global norm (default 1; 0: none)

@@ -51,7 +51,7 @@ static inline int encode_utf8(char32_t c, char* out) {
   if (c < 0x80) return out[0] = (char)c, 1;
   const int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
   for (int k = n - 1; k > 0; k--, c >>= 6) out[k] = (char)(0x80 | (c & 0x3F));
-  out[0] = (char)(0xF00 >> n | c);   // 110xxxxx, 1110xxxx, 11110xxx
+  out[0] = (char)(0xF00 >> n | c);  // 110xxxxx, 1110xxxx, 11110xxx
   return n;
 }
 static void append_utf8(std::string& s, char32_t c) {
@@ -62,13 +62,15 @@ static void append_utf8(std::string& s, char32_t c) {
 int64_t repair_utf8(std::string& text) {
   size_t i = 0;
   while (i < text.size() && utf8_length(text, i)) i += utf8_length(text, i);
-  if (i == text.size()) return 0;   // nearly always: nothing is copied
+  if (i == text.size()) return 0;  // nearly always: nothing is copied
   std::string out = text.substr(0, i);
   int64_t repaired = 0;
   while (i < text.size()) {
     const size_t n = utf8_length(text, i);
-    if (n) out.append(text, i, n), i += n;
-    else out += "\xEF\xBF\xBD", i += invalid_length(text, i), repaired++;
+    if (n)
+      out.append(text, i, n), i += n;
+    else
+      out += "\xEF\xBF\xBD", i += invalid_length(text, i), repaired++;
   }
   text = std::move(out);
   return repaired;
@@ -189,12 +191,60 @@ static const Range kSymbolRanges[] = {
     {0x1DA76,0x1DA83}, {0x1DA85,0x1DA86}, {0x1E14F,0x1E14F}, {0x1E2FF,0x1E2FF}, {0x1E8C7,0x1E8CF}, {0x1E95E,0x1ED3D}, {0x1EEF0,0x1F12F},
     {0x1F14A,0x1F14F}, {0x1F16A,0x1F16F}, {0x1F18A,0x1FBCA},
 };
-// Kept marks that canonical order moves, with their combining class.
+// Marks that canonical order moves, with their combining class.
 static const struct { char32_t first, last; int order; } kOrders[] = {
-    {0x8D4,0x8E1,230}, {0x1B44,0x1B44,9}, {0x1BAA,0x1BAA,9}, {0x1BF2,0x1BF3,9}, {0x1DFB,0x1DFB,230}, {0x302E,0x302F,224},
-    {0xA953,0xA953,9}, {0xA9C0,0xA9C0,9}, {0x111C0,0x111C0,9}, {0x11235,0x11235,9}, {0x1134D,0x1134D,9}, {0x11442,0x11442,9},
-    {0x11446,0x11446,7}, {0x116B6,0x116B6,9}, {0x11C3F,0x11C3F,9}, {0x1D165,0x1D166,216}, {0x1D16D,0x1D16D,226}, {0x1D16E,0x1D172,216},
-    {0x1E000,0x1E006,230}, {0x1E008,0x1E018,230}, {0x1E01B,0x1E021,230}, {0x1E023,0x1E024,230}, {0x1E026,0x1E02A,230},
+    {0x300,0x314,230}, {0x315,0x315,232}, {0x316,0x319,220}, {0x31A,0x31A,232}, {0x31B,0x31B,216}, {0x31C,0x320,220}, {0x321,0x322,202},
+    {0x323,0x326,220}, {0x327,0x328,202}, {0x329,0x333,220}, {0x334,0x338,1}, {0x339,0x33C,220}, {0x33D,0x344,230}, {0x345,0x345,240},
+    {0x346,0x346,230}, {0x347,0x349,220}, {0x34A,0x34C,230}, {0x34D,0x34E,220}, {0x350,0x352,230}, {0x353,0x356,220}, {0x357,0x357,230},
+    {0x358,0x358,232}, {0x359,0x35A,220}, {0x35B,0x35B,230}, {0x35C,0x35C,233}, {0x35D,0x35E,234}, {0x35F,0x35F,233}, {0x360,0x361,234},
+    {0x362,0x362,233}, {0x363,0x36F,230}, {0x483,0x487,230}, {0x591,0x591,220}, {0x592,0x595,230}, {0x596,0x596,220}, {0x597,0x599,230},
+    {0x59A,0x59A,222}, {0x59B,0x59B,220}, {0x59C,0x5A1,230}, {0x5A2,0x5A7,220}, {0x5A8,0x5A9,230}, {0x5AA,0x5AA,220}, {0x5AB,0x5AC,230},
+    {0x5AD,0x5AD,222}, {0x5AE,0x5AE,228}, {0x5AF,0x5AF,230}, {0x5B0,0x5B0,10}, {0x5B1,0x5B1,11}, {0x5B2,0x5B2,12}, {0x5B3,0x5B3,13},
+    {0x5B4,0x5B4,14}, {0x5B5,0x5B5,15}, {0x5B6,0x5B6,16}, {0x5B7,0x5B7,17}, {0x5B8,0x5B8,18}, {0x5B9,0x5BA,19}, {0x5BB,0x5BB,20},
+    {0x5BC,0x5BC,21}, {0x5BD,0x5BD,22}, {0x5BF,0x5BF,23}, {0x5C1,0x5C1,24}, {0x5C2,0x5C2,25}, {0x5C4,0x5C4,230}, {0x5C5,0x5C5,220},
+    {0x5C7,0x5C7,18}, {0x610,0x617,230}, {0x618,0x618,30}, {0x619,0x619,31}, {0x61A,0x61A,32}, {0x64B,0x64B,27}, {0x64C,0x64C,28},
+    {0x64D,0x64D,29}, {0x64E,0x64E,30}, {0x64F,0x64F,31}, {0x650,0x650,32}, {0x651,0x651,33}, {0x652,0x652,34}, {0x653,0x654,230},
+    {0x655,0x656,220}, {0x657,0x65B,230}, {0x65C,0x65C,220}, {0x65D,0x65E,230}, {0x65F,0x65F,220}, {0x670,0x670,35}, {0x6D6,0x6DC,230},
+    {0x6DF,0x6E2,230}, {0x6E3,0x6E3,220}, {0x6E4,0x6E4,230}, {0x6E7,0x6E8,230}, {0x6EA,0x6EA,220}, {0x6EB,0x6EC,230}, {0x6ED,0x6ED,220},
+    {0x711,0x711,36}, {0x730,0x730,230}, {0x731,0x731,220}, {0x732,0x733,230}, {0x734,0x734,220}, {0x735,0x736,230}, {0x737,0x739,220},
+    {0x73A,0x73A,230}, {0x73B,0x73C,220}, {0x73D,0x73D,230}, {0x73E,0x73E,220}, {0x73F,0x741,230}, {0x742,0x742,220}, {0x743,0x743,230},
+    {0x744,0x744,220}, {0x745,0x745,230}, {0x746,0x746,220}, {0x747,0x747,230}, {0x748,0x748,220}, {0x749,0x74A,230}, {0x7EB,0x7F1,230},
+    {0x7F2,0x7F2,220}, {0x7F3,0x7F3,230}, {0x816,0x819,230}, {0x81B,0x823,230}, {0x825,0x827,230}, {0x829,0x82D,230}, {0x859,0x85B,220},
+    {0x8D4,0x8E1,230}, {0x8E3,0x8E3,220}, {0x8E4,0x8E5,230}, {0x8E6,0x8E6,220}, {0x8E7,0x8E8,230}, {0x8E9,0x8E9,220}, {0x8EA,0x8EC,230},
+    {0x8ED,0x8EF,220}, {0x8F0,0x8F0,27}, {0x8F1,0x8F1,28}, {0x8F2,0x8F2,29}, {0x8F3,0x8F5,230}, {0x8F6,0x8F6,220}, {0x8F7,0x8F8,230},
+    {0x8F9,0x8FA,220}, {0x8FB,0x8FF,230}, {0x93C,0x93C,7}, {0x94D,0x94D,9}, {0x951,0x951,230}, {0x952,0x952,220}, {0x953,0x954,230},
+    {0x9BC,0x9BC,7}, {0x9CD,0x9CD,9}, {0xA3C,0xA3C,7}, {0xA4D,0xA4D,9}, {0xABC,0xABC,7}, {0xACD,0xACD,9}, {0xB3C,0xB3C,7},
+    {0xB4D,0xB4D,9}, {0xBCD,0xBCD,9}, {0xC4D,0xC4D,9}, {0xC55,0xC55,84}, {0xC56,0xC56,91}, {0xCBC,0xCBC,7}, {0xCCD,0xCCD,9},
+    {0xD4D,0xD4D,9}, {0xDCA,0xDCA,9}, {0xE38,0xE39,103}, {0xE3A,0xE3A,9}, {0xE48,0xE4B,107}, {0xEB8,0xEB9,118}, {0xEC8,0xECB,122},
+    {0xF18,0xF19,220}, {0xF35,0xF35,220}, {0xF37,0xF37,220}, {0xF39,0xF39,216}, {0xF71,0xF71,129}, {0xF72,0xF72,130}, {0xF73,0xF73,129},
+    {0xF74,0xF74,132}, {0xF75,0xF75,129}, {0xF7A,0xF7D,130}, {0xF80,0xF80,130}, {0xF81,0xF81,129}, {0xF82,0xF83,230}, {0xF84,0xF84,9},
+    {0xF86,0xF87,230}, {0xFC6,0xFC6,220}, {0x1037,0x1037,7}, {0x1039,0x103A,9}, {0x108D,0x108D,220}, {0x135D,0x135F,230},
+    {0x1714,0x1714,9}, {0x1734,0x1734,9}, {0x17D2,0x17D2,9}, {0x17DD,0x17DD,230}, {0x18A9,0x18A9,228}, {0x1939,0x1939,222},
+    {0x193A,0x193A,230}, {0x193B,0x193B,220}, {0x1A17,0x1A17,230}, {0x1A18,0x1A18,220}, {0x1A60,0x1A60,9}, {0x1A75,0x1A7C,230},
+    {0x1A7F,0x1A7F,220}, {0x1AB0,0x1AB4,230}, {0x1AB5,0x1ABA,220}, {0x1ABB,0x1ABC,230}, {0x1ABD,0x1ABD,220}, {0x1B34,0x1B34,7},
+    {0x1B44,0x1B44,9}, {0x1B6B,0x1B6B,230}, {0x1B6C,0x1B6C,220}, {0x1B6D,0x1B73,230}, {0x1BAA,0x1BAB,9}, {0x1BE6,0x1BE6,7},
+    {0x1BF2,0x1BF3,9}, {0x1C37,0x1C37,7}, {0x1CD0,0x1CD2,230}, {0x1CD4,0x1CD4,1}, {0x1CD5,0x1CD9,220}, {0x1CDA,0x1CDB,230},
+    {0x1CDC,0x1CDF,220}, {0x1CE0,0x1CE0,230}, {0x1CE2,0x1CE8,1}, {0x1CED,0x1CED,220}, {0x1CF4,0x1CF4,230}, {0x1CF8,0x1CF9,230},
+    {0x1DC0,0x1DC1,230}, {0x1DC2,0x1DC2,220}, {0x1DC3,0x1DC9,230}, {0x1DCA,0x1DCA,220}, {0x1DCB,0x1DCC,230}, {0x1DCD,0x1DCD,234},
+    {0x1DCE,0x1DCE,214}, {0x1DCF,0x1DCF,220}, {0x1DD0,0x1DD0,202}, {0x1DD1,0x1DF5,230}, {0x1DFB,0x1DFB,230}, {0x1DFC,0x1DFC,233},
+    {0x1DFD,0x1DFD,220}, {0x1DFE,0x1DFE,230}, {0x1DFF,0x1DFF,220}, {0x20D0,0x20D1,230}, {0x20D2,0x20D3,1}, {0x20D4,0x20D7,230},
+    {0x20D8,0x20DA,1}, {0x20DB,0x20DC,230}, {0x20E1,0x20E1,230}, {0x20E5,0x20E6,1}, {0x20E7,0x20E7,230}, {0x20E8,0x20E8,220},
+    {0x20E9,0x20E9,230}, {0x20EA,0x20EB,1}, {0x20EC,0x20EF,220}, {0x20F0,0x20F0,230}, {0x2CEF,0x2CF1,230}, {0x2D7F,0x2D7F,9},
+    {0x2DE0,0x2DFF,230}, {0x302A,0x302A,218}, {0x302B,0x302B,228}, {0x302C,0x302C,232}, {0x302D,0x302D,222}, {0x302E,0x302F,224},
+    {0x3099,0x309A,8}, {0xA66F,0xA66F,230}, {0xA674,0xA67D,230}, {0xA69E,0xA69F,230}, {0xA6F0,0xA6F1,230}, {0xA806,0xA806,9},
+    {0xA8C4,0xA8C4,9}, {0xA8E0,0xA8F1,230}, {0xA92B,0xA92D,220}, {0xA953,0xA953,9}, {0xA9B3,0xA9B3,7}, {0xA9C0,0xA9C0,9},
+    {0xAAB0,0xAAB0,230}, {0xAAB2,0xAAB3,230}, {0xAAB4,0xAAB4,220}, {0xAAB7,0xAAB8,230}, {0xAABE,0xAABF,230}, {0xAAC1,0xAAC1,230},
+    {0xAAF6,0xAAF6,9}, {0xABED,0xABED,9}, {0xFB1E,0xFB1E,26}, {0xFE20,0xFE26,230}, {0xFE27,0xFE2D,220}, {0xFE2E,0xFE2F,230},
+    {0x101FD,0x101FD,220}, {0x102E0,0x102E0,220}, {0x10376,0x1037A,230}, {0x10A0D,0x10A0D,220}, {0x10A0F,0x10A0F,230},
+    {0x10A38,0x10A38,230}, {0x10A39,0x10A39,1}, {0x10A3A,0x10A3A,220}, {0x10A3F,0x10A3F,9}, {0x10AE5,0x10AE5,230}, {0x10AE6,0x10AE6,220},
+    {0x11046,0x11046,9}, {0x1107F,0x1107F,9}, {0x110B9,0x110B9,9}, {0x110BA,0x110BA,7}, {0x11100,0x11102,230}, {0x11133,0x11134,9},
+    {0x11173,0x11173,7}, {0x111C0,0x111C0,9}, {0x111CA,0x111CA,7}, {0x11235,0x11235,9}, {0x11236,0x11236,7}, {0x112E9,0x112E9,7},
+    {0x112EA,0x112EA,9}, {0x1133C,0x1133C,7}, {0x1134D,0x1134D,9}, {0x11366,0x1136C,230}, {0x11370,0x11374,230}, {0x11442,0x11442,9},
+    {0x11446,0x11446,7}, {0x114C2,0x114C2,9}, {0x114C3,0x114C3,7}, {0x115BF,0x115BF,9}, {0x115C0,0x115C0,7}, {0x1163F,0x1163F,9},
+    {0x116B6,0x116B6,9}, {0x116B7,0x116B7,7}, {0x1172B,0x1172B,9}, {0x11C3F,0x11C3F,9}, {0x16AF0,0x16AF4,1}, {0x16B30,0x16B36,230},
+    {0x1BC9E,0x1BC9E,1}, {0x1D165,0x1D166,216}, {0x1D167,0x1D169,1}, {0x1D16D,0x1D16D,226}, {0x1D16E,0x1D172,216}, {0x1D17B,0x1D182,220},
+    {0x1D185,0x1D189,230}, {0x1D18A,0x1D18B,220}, {0x1D1AA,0x1D1AD,230}, {0x1D242,0x1D244,230}, {0x1E000,0x1E006,230},
+    {0x1E008,0x1E018,230}, {0x1E01B,0x1E021,230}, {0x1E023,0x1E024,230}, {0x1E026,0x1E02A,230}, {0x1E8D0,0x1E8D6,220},
     {0x1E944,0x1E949,230}, {0x1E94A,0x1E94A,7},
 };
 // Lower case: each `step`th code point of the range moves by `delta`.
@@ -401,18 +451,20 @@ static char32_t lower(char32_t c) {
 
 // What is left of c's canonical decomposition (NFD) without its marks: 1 to 3 code points. Only for c with kDecomposes.
 static int strip(char32_t c, char32_t* out) {
-  if (c >= 0xAC00 && c <= 0xD7A3) {   // Hangul, by arithmetic: Unicode section 3.12
+  if (c >= 0xAC00 && c <= 0xD7A3) {  // Hangul, by arithmetic: Unicode section 3.12
     const char32_t syllable = c - 0xAC00, tail = syllable % 28;
     out[0] = 0x1100 + syllable / (21 * 28), out[1] = 0x1161 + syllable / 28 % 21, out[2] = 0x11A7 + tail;
     return tail ? 3 : 2;
   }
   if (c >= 0xF900 && c <= 0xFAD9) return out[0] = kIdeographsF900[c - 0xF900], 1;
   if (c >= 0x2F800 && c <= 0x2FA1D) return out[0] = kIdeographs2F800[c - 0x2F800], 1;
-  size_t low = 0, high = std::size(kStripped) / 2;   // pairs, without the literal's final zero
+  size_t low = 0, high = std::size(kStripped) / 2;  // pairs, without the literal's final zero
   while (low < high) {
     const size_t middle = (low + high) / 2;
-    if (kStripped[2 * middle] < c) low = middle + 1;
-    else high = middle;
+    if (kStripped[2 * middle] < c)
+      low = middle + 1;
+    else
+      high = middle;
   }
   if (2 * low + 1 < std::size(kStripped) && kStripped[2 * low] == c) return out[0] = kStripped[2 * low + 1], 1;
   const auto& r = row_of(kStrippedLong, c, [](const auto& row) { return row.from; });
@@ -436,14 +488,15 @@ struct Normalizer {
     if (strip_accents && (bits[c] & kMark)) return 0;
     if (strip_accents && (bits[c] & kDecomposes)) n = strip(c, out);
     if (!settings.lowercase) return n;
-    if (out[0] == 0x130) return out[0] = 'i', out[1] = 0x307, 2;   // İ, the only one whose lower case is two
+    if (out[0] == 0x130) return out[0] = 'i', out[1] = 0x307, 2;  // İ, the only one whose lower case is two
     for (int k = 0; k < n; k++)
       if (bits[out[k]] & kUpper) out[k] = lower(out[k]);
     return n;
   }
 
-  // Marks that stripping keeps are sorted by their combining class, as canonical order wants, up to the next letter. Returns where
-  // the text goes on.
+  // Decomposition puts the marks after a letter in the order of their combining classes. It shows only where stripping keeps one: marks
+  // younger than its tables, and spacing ones. As in the reference the marks move and the places stay: the k-th mark in the new order
+  // gets the source bytes of the k-th in the text. Returns where the text goes on.
   template <class Out>
   size_t marks_in_order(std::string_view s, size_t i, size_t end, const Out& out) const {
     struct Mark {
@@ -452,16 +505,24 @@ struct Normalizer {
       size_t from, to;
     };
     std::vector<Mark> run;
-    while (i < end) {
-      char32_t c;
-      const size_t n = decode_utf8(s.substr(0, end), i, c);
-      const bool dropped = (bits[c] & kMark) || (settings.clean_text && (bits[c] & kRemoved));
-      if (!dropped && !(bits[c] & kOrdered)) break;
-      if (!dropped) run.push_back({c, row_of(kOrders, c, [](const auto& row) { return row.first; }).order, i, i + n});
-      i += n;
+    const size_t begin = i;
+    size_t kept = 0;
+    for (int pass = 0; pass < 2; pass++) {  // nearly always the first finds that there is nothing to keep
+      for (i = begin; i < end;) {
+        char32_t c;
+        const size_t n = decode_utf8(s.substr(0, end), i, c);
+        const bool removed = settings.clean_text && (bits[c] & kRemoved);
+        if (!removed && !(bits[c] & kOrdered)) break;
+        kept += !removed && !(bits[c] & kMark);
+        if (pass && !removed) run.push_back({c, row_of(kOrders, c, [](const auto& row) { return row.first; }).order, i, i + n});
+        i += n;
+      }
+      if (!kept) return i;
     }
-    std::stable_sort(run.begin(), run.end(), [](const Mark& a, const Mark& b) { return a.order < b.order; });
-    for (const Mark& m : run) out(m.code, m.from, m.to);
+    std::vector<Mark> sorted = run;
+    std::stable_sort(sorted.begin(), sorted.end(), [](const Mark& a, const Mark& b) { return a.order < b.order; });
+    for (size_t k = 0; k < run.size(); k++)
+      if (!(bits[sorted[k].code] & kMark)) out(sorted[k].code, run[k].from, run[k].to);
     return i;
   }
 
@@ -481,7 +542,7 @@ struct Normalizer {
       } else if (p & kSpace) {
         out(U' ', from, i);
       } else if (settings.chinese && (p & kChinese)) {
-        fold(c, folded);   // a compatibility ideograph becomes its ordinary one
+        fold(c, folded);  // a compatibility ideograph becomes its ordinary one
         out(U' ', from, i), out(folded[0], from, i), out(U' ', from, i);
       } else if (strip_accents && (p & kOrdered)) {
         i = marks_in_order(s, from, end, out);
@@ -497,18 +558,20 @@ struct Normalizer {
 // A word: its normalised letters as UTF-8, and the source bytes of each. Of a word longer than any vocabulary takes, the rest is only
 // counted, so that ten million letters without a space cost no memory and linear time.
 struct Word {
-  static constexpr int kMost = 200;   // Google's tokenizer takes words of 200 code points, Hugging Face's of 100
+  static constexpr int kMost = 200;  // Google's tokenizer takes words of 200 code points, Hugging Face's of 100
   int letters = 0, bytes = 0;
-  size_t end = 0;                     // in the source
+  size_t end = 0;  // in the source
   char text[4 * kMost];
-  size_t from[4 * kMost];             // from[i]: where the letter whose bytes begin at i begins in the source
-  size_t to[4 * kMost + 1];           // to[i]: where the letter whose bytes end at i ends
+  size_t from[4 * kMost];    // from[i]: where the letter whose bytes begin at i begins in the source
+  size_t to[4 * kMost + 1];  // to[i]: where the letter whose bytes end at i ends
 
   void add(char32_t c, size_t begin, size_t finish) {
     if (letters++ < kMost) {
       from[bytes] = begin;
-      if (c < 0x80) text[bytes++] = (char)c;   // the common case, in line
-      else bytes += encode_utf8(c, text + bytes);
+      if (c < 0x80)
+        text[bytes++] = (char)c;  // the common case, in line
+      else
+        bytes += encode_utf8(c, text + bytes);
       to[bytes] = finish;
     }
     end = finish;
@@ -555,13 +618,13 @@ class Trie {
     cells_.assign(512, Cell());
     cells_[kRoot].parent = kTaken;
     struct Task {
-      size_t low, high, depth;   // keys that share their first `depth` bytes, which lead to `node`
+      size_t low, high, depth;  // keys that share their first `depth` bytes, which lead to `node`
       int32_t node;
     };
     std::vector<Task> tasks;
     if (!keys.empty()) tasks.push_back({0, keys.size(), 0, kRoot});
-    std::vector<std::pair<unsigned char, size_t>> children;   // byte, first key
-    size_t first_free = 1, several = 1;
+    std::vector<std::pair<unsigned char, size_t>> children;  // byte, first key
+    size_t first_free = 257, several = 257;                  // from here on every byte has a base of at least 1
     while (!tasks.empty()) {
       Task t = tasks.back();
       tasks.pop_back();
@@ -610,14 +673,14 @@ class Trie {
   struct Cell {
     int32_t base = 0, parent = kFree, id = kNone;
   };
-  std::vector<Cell> cells_ = std::vector<Cell>(512);   // always 256 more than the largest base: child() needs no bounds check
+  std::vector<Cell> cells_ = std::vector<Cell>(512);  // always 256 more than the largest base: child() needs no bounds check
 
   void grow(size_t base) {
     if (base + 256 >= cells_.size()) cells_.resize(std::max(base + 257, cells_.size() * 2));
   }
   // The first base from `at` on under which every child's cell is free.
   size_t place(const std::vector<std::pair<unsigned char, size_t>>& children, size_t at) {
-    for (at = std::max<size_t>(at, (size_t)children[0].first + 1);; at++) {
+    for (;; at++) {
       const size_t base = at - children[0].first;
       grow(base);
       bool fits = true;
@@ -641,16 +704,16 @@ static constexpr size_t kLongestKey = 4 * Word::kMost + 8;
 struct WordPiece::Tables {
   enum : uint8_t { kExists = 1, kContinues = 2, kSpecial = 4 };
   Normalizer normal;
-  std::vector<std::string> pieces;       // by id; "" where an id has none
-  std::vector<uint8_t> facts;            // of each id, as bits
-  Trie trie;                             // whole pieces as they stand in the file, ## included
+  std::vector<std::string> pieces;  // by id; "" where an id has none
+  std::vector<uint8_t> facts;       // of each id, as bits
+  Trie trie;                        // whole pieces as they stand in the file, ## included
   std::string prefix = "##";
   int32_t inner = Trie::kNone;           // the node after ##: where continuations begin. Words cannot begin with ##, # is punctuation
   int limit = 100;                       // code points of a word; longer ones are unknown
   int32_t unk = -1, cls = -1, sep = -1;  // cls, sep: what is put around a sequence; -1: nothing is
   std::vector<AddedToken> added;
-  Trie raw_tokens, normal_tokens;        // found in the raw and in the normalised text; a key's id is its index in `added`
-  bool raw_first[256] = {}, any_normal = false, any_plain = false;   // first bytes of raw tokens; any_plain: one that is not special
+  Trie raw_tokens, normal_tokens;  // found in the raw and in the normalised text; a key's id is its index in `added`
+  bool raw_first[256] = {}, any_normal = false, any_plain = false;  // first bytes of raw tokens; any_plain: one that is not special
 
   explicit Tables(const TokenizerSettings& settings) : normal(settings) {}
 
@@ -676,15 +739,16 @@ struct WordPiece::Tables {
   }
 
   struct Found {
-    size_t begin, end;   // in the text, spaces that the token swallows included
-    size_t matched;      // where its own letters end: the search goes on there
-    int32_t index;       // in `added`; -1: there is none any more
+    size_t begin, end;  // in the text, spaces that the token swallows included
+    size_t matched;     // where its own letters end: the search goes on there
+    int32_t index;      // in `added`; -1: there is none any more
   };
   Found find_token(const Trie& tokens, const bool* first, std::string_view s, size_t search, size_t last_end, bool parse_special) const;
   template <class OnWord, class OnToken>
   void walk(std::string_view text, bool parse_special, const OnWord& on_word, const OnToken& on_token) const;
   template <class OnWord, class OnToken>
-  void walk_normalized(std::string_view s, size_t begin, size_t end, bool parse_special, const OnWord& on_word, const OnToken& on_token) const;
+  void walk_normalized(std::string_view s, size_t begin, size_t end, bool parse_special, const OnWord& on_word,
+                       const OnToken& on_token) const;
 
   void encode_text(std::string_view text, bool parse_special, int32_t one_word, Encoding& out) const;
   std::vector<Encoding> finish(const Encoding& a, const Encoding* b, const EncodeOptions& options, bool windows) const;
@@ -699,9 +763,10 @@ struct WordPiece::Tables {
 // Rust's \w, for tokens that want to stand as single words.
 static bool is_word_letter(char32_t c) {
   if (c < 0x80) return (c >= '0' && c <= '9') || (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || c == '_';
-  if (c == 0x200C || c == 0x200D) return true;   // the joiners; other removed characters are no letters
+  if (c == 0x200C || c == 0x200D) return true;  // the joiners; other removed characters are no letters
   if (properties()[c] & (kRemoved | kSpace)) return false;
-  if (properties()[c] & kPunctuation) return c == 0x203F || c == 0x2040 || c == 0x2054 || c == 0xFE33 || c == 0xFE34 || (c >= 0xFE4D && c <= 0xFE4F) || c == 0xFF3F;
+  if (properties()[c] & kPunctuation)
+    return c == 0x203F || c == 0x2040 || c == 0x2054 || c == 0xFE33 || c == 0xFE34 || (c >= 0xFE4D && c <= 0xFE4F) || c == 0xFF3F;
   return c < kSymbolRanges[0].first || c > row_of(kSymbolRanges, c, [](const Range& r) { return r.first; }).last;
 }
 // The code point that ends before s[i], and its bytes.
@@ -726,7 +791,7 @@ WordPiece::Tables::Found WordPiece::Tables::find_token(const Trie& tokens, const
     if (i > 0) decode_before(s, i, before);
     if (matched < s.size()) decode_utf8(s, matched, after);
     if ((token.special && !parse_special) || (token.single_word && (is_word_letter(before) || is_word_letter(after)))) {
-      i = matched - 1;   // as the reference: the letters of a token turned down are not looked at again
+      i = matched - 1;  // as the reference: the letters of a token turned down are not looked at again
       continue;
     }
     Found f{i, matched, matched, index};
@@ -753,8 +818,10 @@ void WordPiece::Tables::walk(std::string_view text, bool parse_special, const On
   const bool look = !added.empty() && (parse_special || any_plain);
   for (;;) {
     const Found f = look ? find_token(raw_tokens, raw_first, text, search, at, parse_special) : Found{text.size(), text.size(), 0, -1};
-    if (any_normal) walk_normalized(text, at, f.begin, parse_special, on_word, on_token);
-    else each_word(normal, text, at, f.begin, word, on_word);
+    if (any_normal)
+      walk_normalized(text, at, f.begin, parse_special, on_word, on_token);
+    else
+      each_word(normal, text, at, f.begin, word, on_word);
     if (f.index < 0) return;
     on_token(added[(size_t)f.index].id, f.begin, f.end);
     at = f.end, search = f.matched;
@@ -767,7 +834,7 @@ void WordPiece::Tables::walk_normalized(std::string_view s, size_t begin, size_t
                                         const OnToken& on_token) const {
   struct Letter {
     char32_t code;
-    size_t from, to, byte;   // byte: where it begins in `text`
+    size_t from, to, byte;  // byte: where it begins in `text`
   };
   std::string text;
   std::vector<Letter> letters;
@@ -777,7 +844,7 @@ void WordPiece::Tables::walk_normalized(std::string_view s, size_t begin, size_t
   });
   Word word;
   const Splitter<OnWord> split{normal.bits, word, on_word};
-  size_t next = 0;   // letter
+  size_t next = 0;  // letter
   for (size_t at = 0, search = 0;;) {
     const Found f = find_token(normal_tokens, nullptr, text, search, at, parse_special);
     for (; next < letters.size() && letters[next].byte < f.begin; next++) split(letters[next].code, letters[next].from, letters[next].to);
@@ -820,8 +887,10 @@ void WordPiece::append_ids(std::string_view text, std::vector<int32_t>& ids) con
       text, false,
       [&](const Word& word) {
         const int n = t.match(word, pieces, ends);
-        if (n < 0) ids.push_back(t.unknown(word));
-        else ids.insert(ids.end(), pieces, pieces + n);
+        if (n < 0)
+          ids.push_back(t.unknown(word));
+        else
+          ids.insert(ids.end(), pieces, pieces + n);
       },
       [&](int32_t id, size_t, size_t) { ids.push_back(id); });
 }
@@ -838,8 +907,10 @@ static std::vector<std::array<size_t, 2>> cut(size_t n, size_t length, size_t st
   std::vector<std::array<size_t, 2>> parts;
   for (size_t at = 0;; at += length - stride) {
     const size_t end = std::min(at + length, n);
-    if (from_left) parts.push_back({n - end, n - at});
-    else parts.push_back({at, end});
+    if (from_left)
+      parts.push_back({n - end, n - at});
+    else
+      parts.push_back({at, end});
     if (end == n) return parts;
   }
 }
@@ -862,8 +933,8 @@ static std::array<size_t, 2> budgets(size_t na, size_t nb, bool pair, size_t roo
   if (!first && !pair) throw Error("truncate: only_second, but there is no second text; truncate the first or longest_first");
   const size_t n = first ? na : nb;
   if (n <= remove)
-    throw Error("truncate: the " + std::string(first ? "first" : "second") + " text is too short: " + std::to_string(n) + " tokens, of which " +
-                std::to_string(remove) + " must go; use longest_first or a larger maximum length");
+    throw Error("truncate: the " + std::string(first ? "first" : "second") + " text is too short: " + std::to_string(n) +
+                " tokens, of which " + std::to_string(remove) + " must go; use longest_first or a larger maximum length");
   if (first) return {na - remove, nb};
   return {na, nb - remove};
 }
@@ -873,7 +944,8 @@ Encoding WordPiece::Tables::assemble(const Encoding& a, std::array<size_t, 2> pa
                                      bool specials) const {
   Encoding out;
   const size_t n = part_a[1] - part_a[0] + part_b[1] - part_b[0] + 3;
-  out.ids.reserve(n), out.type_ids.reserve(n), out.words.reserve(n), out.sequence.reserve(n), out.special.reserve(n), out.offsets.reserve(n);
+  out.ids.reserve(n), out.type_ids.reserve(n), out.words.reserve(n), out.sequence.reserve(n), out.special.reserve(n),
+      out.offsets.reserve(n);
   auto special = [&](int32_t id, int32_t type) {
     if (!specials) return;
     out.ids.push_back(id), out.type_ids.push_back(type), out.words.push_back(-1), out.sequence.push_back(-1);
@@ -881,7 +953,9 @@ Encoding WordPiece::Tables::assemble(const Encoding& a, std::array<size_t, 2> pa
   };
   auto side = [&](const Encoding& from, std::array<size_t, 2> part, int32_t number) {
     const size_t count = part[1] - part[0];
-    auto copy = [&](auto& to, const auto& values) { to.insert(to.end(), values.begin() + (int64_t)part[0], values.begin() + (int64_t)part[1]); };
+    auto copy = [&](auto& to, const auto& values) {
+      to.insert(to.end(), values.begin() + (int64_t)part[0], values.begin() + (int64_t)part[1]);
+    };
     copy(out.ids, from.ids), copy(out.words, from.words), copy(out.offsets, from.offsets);
     out.type_ids.insert(out.type_ids.end(), count, number), out.sequence.insert(out.sequence.end(), count, number);
     out.special.insert(out.special.end(), count, 0);
@@ -904,8 +978,10 @@ std::vector<Encoding> WordPiece::Tables::finish(const Encoding& a, const Encodin
     throw Error("truncate: a stride of " + std::to_string(options.stride) + " does not fit a maximum length of " + std::to_string(limit) +
                 "; the stride must be smaller than the maximum less the special tokens");
   std::array<size_t, 2> keep = {na, nb};
-  if (limit && limit > around) keep = budgets(na, nb, b != nullptr, limit - around, options.truncation);
-  else if (limit && limit == around) keep = {0, 0};   // a maximum below the special tokens truncates nothing, as in the reference
+  if (limit && limit > around)
+    keep = budgets(na, nb, b != nullptr, limit - around, options.truncation);
+  else if (limit && limit == around)
+    keep = {0, 0};  // a maximum below the special tokens truncates nothing, as in the reference
   const auto parts_a = cut(na, keep[0], (size_t)options.stride, options.from_left, windows);
   const auto parts_b = cut(nb, keep[1], (size_t)options.stride, options.from_left, windows);
   std::vector<Encoding> out = {assemble(a, parts_a[0], b, parts_b[0], specials)};
@@ -984,9 +1060,9 @@ static void replace_all(std::string& s, std::string_view from, std::string_view 
 std::string WordPiece::decode(std::span<const int32_t> ids, bool skip_special, bool cleanup) const {
   // The reference cleans each piece with the space before it, not the text: so only the first four rules are ever seen at work on
   // BERT's pieces, but a vocabulary may hold "n't".
-  static const std::pair<const char*, const char*> rules[] = {{" .", "."},      {" ?", "?"},    {" !", "!"},    {" ,", ","},
-                                                              {" ' ", "'"},     {" n't", "n't"}, {" 'm", "'m"}, {" do not", " don't"},
-                                                              {" 's", "'s"},    {" 've", "'ve"}, {" 're", "'re"}};
+  static const std::pair<const char*, const char*> rules[] = {{" .", "."},   {" ?", "?"},     {" !", "!"},    {" ,", ","},
+                                                              {" ' ", "'"},  {" n't", "n't"}, {" 'm", "'m"},  {" do not", " don't"},
+                                                              {" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"}};
   const Tables& t = *tables_;
   std::string out, token;
   bool first = true;
@@ -994,8 +1070,10 @@ std::string WordPiece::decode(std::span<const int32_t> ids, bool skip_special, b
     const uint8_t facts = id < 0 || id >= size() ? 0 : t.facts[(size_t)id];
     if (!facts || (skip_special && (facts & Tables::kSpecial))) continue;
     token = t.pieces[(size_t)id];
-    if (!first && token.starts_with(t.prefix)) token.erase(0, t.prefix.size());
-    else if (!first) token.insert(0, " ");
+    if (!first && token.starts_with(t.prefix))
+      token.erase(0, t.prefix.size());
+    else if (!first)
+      token.insert(0, " ");
     if (cleanup)
       for (const auto& [from, to] : rules) replace_all(token, from, to);
     out += token, first = false;
@@ -1017,7 +1095,7 @@ int32_t WordPiece::id(std::string_view piece) const {
   }
   for (const AddedToken& a : t.added)
     if (a.content == piece) return a.id;
-  if (piece.size() > kLongestKey)   // not in the trie: no word is so long
+  if (piece.size() > kLongestKey)  // not in the trie: no word is so long
     for (size_t i = t.pieces.size(); i-- > 0;)
       if (t.pieces[i] == piece) return (int32_t)i;
   return -1;
@@ -1064,10 +1142,10 @@ struct TokenizerFiles {
   WordPiece::Tables tables{TokenizerSettings()};
   TokenizerSettings settings;
   std::string pad = "[PAD]", unk = "[UNK]", cls = "[CLS]", sep = "[SEP]", mask = "[MASK]";
-  bool has_added = false;                // tokenizer.json listed the added tokens
-  bool surround = true;                  // [CLS] and [SEP] go around a sequence
-  std::vector<uint8_t> exists;           // by id, where ids may have gaps
-  std::string odd;                       // what was odd in vocab.txt
+  bool has_added = false;       // tokenizer.json listed the added tokens
+  bool surround = true;         // [CLS] and [SEP] go around a sequence
+  std::vector<uint8_t> exists;  // by id, where ids may have gaps
+  std::string odd;              // what was odd in vocab.txt
   WordPiece out;
 
   void note(const std::string& what) { odd += (odd.empty() ? "" : ", ") + what; }
@@ -1079,7 +1157,8 @@ struct TokenizerFiles {
       number++;
       for (size_t i = 0, n; i < line.size(); i += n)
         if (!(n = utf8_length(line, i)))
-          throw Error(where + ":" + std::to_string(number) + ": invalid UTF-8 at byte " + std::to_string(i + 1) + " of the line; is this a vocab.txt?");
+          throw Error(where + ":" + std::to_string(number) + ": invalid UTF-8 at byte " + std::to_string(i + 1) +
+                      " of the line; is this a vocab.txt?");
       const std::string_view piece = trim_end(line);
       blank += piece.empty(), spaces += !piece.empty() && piece.size() < line.size();
       tables.pieces.emplace_back(piece);
@@ -1102,14 +1181,16 @@ struct TokenizerFiles {
     if (model.find("type") && !type_is(model, "WordPiece"))
       throw Error(where + ": its model is " + model.find("type")->as_string(where + ": 'type'") + "; only WordPiece is read");
     if (const Json* v = model.find("unk_token"); !is_null(v)) unk = v->as_string(where + ": 'unk_token'");
-    if (const Json* v = model.find("continuing_subword_prefix"); !is_null(v)) tables.prefix = v->as_string(where + ": 'continuing_subword_prefix'");
+    if (const Json* v = model.find("continuing_subword_prefix"); !is_null(v))
+      tables.prefix = v->as_string(where + ": 'continuing_subword_prefix'");
     if (const Json* v = model.find("max_input_chars_per_word"); !is_null(v)) {
       const int64_t limit = v->as_int(where + ": 'max_input_chars_per_word'");
-      if (limit < 1 || limit > Word::kMost) throw Error(where + ": words of " + std::to_string(limit) + " characters; up to " + std::to_string(Word::kMost) + " are read");
+      if (limit < 1 || limit > Word::kMost)
+        throw Error(where + ": words of " + std::to_string(limit) + " characters; up to " + std::to_string(Word::kMost) + " are read");
       tables.limit = (int)limit;
     }
     const Json& vocab = need(model, "vocab", where);
-    const size_t most = vocab.members().size() * 2 + 1000000;   // ids may have gaps, but not so that a small file asks for all memory
+    const size_t most = vocab.members().size() * 2 + 1000000;  // ids may have gaps, but not so that a small file asks for all memory
     for (const auto& [piece, id] : vocab.members()) place(piece, id.as_int(where + ": '" + piece + "'"), most, where);
     if (const Json* v = j.find("normalizer"); is_null(v)) {
       settings = {false, false, false, false};
@@ -1141,7 +1222,8 @@ struct TokenizerFiles {
       const int64_t id = need(v, "id", where + ": added_tokens").as_int(where + ": '" + a.content + "'");
       if (id < 0 || (size_t)id >= most) throw Error(where + ": '" + a.content + "': id " + std::to_string(id) + " is out of range");
       a.id = (int32_t)id;
-      a.single_word = flag(v, "single_word", false, where), a.lstrip = flag(v, "lstrip", false, where), a.rstrip = flag(v, "rstrip", false, where);
+      a.single_word = flag(v, "single_word", false, where), a.lstrip = flag(v, "lstrip", false, where),
+      a.rstrip = flag(v, "rstrip", false, where);
       a.special = flag(v, "special", false, where), a.normalized = flag(v, "normalized", !a.special, where);
       if (!a.content.empty()) tables.added.push_back(a);
     }
@@ -1160,7 +1242,7 @@ struct TokenizerFiles {
       tables.cls = id("cls"), tables.sep = id("sep");
       return;
     }
-    std::string shape;   // A, B or S for a special token, and the type id
+    std::string shape;  // A, B or S for a special token, and the type id
     std::vector<int32_t> ids;
     for (const char* part : {"single", "pair"})
       for (const Json& step : type == "TemplateProcessing" ? need(*v, part, at).items(at) : std::vector<Json>()) {
@@ -1172,7 +1254,8 @@ struct TokenizerFiles {
         const auto& list = need(need(need(*v, "special_tokens", at), name, at), "ids", at).items(at + ": 'ids'");
         ids.push_back(list.size() == 1 ? (int32_t)list[0].as_int(at + ": 'ids'") : -1);
       }
-    const bool bert = shape == "S0A0S0S0A0S0B1S1" && ids[0] >= 0 && ids[1] >= 0 && ids == std::vector<int32_t>{ids[0], ids[1], ids[0], ids[1], ids[1]};
+    const bool bert =
+        shape == "S0A0S0S0A0S0B1S1" && ids[0] >= 0 && ids[1] >= 0 && ids == std::vector<int32_t>{ids[0], ids[1], ids[0], ids[1], ids[1]};
     if (!bert) throw Error(at + ": " + type + " is not BERT's [CLS] A [SEP] B [SEP], the only one that is read");
     tables.cls = ids[0], tables.sep = ids[1];
   }
@@ -1183,7 +1266,9 @@ struct TokenizerFiles {
       EncodeOptions o;
       o.max_length = need(*v, "max_length", at).as_int(at + ": 'max_length'");
       o.stride = need(*v, "stride", at).as_int(at + ": 'stride'");
-      o.truncation = strategy == "OnlyFirst" ? Truncation::only_first : strategy == "OnlySecond" ? Truncation::only_second : Truncation::longest_first;
+      o.truncation = strategy == "OnlyFirst"    ? Truncation::only_first
+                     : strategy == "OnlySecond" ? Truncation::only_second
+                                                : Truncation::longest_first;
       if (const Json* d = v->find("direction")) o.from_left = d->as_string(at) == "Left";
       out.file_truncation = o;
     }
@@ -1205,16 +1290,17 @@ struct TokenizerFiles {
     settings.lowercase = flag(j, "do_lower_case", settings.lowercase, where);
     settings.chinese = flag(j, "tokenize_chinese_chars", settings.chinese, where);
     settings.clean_text = flag(j, "clean_text", settings.clean_text, where);
-    if (const Json* v = j.find("strip_accents")) {   // null is a setting too: as lower case
+    if (const Json* v = j.find("strip_accents")) {  // null is a setting too: as lower case
       settings.strip_accents.reset();
       if (!v->is(Json::null)) settings.strip_accents = v->as_bool(where + ": 'strip_accents'");
     }
     const std::pair<const char*, std::string*> names[] = {
         {"pad_token", &pad}, {"unk_token", &unk}, {"cls_token", &cls}, {"sep_token", &sep}, {"mask_token", &mask}};
     for (const auto& [key, name] : names)
-      if (const Json* v = j.find(key); !is_null(v)) *name = (v->is(Json::object) ? need(*v, "content", where) : *v).as_string(where + ": '" + key + "'");
+      if (const Json* v = j.find(key); !is_null(v))
+        *name = (v->is(Json::object) ? need(*v, "content", where) : *v).as_string(where + ": '" + key + "'");
     if (const Json* v = j.find("model_max_length"); v && v->is(Json::number)) {
-      const double length = v->as_double(where + ": 'model_max_length'");   // "no limit" is written as an integer of 31 digits
+      const double length = v->as_double(where + ": 'model_max_length'");  // "no limit" is written as an integer of 31 digits
       if (length >= 1 && length <= 1e6) out.model_max_length = (int64_t)length;
     }
   }
@@ -1222,12 +1308,14 @@ struct TokenizerFiles {
   // tokenizer.json wins over vocab.txt; the first difference is worth a word.
   void compare(std::string_view vocab, const std::string& where) {
     const auto lines = lines_of(vocab);
-    const size_t known = exists.size();   // added tokens beyond the vocabulary are not in vocab.txt
+    const size_t known = exists.size();  // added tokens beyond the vocabulary are not in vocab.txt
     if (lines.size() != known)
-      throw Error(where + ": " + std::to_string(lines.size()) + " pieces, but tokenizer.json has " + std::to_string(known) + "; remove the one that does not belong to the model");
+      throw Error(where + ": " + std::to_string(lines.size()) + " pieces, but tokenizer.json has " + std::to_string(known) +
+                  "; remove the one that does not belong to the model");
     for (size_t i = 0; i < lines.size(); i++)
       if (lines[i] != tables.pieces[i] && trim_end(lines[i]) != tables.pieces[i]) {
-        out.warnings.push_back(where + ":" + std::to_string(i + 1) + ": '" + std::string(lines[i]) + "', but tokenizer.json has '" + tables.pieces[i] + "'; tokenizer.json is used");
+        out.warnings.push_back(where + ":" + std::to_string(i + 1) + ": '" + std::string(lines[i]) + "', but tokenizer.json has '" +
+                               tables.pieces[i] + "'; tokenizer.json is used");
         return;
       }
   }
@@ -1242,7 +1330,7 @@ struct TokenizerFiles {
     };
     tables.unk = find(unk);
     if (tables.unk < 0) note("no " + unk + ": a word that the pieces cannot spell will be an error");
-    if (!has_added) {   // what a BertTokenizer adds to a bare vocab.txt; it puts [CLS] and [SEP] around where there are both
+    if (!has_added) {  // what a BertTokenizer adds to a bare vocab.txt; it puts [CLS] and [SEP] around where there are both
       for (const std::string& name : {unk, sep, pad, cls, mask})
         if (const int32_t id = find(name); id >= 0) tables.added.push_back({name, id, false, false, false, false, true});
       tables.cls = find(cls), tables.sep = find(sep);
@@ -1250,7 +1338,8 @@ struct TokenizerFiles {
     }
     if (!surround) tables.cls = tables.sep = -1;
     tables.build_tokens();
-    if (std::max(tables.cls, tables.sep) >= (int32_t)tables.pieces.size()) throw Error(where + ": post_processor: an id beyond the vocabulary");
+    if (std::max(tables.cls, tables.sep) >= (int32_t)tables.pieces.size())
+      throw Error(where + ": post_processor: an id beyond the vocabulary");
     out.tables_ = std::make_shared<const WordPiece::Tables>(std::move(tables));
     out.pad = out.id(pad), out.unk = out.tables_->unk, out.cls = out.id(cls), out.sep = out.id(sep), out.mask = out.id(mask);
     if (!odd.empty()) out.warnings.push_back(where + ": odd vocabulary: " + odd + "; read as Hugging Face reads it");
@@ -1271,7 +1360,8 @@ std::string WordPiece::Tables::build_pieces(std::vector<uint8_t>& exists) {
   for (size_t i = 0; i < keys.size(); i++) {
     const auto& [piece, id] = keys[i];
     if (i + 1 < keys.size() && keys[i + 1].first == piece) {
-      if (!twice++) first = "'" + std::string(piece) + "' twice (ids " + std::to_string(id) + " and " + std::to_string(keys[i + 1].second) + ")";
+      if (!twice++)
+        first = "'" + std::string(piece) + "' twice (ids " + std::to_string(id) + " and " + std::to_string(keys[i + 1].second) + ")";
       exists[(size_t)id] = 0;
       continue;
     }
@@ -1283,13 +1373,14 @@ std::string WordPiece::Tables::build_pieces(std::vector<uint8_t>& exists) {
   for (size_t i = 0; i < pieces.size(); i++)
     if (!exists[i]) pieces[i].clear();
   facts.resize(pieces.size());
-  for (size_t i = 0; i < pieces.size(); i++) facts[i] = (uint8_t)((exists[i] ? kExists : 0) | (exists[i] && pieces[i].starts_with(prefix) ? kContinues : 0));
+  for (size_t i = 0; i < pieces.size(); i++)
+    facts[i] = (uint8_t)((exists[i] ? kExists : 0) | (exists[i] && pieces[i].starts_with(prefix) ? kContinues : 0));
   return twice > 1 ? first + " and " + std::to_string(twice - 1) + " more" : first;
 }
 
 // The tries of the added tokens, which take ids in the vocabulary or beyond it.
 void WordPiece::Tables::build_tokens() {
-  std::map<std::string, int32_t> raw, normalized;   // sorted, as Trie::build wants
+  std::map<std::string, int32_t> raw, normalized;  // sorted, as Trie::build wants
   any_normal = any_plain = false;
   for (size_t i = 0; i < added.size(); i++) {
     const AddedToken& a = added[i];
@@ -1340,7 +1431,7 @@ WordPiece WordPiece::with_settings(const TokenizerSettings& settings) const {
   WordPiece other = *this;
   Tables tables = *tables_;
   tables.normal = Normalizer(settings);
-  tables.build_tokens();   // tokens that are looked for in normalised text are normalised too
+  tables.build_tokens();  // tokens that are looked for in normalised text are normalised too
   other.tables_ = std::make_shared<const Tables>(std::move(tables));
   return other;
 }
@@ -1349,8 +1440,9 @@ std::string tokenizer_config_json(const TokenizerSettings& s, int64_t max_length
   auto yes = [](bool b) { return b ? std::string("true") : std::string("false"); };
   return "{\n  \"cls_token\": \"[CLS]\",\n  \"do_lower_case\": " + yes(s.lowercase) + ",\n  \"mask_token\": \"[MASK]\",\n" +
          (s.clean_text ? "" : "  \"clean_text\": false,\n") + "  \"model_max_length\": " + std::to_string(max_length) +
-         ",\n  \"pad_token\": \"[PAD]\",\n  \"sep_token\": \"[SEP]\",\n  \"strip_accents\": " + (s.strip_accents ? yes(*s.strip_accents) : "null") +
-         ",\n  \"tokenize_chinese_chars\": " + yes(s.chinese) + ",\n  \"tokenizer_class\": \"BertTokenizer\",\n  \"unk_token\": \"[UNK]\"\n}\n";
+         ",\n  \"pad_token\": \"[PAD]\",\n  \"sep_token\": \"[SEP]\",\n  \"strip_accents\": " +
+         (s.strip_accents ? yes(*s.strip_accents) : "null") + ",\n  \"tokenize_chinese_chars\": " + yes(s.chinese) +
+         ",\n  \"tokenizer_class\": \"BertTokenizer\",\n  \"unk_token\": \"[UNK]\"\n}\n";
 }
 
 // ==== 9 the trainer ==============================================================================================
@@ -1358,7 +1450,7 @@ std::string tokenizer_config_json(const TokenizerSettings& s, int64_t max_length
 // Face's WordPieceTrainer does: words start as letters, and the commonest pair of neighbours becomes one piece, again and again.
 // Ties go by the pieces' bytes, smaller first, so that the vocabulary depends on the text alone and not on the order of anything.
 struct StringHash {
-  using is_transparent = void;   // look-ups by string_view: no string is made for a word already known
+  using is_transparent = void;  // look-ups by string_view: no string is made for a word already known
   size_t operator()(std::string_view s) const { return std::hash<std::string_view>()(s); }
 };
 
@@ -1366,7 +1458,7 @@ struct VocabTrainer::State {
   Normalizer normal;
   int64_t max_memory;
   std::unordered_map<std::string, int64_t, StringHash, std::equal_to<>> counts;
-  int64_t words = 0, bytes = 0, rare = 0;   // bytes: about what `counts` takes; rare: words counted up to this were dropped last
+  int64_t words = 0, bytes = 0, rare = 0;  // bytes: about what `counts` takes; rare: words counted up to this were dropped last
 
   State(const TokenizerSettings& settings, int64_t memory) : normal(settings), max_memory(memory) {}
 
@@ -1388,7 +1480,7 @@ void VocabTrainer::add_text(std::string_view text, int64_t times) {
   State& s = *state_;
   Word word;
   each_word(s.normal, text, 0, text.size(), word, [&](const Word& w) {
-    if (w.letters > 100) return;   // the tokenizer never cuts such a word
+    if (w.letters > 100) return;  // the tokenizer never cuts such a word
     s.words += times;
     const std::string_view letters(w.text, (size_t)w.bytes);
     auto it = s.counts.find(letters);
@@ -1406,13 +1498,13 @@ struct Merges {
   };
   struct Pair {
     int64_t count = 0;
-    std::vector<int32_t> words;   // where it stands, or stood once: merging looks again
+    std::vector<int32_t> words;  // where it stands, or stood once: merging looks again
   };
-  std::vector<std::string> pieces;                   // in the order made
+  std::vector<std::string> pieces;  // in the order made
   std::unordered_map<std::string, int32_t> ids;
-  std::vector<int32_t> letters;                      // all words one after another, as pieces
-  std::vector<int64_t> begin, counts;                // of each word; begin has one more
-  std::vector<int32_t> length;                       // pieces that are left of a word
+  std::vector<int32_t> letters;        // all words one after another, as pieces
+  std::vector<int64_t> begin, counts;  // of each word; begin has one more
+  std::vector<int32_t> length;         // pieces that are left of a word
   std::unordered_map<uint64_t, Pair> pairs;
 
   static uint64_t key(int32_t a, int32_t b) { return (uint64_t)(uint32_t)a << 32 | (uint32_t)b; }
@@ -1442,10 +1534,10 @@ static void each_letter(std::string_view word, const std::function<void(char32_t
 
 // The special tokens, the characters and their ## forms as first pieces; the words as those. Rare characters are left out of words.
 void Merges::alphabet(const VocabTrainer::Options& options, const std::vector<std::pair<std::string_view, int64_t>>& words) {
-  std::unordered_map<char32_t, std::pair<int64_t, bool>> seen;   // count, and whether it stands inside a word
+  std::unordered_map<char32_t, std::pair<int64_t, bool>> seen;  // count, and whether it stands inside a word
   for (const auto& [word, count] : words)
     each_letter(word, [&, n = count](char32_t c, bool first) { seen[c].first += n, seen[c].second |= !first; });
-  std::vector<std::pair<int64_t, char32_t>> kept;   // commonest first: minus the count, then the code point
+  std::vector<std::pair<int64_t, char32_t>> kept;  // commonest first: minus the count, then the code point
   for (const auto& [c, s] : seen)
     if (s.first >= options.min_count) kept.emplace_back(-s.first, c);
   std::sort(kept.begin(), kept.end());
@@ -1458,8 +1550,9 @@ void Merges::alphabet(const VocabTrainer::Options& options, const std::vector<st
   int64_t inside = 0;
   for (const char32_t c : letters_kept) inside += seen[c].second;
   if ((int64_t)letters_kept.size() + inside > room || (room < 2 && !words.empty()))
-    throw Error("vocab: a size of " + std::to_string(options.size) + " cannot hold 5 special tokens, " + std::to_string(letters_kept.size()) +
-                " characters and " + std::to_string(inside) + " of them with ##; ask for a size of at least " +
+    throw Error("vocab: a size of " + std::to_string(options.size) + " cannot hold 5 special tokens, " +
+                std::to_string(letters_kept.size()) + " characters and " + std::to_string(inside) +
+                " of them with ##; ask for a size of at least " +
                 std::to_string(std::max<int64_t>(7, 5 + (int64_t)letters_kept.size() + inside)) + " or an alphabet of at most " +
                 std::to_string(std::max<int64_t>(1, room / 2)));
   std::unordered_map<char32_t, int32_t> first_form, inner_form;
@@ -1534,7 +1627,7 @@ void Merges::run(int64_t size, int64_t min_count, const std::function<void(int64
       if (count < top.count && count >= min_count) push(found->first, count);
       continue;
     }
-    const int32_t ab = piece(pieces[(size_t)top.a] + pieces[(size_t)top.b].substr(2));   // the second always begins with ##
+    const int32_t ab = piece(pieces[(size_t)top.a] + pieces[(size_t)top.b].substr(2));  // the second always begins with ##
     const std::vector<int32_t> words = std::move(found->second.words);
     found->second.words.clear();
     rose.clear();

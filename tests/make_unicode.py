@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the Unicode tables of wordpiece.cpp, between its two lines "// ---- generated".
 
-    pip install tokenizers==0.22.2 && tests/make_unicode.py
+    pip install tokenizers==0.22.2 && tests/make_unicode.py             writes the tables
+    tests/make_unicode.py --hashes                                      prints what test_wordpiece.cpp expects of all code points
 
 Every code point is asked of Hugging Face's `tokenizers` itself, because its tables are of several ages (categories of about
 Unicode 8, decompositions and combining classes of Unicode 9, lower case of Unicode 17): no single UnicodeData.txt gives its answers.
@@ -131,9 +132,10 @@ def tables():
     assert all(len(strip[c]) == 1 for c in strip if in_block(c))
     single = {c: s for c, s in strip.items() if len(s) == 1 and not in_block(c) and c not in hangul}
     several = {c: s for c, s in strip.items() if len(s) > 1 and c not in hangul}
-    # marks that stripping keeps and decomposition puts in order: a class above 1 lets U+0334, of class 1, pass before it
-    ordered = {c: unicodedata.combining(chr(c)) for c in ALL
-               if c not in strip and unicodedata.combining(chr(c)) and nfd(f"a{chr(c)}\u0334") == f"a\u0334{chr(c)}"}
+    # the class of what c decomposes to first; a class above 1 lets U+0334, of class 1, pass before it
+    first = lambda c: nfd(chr(c))[0]
+    order = lambda c: unicodedata.combining(first(c))
+    ordered = {c: order(c) for c in ALL if order(c) == 1 or (order(c) and nfd(f"a{first(c)}\u0334") == f"a\u0334{first(c)}")}
     by_class = [[a, b, k] for k in sorted(set(ordered.values())) for a, b in ranges(c for c in ALL if ordered.get(c) == k)]
     out = [" by tests/make_unicode.py, which says why not from UnicodeData.txt\n// clang-format off\n"
            f'static const char kTablesFrom[] = "tokenizers {tokenizers.__version__}";\n']
@@ -144,7 +146,7 @@ def tables():
             range_table("kMarkRanges", "Category Mn: what stripping accents drops.", ranges(marks)),
             range_table("kSymbolRanges", "Neither a letter nor any of the above: what may stand beside a `single_word` token.",
                         symbols(set(removed) | set(space) | set(punct)))]
-    out.append("// Kept marks that canonical order moves, with their combining class.\nstatic const struct { char32_t first, last; int order; } kOrders[] = {\n"
+    out.append("// Marks that canonical order moves, with their combining class.\nstatic const struct { char32_t first, last; int order; } kOrders[] = {\n"
                + rows([f"{{0x{a:X},0x{b:X},{k}}}" for a, b, k in sorted(by_class)]) + "\n};\n")
     out.append("// Lower case: each `step`th code point of the range moves by `delta`.\nstatic const struct { char32_t first, last; int step, delta; } kLower[] = {\n"
                + rows([f"{{0x{a:X},0x{b:X},{s},{d}}}" for a, b, s, d in lower_ranges(lower)]) + "\n};\n")
@@ -158,7 +160,21 @@ def tables():
     return "".join(out) + "// clang-format on\n"
 
 
+def hashes():
+    """FNV-1a of the words of a<c>b for every code point c: each word's UTF-8 and a byte 1, and a byte 2 after each code point."""
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    for lower, strip, chinese, clean in [(1, None, 1, 1), (0, None, 1, 1), (1, False, 1, 1), (0, True, 1, 1), (1, None, 0, 0), (0, False, 0, 0)]:
+        normal = bert(clean_text=bool(clean), handle_chinese_chars=bool(chinese), strip_accents=strip, lowercase=bool(lower))
+        h = 0xCBF29CE484222325
+        for c in ALL:
+            for byte in b"".join(w.encode() + b"\1" for w, _ in split(normal(f"a{chr(c)}b"))) + b"\2":
+                h = (h ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+        print(f"{{{{{lower}, {'{}' if strip is None else int(strip)}, {chinese}, {clean}}}, 0x{h:016X}u}},")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--hashes"]:
+        sys.exit(hashes())
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "wordpiece.cpp")
     text = open(path, encoding="utf-8").read()
     head, _, tail = text.split("// ---- generated")

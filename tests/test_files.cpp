@@ -136,6 +136,7 @@ TEST_CASE("JSON: strings") {
                              R"("\ud800\u0041")",
                              R"("\ud800x")",
                              R"("\ud800\n")",
+                             R"("\ud800\ue000")",
                              "'a'",
                              "\"a\nb\"",
                              "\"a\tb\"",
@@ -308,6 +309,22 @@ TEST_CASE("AtomicFile: two at once on one name do not mix") {
   CHECK(files_in(folder.path) == 1);
 }
 
+TEST_CASE("AtomicFile: a temporary file that a killed process left is neither used nor removed") {
+  testing::TemporaryFolder folder;
+  const std::string start = (folder / "f.tmp-") + std::to_string(getpid()) + "-";
+  int number = 0;
+  {
+    bert::AtomicFile file(folder / "f");
+    while (!std::filesystem::exists(start + std::to_string(number))) REQUIRE(number++ < 100000);
+  }
+  bert::write_file(folder / "old", "old");
+  std::filesystem::rename(folder / "old", start + std::to_string(number + 2));  // number + 1 was old's
+  bert::write_file(folder / "f", "new");
+  CHECK(bert::read_file(folder / "f") == "new");
+  CHECK(bert::read_file(start + std::to_string(number + 2)) == "old");
+  CHECK(files_in(folder.path) == 2);
+}
+
 TEST_CASE("AtomicFile: permissions are the umask's; a link stays a link; a relative name") {
   testing::TemporaryFolder folder;
   const mode_t before = umask(027);
@@ -339,7 +356,7 @@ TEST_CASE("AtomicFile: a place that cannot be written is an Error with its reaso
   REQUIRE(mkfifo((folder / "pipe").c_str(), 0600) == 0);  // a device would do, but a test that fails would put a file in its place
   CHECK(contains(wrong(folder / "pipe"), (folder / "pipe") + ": cannot write: not a plain file"));
   CHECK(contains(wrong(folder / std::string(300, 'n')), "File name too long"));
-  CHECK(wrong("") != "");
+  CHECK(wrong("") == "cannot write a file without a name");
   CHECK(files_in(folder.path) == 2);
   bert::AtomicFile late(folder / "late");  // what is wrong with the name may also come after the start
   late.write("x");
@@ -406,6 +423,9 @@ TEST_CASE("MappedFile") {
   CHECK(kept == "hello");  // the owner keeps it, also when the name is gone
   std::filesystem::remove(folder / "f");
   CHECK(kept == "hello");
+  CHECK(contains(bert::read_file("/proc/self/maps"), folder.path));
+  owner.reset();
+  CHECK(!contains(bert::read_file("/proc/self/maps"), folder.path));
   CHECK(bert::MappedFile::open(folder / "empty").bytes().empty());
   auto wrong = [](const std::string& path) { return message([&] { bert::MappedFile::open(path); }); };
   CHECK(wrong(folder / "none") == (folder / "none") + ": cannot open: No such file or directory");

@@ -1,5 +1,8 @@
 // The tokenizer and the vocabulary trainer: Hugging Face's answers case by case, then what must hold of any text.
-#include <unordered_map>
+#include <chrono>
+#include <random>
+#include <sstream>
+#include <thread>
 
 #include "testing.h"
 
@@ -13,6 +16,12 @@ namespace {
 // ---- golden files: one JSON object a line ----------------------------------------------------------------------
 const std::string small = "tests/golden/wordpiece/", large = testing::shared + "golden/wordpiece/";
 
+std::string utf8(char32_t c) {
+  if (c < 0x80) return {(char)c};
+  if (c < 0x800) return {(char)(0xC0 | c >> 6), (char)(0x80 | (c & 63))};
+  if (c < 0x10000) return {(char)(0xE0 | c >> 12), (char)(0x80 | (c >> 6 & 63)), (char)(0x80 | (c & 63))};
+  return {(char)(0xF0 | c >> 18), (char)(0x80 | (c >> 12 & 63)), (char)(0x80 | (c >> 6 & 63)), (char)(0x80 | (c & 63))};
+}
 std::vector<Json> json_lines(const std::string& path) {
   std::vector<Json> out;
   const std::string bytes = bert::read_file(path);
@@ -38,7 +47,8 @@ std::vector<int64_t> numbers(const Json& list) {
   for (const Json& v : list.items("list"))
     if (v.is(Json::array))
       for (const Json& w : v.items("pair")) out.push_back(w.as_int("number"));
-    else out.push_back(v.is(Json::null) ? -1 : v.as_int("number"));
+    else
+      out.push_back(v.is(Json::null) ? -1 : v.as_int("number"));
   return out;
 }
 template <class T>
@@ -57,7 +67,8 @@ std::vector<std::string> strings(const Json& list) {
 }
 
 // One golden case: which of its fields the encoding answers otherwise; "" when none.
-std::string differences(const Json& want, const Encoding& got, const WordPiece& tokenizer, const std::string& text, const std::string& pair) {
+std::string differences(const Json& want, const Encoding& got, const WordPiece& tokenizer, const std::string& text,
+                        const std::string& pair) {
   std::string out;
   auto check = [&](const char* key, const std::vector<int64_t>& values) {
     if (want.find(key) && numbers(field(want, key)) != values) out += std::string(" ") + key;
@@ -69,17 +80,18 @@ std::string differences(const Json& want, const Encoding& got, const WordPiece& 
   check("special_tokens_mask", numbers(got.special));
   check("offsets_byte", numbers(got.offsets));
   if (want.find("offsets_char")) check("offsets_char", numbers(bert::code_point_offsets(got, text, pair)));
-  if (const Json* tokens = want.find("tokens"))   // an added token's name may be shown as it stood in the text: by ids only
+  if (const Json* tokens = want.find("tokens"))  // an added token's name may be shown as it stood in the text: by ids only
     for (size_t i = 0; i < got.ids.size() && i < tokens->items("tokens").size(); i++)
-      if (tokenizer.piece(got.ids[i]) != tokens->items("tokens")[i].as_string("token") && tokenizer.piece(got.ids[i]).size() < 5) out += " tokens";
+      if (tokenizer.piece(got.ids[i]) != tokens->items("tokens")[i].as_string("token") && tokenizer.piece(got.ids[i]).size() < 5)
+        out += " tokens";
   return out;
 }
 
 // The three vocabularies of the golden files, as published. A tokenizer is made once for each setting.
 const WordPiece& golden_tokenizer(const std::string& name, const bert::TokenizerSettings& settings) {
   static std::map<std::string, WordPiece> made;
-  const std::string key = name + std::to_string(settings.lowercase) + std::to_string(settings.chinese) + std::to_string(settings.clean_text) +
-                          (settings.strip_accents ? std::to_string(*settings.strip_accents) : "-");
+  const std::string key = name + std::to_string(settings.lowercase) + std::to_string(settings.chinese) +
+                          std::to_string(settings.clean_text) + (settings.strip_accents ? std::to_string(*settings.strip_accents) : "-");
   const auto it = made.find(key);
   if (it != made.end()) return it->second;
   const std::string path = name == "uncased"   ? testing::shared + "models/all-MiniLM-L6-v2/vocab.txt"
@@ -100,7 +112,7 @@ void run_cases(const std::string& path, const std::function<std::string(const Js
     if (wrong.empty()) continue;
     if (++failed <= 5) {
       CAPTURE(path);
-      CAPTURE(cases);   // the line
+      CAPTURE(cases);  // the line
       CHECK_MESSAGE(wrong.empty(), wrong);
     }
   }
@@ -149,9 +161,7 @@ std::string pair_case(const Json& c, const WordPiece& tokenizer) {
   std::vector<Encoding> got;
   try {
     got = tokenizer.encode_windows(text, has(c, "pair") ? std::optional<std::string_view>(pair) : std::nullopt, o);
-  } catch (const bert::Error& e) {
-    error = error_kind(e.what());
-  }
+  } catch (const bert::Error& e) { error = error_kind(e.what()); }
   if (error != (has(c, "error") ? text_of(c, "error") : "")) return " error '" + error + "'";
   if (!error.empty()) return "";
   const auto& want = field(c, "windows").items("windows");
@@ -209,13 +219,12 @@ std::string vocab_file_case(const Json& c, const std::string& folder) {
   WordPiece tokenizer;
   try {
     tokenizer = WordPiece::load(path);
-  } catch (const bert::Error& e) {
-    return has(c, "error") ? "" : std::string(" ") + e.what();
-  }
+  } catch (const bert::Error& e) { return has(c, "error") ? "" : std::string(" ") + e.what(); }
   if (has(c, "error")) return " loads";
   std::string wrong;
   std::map<int64_t, std::string> want;
-  for (const Json& entry : field(c, "vocab").items("vocab")) want[entry.items("entry")[1].as_int("id")] = entry.items("entry")[0].as_string("piece");
+  for (const Json& entry : field(c, "vocab").items("vocab"))
+    want[entry.items("entry")[1].as_int("id")] = entry.items("entry")[0].as_string("piece");
   for (int64_t id = 0; id < tokenizer.size() + 2; id++) {
     if (tokenizer.piece((int32_t)id) != want[id]) wrong += " piece " + std::to_string(id);
     if (!want[id].empty() && tokenizer.id(want[id]) != id) wrong += " id of " + want[id];
@@ -255,23 +264,24 @@ std::string json_case(const Json& c, const WordPiece& tokenizer) {
   std::vector<Row> rows;
   if (has(c, "batch")) {
     for (const Json& v : field(c, "batch").items("batch"))
-      if (v.is(Json::string)) rows.push_back({v.as_string("text"), "", false});
-      else rows.push_back({v.items("pair")[0].as_string("text"), v.items("pair")[1].as_string("pair"), true});
+      if (v.is(Json::string))
+        rows.push_back({v.as_string("text"), "", false});
+      else
+        rows.push_back({v.items("pair")[0].as_string("text"), v.items("pair")[1].as_string("pair"), true});
   } else {
     rows.push_back({text_of(c, "text"), has(c, "pair") ? text_of(c, "pair") : "", has(c, "pair")});
   }
   const EncodeOptions options = tokenizer.file_truncation.value_or(EncodeOptions());
   std::vector<std::vector<Encoding>> got;
   try {
-    for (const Row& r : rows) got.push_back(tokenizer.encode_windows(r.text, r.has_pair ? std::optional<std::string_view>(r.pair) : std::nullopt, options));
-  } catch (const bert::Error& e) {
-    return has(c, "error") ? "" : std::string(" ") + e.what();
-  }
+    for (const Row& r : rows)
+      got.push_back(tokenizer.encode_windows(r.text, r.has_pair ? std::optional<std::string_view>(r.pair) : std::nullopt, options));
+  } catch (const bert::Error& e) { return has(c, "error") ? "" : std::string(" ") + e.what(); }
   if (has(c, "error")) return " no error";
   if (tokenizer.file_padding) {
     std::vector<Encoding*> all;
     for (auto& windows : got) all.push_back(&windows[0]);
-    if (!tokenizer.file_padding->length) {   // the longest is looked for among the encodings; each one's windows follow
+    if (!tokenizer.file_padding->length) {  // the longest is looked for among the encodings; each one's windows follow
       pad(all, *tokenizer.file_padding);
       bert::Padding same = *tokenizer.file_padding;
       same.length = (int64_t)all[0]->ids.size();
@@ -302,7 +312,8 @@ TEST_CASE("wordpiece: every golden text") {
   run_cases(large + "encode-uncased.jsonl", [](const Json& c) { return encode_case(c, golden_tokenizer("uncased")); });
   run_cases(large + "encode-chinese.jsonl", [](const Json& c) { return encode_case(c, golden_tokenizer("chinese")); });
   run_cases(large + "encode-cased.jsonl", [](const Json& c) { return encode_case(c, golden_tokenizer("cased")); });
-  run_cases(large + "encode-nostrip.jsonl", [](const Json& c) { return encode_case(c, golden_tokenizer(text_of(c, "vocab"), settings_of(c))); });
+  run_cases(large + "encode-nostrip.jsonl",
+            [](const Json& c) { return encode_case(c, golden_tokenizer(text_of(c, "vocab"), settings_of(c))); });
 }
 TEST_CASE("wordpiece: every golden pair, decoding, word list, invalid text") {
   SKIP_WITHOUT(large + "pairs.jsonl");
@@ -319,4 +330,508 @@ TEST_CASE("wordpiece: every golden vocabulary file and tokenizer.json") {
     CHECK(tokenizer.warnings.empty());
     run_cases(entry.path().string() + "/cases.jsonl", [&](const Json& c) { return json_case(c, tokenizer); });
   }
+}
+
+// ==== the same cases, a selection that lives here ================================================================
+TEST_CASE("wordpiece: golden texts, pairs, decoding, word lists, invalid text") {
+  auto tokenizer = [](const Json& c, const bert::TokenizerSettings* settings) -> const WordPiece& {
+    const std::string name = text_of(c, settings ? "vocab" : "tokenizer");
+    static std::map<std::string, WordPiece> vocabularies;
+    if (!vocabularies.count(name)) {
+      const std::string path = small + "vocab-" + name + ".txt";
+      vocabularies[name] = WordPiece::from_vocab(bert::read_file(path), {name == "uncased", {}, true, true}, path);
+    }
+    static WordPiece with;
+    return settings ? with = vocabularies[name].with_settings(*settings) : vocabularies[name];
+  };
+  run_cases(small + "encode.jsonl", [&](const Json& c) {
+    const bert::TokenizerSettings settings = settings_of(c);
+    return encode_case(c, tokenizer(c, &settings));
+  });
+  run_cases(small + "pairs.jsonl", [&](const Json& c) { return pair_case(c, tokenizer(c, nullptr)); });
+  run_cases(small + "decode.jsonl", [&](const Json& c) { return decode_case(c, tokenizer(c, nullptr)); });
+  run_cases(small + "pretokenized.jsonl", [&](const Json& c) { return words_case(c, tokenizer(c, nullptr)); });
+  run_cases(small + "bad-utf8.jsonl", [&](const Json& c) { return bad_utf8_case(c, tokenizer(c, nullptr)); });
+}
+TEST_CASE("wordpiece: golden vocabulary files and tokenizer.json") {
+  run_cases(small + "vocab-files/expected.jsonl", [](const Json& c) { return vocab_file_case(c, small + "vocab-files/"); });
+  for (const char* name : {"uncased-added-tokens", "uncased-only-second-left"}) {
+    const WordPiece tokenizer = WordPiece::load(small + name);
+    CHECK(tokenizer.warnings.empty());
+    run_cases(small + name + "/cases.jsonl", [&](const Json& c) { return json_case(c, tokenizer); });
+  }
+}
+
+// ==== every code point ==========================================================================================
+namespace {
+// A vocabulary in which every code point is a piece, alone and inside a word: its tokens show what the normaliser made.
+const WordPiece& every_code_point() {
+  static const WordPiece tokenizer = [] {
+    std::string vocab = "[UNK]\n";
+    for (char32_t c = 0; c < 0x110000; c++) {
+      if (c >= 0xD800 && c < 0xE000) continue;
+      const std::string s = utf8(c);
+      vocab += s + "\n##" + s + "\n";
+    }
+    return WordPiece::from_vocab(vocab, {}, "every code point");
+  }();
+  return tokenizer;
+}
+// The words of a text under that vocabulary.
+std::vector<std::string> words_of(const WordPiece& tokenizer, const std::string& text) {
+  std::vector<int32_t> ids;
+  tokenizer.append_ids(text, ids);
+  std::vector<std::string> words;
+  for (const int32_t id : ids)
+    if (tokenizer.continuation(id) && tokenizer.piece(id).size() > 2) words.back() += tokenizer.piece(id).substr(2);
+    else words.emplace_back(tokenizer.piece(id));
+  return words;
+}
+// FNV-1a over all code points c: the words of a<c>b, each closed by a byte 1, and a byte 2 after each code point.
+uint64_t hash_of_all(const WordPiece& tokenizer) {
+  uint64_t hash = 0xCBF29CE484222325u;
+  auto add = [&](unsigned char byte) { hash = (hash ^ byte) * 0x100000001B3u; };
+  std::vector<int32_t> ids;
+  for (char32_t c = 0; c < 0x110000; c++) {
+    if (c >= 0xD800 && c < 0xE000) continue;
+    ids.clear();
+    tokenizer.append_ids("a" + utf8(c) + "b", ids);
+    for (size_t k = 0; k < ids.size(); k++) {
+      const std::string_view piece = tokenizer.piece(ids[k]);
+      const bool inside = tokenizer.continuation(ids[k]) && piece.size() > 2;
+      if (k && !inside) add(1);
+      for (const char b : inside ? piece.substr(2) : piece) add((unsigned char)b);
+    }
+    add(1), add(2);
+  }
+  return hash;
+}
+}  // namespace
+
+TEST_CASE("wordpiece: every code point between two letters, under six settings") {
+  const struct {
+    bert::TokenizerSettings settings;
+    uint64_t hash;   // tests/make_unicode.py --hashes
+  } expected[] = {
+      {{true, {}, true, true}, 0x9801A86F529D708Fu},    {{false, {}, true, true}, 0xFCB0CFA56B6E0618u},
+      {{true, false, true, true}, 0x69B51849DC4F7F35u}, {{false, true, true, true}, 0xD1D499DAEEAFFDF6u},
+      {{true, {}, false, false}, 0xA8F60BEEFE07F31Eu},  {{false, false, false, false}, 0xDBF74C06FAC21BDFu},
+  };
+  for (const auto& e : expected) {
+    CAPTURE(e.settings.lowercase);
+    CAPTURE(e.settings.chinese);
+    CHECK(hash_of_all(every_code_point().with_settings(e.settings)) == e.hash);
+  }
+}
+
+TEST_CASE("wordpiece: every code point as the golden tables list it") {
+  SKIP_WITHOUT(large + "codepoints-uncased.tsv");
+  for (const bool lowercase : {true, false}) {
+    std::vector<std::vector<std::string>> want(0x110000);
+    std::istringstream lines(bert::read_file(large + (lowercase ? "codepoints-uncased.tsv" : "codepoints-cased.tsv")));
+    for (std::string line; std::getline(lines, line);) {
+      if (line[0] == '#') continue;
+      std::istringstream fields(line);
+      std::string kind, first, last;
+      std::getline(fields, kind, '\t'), std::getline(fields, first, '\t'), std::getline(fields, last, '\t');
+      for (char32_t c = (char32_t)std::stoul(first, nullptr, 16); c <= std::stoul(last, nullptr, 16); c++) {
+        want[c] = kind == "removed" ? std::vector<std::string>{"ab"} : std::vector<std::string>{"a", utf8(c), "b"};
+        if (kind == "space") want[c] = {"a", "b"};
+        if (!kind.starts_with("map:")) continue;
+        const size_t bar = kind.find('|');   // after it: the words, with 1 between them; before it: what c becomes
+        std::istringstream letters(bar == kind.npos ? "61 " + kind.substr(4) + " 62" : kind.substr(bar + 1));
+        want[c] = {""};
+        for (std::string letter; letters >> letter;)
+          if (letter == "1") want[c].push_back("");
+          else want[c].back() += utf8((char32_t)std::stoul(letter, nullptr, 16));
+      }
+    }
+    const WordPiece tokenizer = every_code_point().with_settings({lowercase, {}, true, true});
+    int64_t wrong = 0;
+    for (char32_t c = 0; c < 0x110000; c++) {
+      if (c >= 0xD800 && c < 0xE000) continue;
+      if (want[c].empty()) want[c] = {"a" + utf8(c) + "b"};
+      if (words_of(tokenizer, "a" + utf8(c) + "b") != want[c] && wrong++ < 5) FAIL_CHECK("U+" << std::hex << (uint32_t)c);
+    }
+    CHECK(wrong == 0);
+    MESSAGE("every code point, " << (lowercase ? "uncased" : "cased") << ": " << 0x110000 - 0x800 - wrong << " of " << 0x110000 - 0x800);
+  }
+}
+
+// ==== what holds of any text ====================================================================================
+namespace {
+struct Draws {   // uniform in [0, 1)
+  std::mt19937_64 engine;
+  double uniform() { return (double)(engine() >> 11) * 0x1p-53; }
+};
+std::string random_text(Draws& random, bool valid) {
+  static const char32_t starts[] = {0x20, 0x41, 0x61, 0xC0, 0x300, 0x370, 0x400, 0x5D0, 0x900, 0x1100, 0x1E00, 0x2000, 0x3040, 0x4E00, 0xAC00, 0xE000, 0xF900, 0xFE00, 0x1D150, 0x1F600, 0x20000};
+  std::string text;
+  const int64_t n = (int64_t)(random.uniform() * 40);
+  for (int64_t i = 0; i < n; i++) {
+    const double kind = random.uniform();
+    if (kind < 0.5) text += (char)(0x20 + (int)(random.uniform() * 95));
+    else if (kind < 0.85) text += utf8(starts[(size_t)(random.uniform() * std::size(starts))] + (char32_t)(random.uniform() * 90));
+    else if (kind < 0.9) text += "[MASK]";
+    else if (kind < 0.95 && !valid) text += (char)(int)(random.uniform() * 256);
+    else text += "the ";
+  }
+  return text;
+}
+const WordPiece& small_tokenizer() {
+  static const WordPiece tokenizer = WordPiece::load(small + "vocab-uncased.txt");
+  return tokenizer;
+}
+}  // namespace
+
+TEST_CASE("wordpiece: ids in range, offsets ascend on code-point borders, pieces join to the word") {
+  const WordPiece& t = small_tokenizer();
+  Draws random{std::mt19937_64(5)};
+  for (int round = 0; round < 3000; round++) {
+    const bool valid = round % 2;
+    const std::string text = random_text(random, valid);
+    CAPTURE(text);
+    const Encoding e = t.encode(text);
+    const size_t n = e.ids.size();
+    REQUIRE(n >= 2);
+    CHECK((e.type_ids.size() == n && e.words.size() == n && e.sequence.size() == n && e.special.size() == n && e.offsets.size() == n));
+    CHECK((e.ids[0] == t.cls && e.ids[n - 1] == t.sep && e.special[0] == 1 && e.special[n - 1] == 1));
+    int64_t begin = 0, word = 0;
+    for (size_t i = 1; i + 1 < n; i++) {
+      CHECK((e.ids[i] >= 0 && e.ids[i] < t.size()));
+      CHECK((e.offsets[i][0] >= begin && e.offsets[i][0] < e.offsets[i][1] && e.offsets[i][1] <= (int64_t)text.size()));
+      CHECK((e.words[i] == word || e.words[i] == word + 1));
+      if (valid)
+        for (const int64_t at : e.offsets[i]) CHECK((at == (int64_t)text.size() || ((unsigned char)text[(size_t)at] & 0xC0) != 0x80));
+      CHECK((t.continuation(e.ids[i]) == (i > 1 && e.words[i] == e.words[i - 1])));
+      begin = e.offsets[i][0], word = e.words[i];
+    }
+    // plain letters: a word's pieces, without their ##, are the word
+    for (size_t i = 1; i + 1 < n; i++) {
+      const std::string source = text.substr((size_t)e.offsets[i][0], (size_t)(e.offsets[i][1] - e.offsets[i][0]));
+      const bool plain = std::all_of(source.begin(), source.end(), [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); });
+      if (plain && e.ids[i] != t.unk) CHECK((t.continuation(e.ids[i]) ? "##" + source : source) == t.piece(e.ids[i]));
+    }
+    std::vector<int32_t> ids;
+    t.append_ids(text, ids);
+    EncodeOptions bare;
+    bare.add_special = bare.parse_special = false;
+    CHECK(t.encode(text, bare).ids == ids);
+  }
+}
+
+TEST_CASE("wordpiece: windows hold every token, overlap by the stride, and the first is the encoding") {
+  const WordPiece& t = small_tokenizer();
+  Draws random{std::mt19937_64(6)};
+  for (int round = 0; round < 300; round++) {
+    const std::string text = random_text(random, true) + " one two three four five six seven";
+    EncodeOptions o;
+    o.max_length = 3 + round % 9, o.from_left = round % 2;
+    o.stride = (round / 2) % (o.max_length - 2);
+    const Encoding whole = t.encode(text);
+    const auto windows = t.encode_windows(text, {}, o);
+    CHECK(windows[0].ids == t.encode(text, o).ids);
+    std::vector<int32_t> joined;
+    for (size_t k = 0; k < windows.size(); k++) {
+      const auto& w = windows[o.from_left ? windows.size() - 1 - k : k].ids;
+      CHECK((int64_t)w.size() <= o.max_length);
+      // each repeats `stride` tokens; from the left the short one comes first, and what it repeats is the next one's beginning
+      joined.insert(joined.end(), w.begin() + 1 + (k ? o.stride : 0), w.end() - 1);
+    }
+    CHECK(joined == std::vector<int32_t>(whole.ids.begin() + 1, whole.ids.end() - 1));
+  }
+}
+
+TEST_CASE("wordpiece: linear time, whatever ten million bytes hold") {
+  const WordPiece& t = small_tokenizer();
+  auto repeat = [](const std::string& s) {
+    std::string out;
+    while (out.size() < 10'000'000) out += s;
+    return out;
+  };
+  for (const std::string unit : {"a", "\u00E9", "e\u0301", "\u200B", "\u0301", "\U0001E000\u0301\u0316", "[", "[MASK", "\x80", "\xF0\x90", "#", "\uAC01"}) {
+    CAPTURE(unit);
+    const std::string text = repeat(unit);
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<int32_t> ids;
+    t.append_ids(text, ids);
+    const Encoding e = t.encode(text);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    CHECK(seconds < 60);   // 0.2 here; anything worse than linear would take hours
+    if (unit == "a") CHECK((ids == std::vector<int32_t>{t.unk} && e.offsets[1] == std::array<int64_t, 2>{0, (int64_t)text.size()}));
+  }
+}
+
+TEST_CASE("wordpiece: one tokenizer, several threads") {
+  const WordPiece& t = small_tokenizer();
+  Draws random{std::mt19937_64(8)};
+  std::vector<std::string> texts;
+  for (int i = 0; i < 200; i++) texts.push_back(random_text(random, false));
+  std::vector<std::vector<int32_t>> want(texts.size()), got[4];
+  for (size_t i = 0; i < texts.size(); i++) want[i] = t.encode(texts[i]).ids;
+  std::vector<std::thread> threads;
+  for (auto& mine : got)
+    threads.emplace_back([&] {
+      for (const std::string& text : texts) mine.push_back(t.encode(text).ids);
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& mine : got) CHECK(mine == want);
+}
+
+TEST_CASE("wordpiece: repair_utf8 and offsets in code points") {
+  std::string text = "ab\xFF" "cd\xF0\x90 \xE0\x80";   // FF; F0 90, which could have gone on; E0; 80
+  CHECK(bert::repair_utf8(text) == 4);
+  CHECK(text == "ab\uFFFDcd\uFFFD \uFFFD\uFFFD");
+  CHECK(bert::repair_utf8(text) == 0);
+  const std::string chinese = "\u4F60\u597D a\xFF" "b";   // the bad byte is one code point
+  const Encoding e = small_tokenizer().encode(chinese);
+  const auto chars = bert::code_point_offsets(e, chinese);
+  CHECK(chars[1] == std::array<int64_t, 2>{0, 1});
+  CHECK(chars[2] == std::array<int64_t, 2>{1, 2});
+  CHECK(chars[3] == std::array<int64_t, 2>{3, 6});
+}
+
+// ==== loading ===================================================================================================
+namespace {
+void put(const std::string& path, const std::string& bytes) {
+  std::FILE* f = std::fopen(path.c_str(), "wb");
+  REQUIRE(f);
+  std::fwrite(bytes.data(), 1, bytes.size(), f);
+  std::fclose(f);
+}
+std::string error_of(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const bert::Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+bool says(const std::string& message, const std::string& part) { return message.find(part) != message.npos && message.find('\n') == message.npos; }
+}  // namespace
+
+TEST_CASE("wordpiece: which file wins") {
+  testing::TemporaryFolder folder;
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "neither vocab.txt nor tokenizer.json"));
+  CHECK(says(error_of([&] { WordPiece::load(folder / "nothing"); }), "no such file"));
+  put(folder / "vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n");
+  CHECK(WordPiece::load(folder.path).settings().lowercase);
+  CHECK(WordPiece::load(folder.path).model_max_length == 0);
+  CHECK(WordPiece::load(folder.path).warnings.empty());
+  put(folder / "tokenizer_config.json", bert::tokenizer_config_json({false, true, false, false}, 77));
+  WordPiece t = WordPiece::load(folder.path);
+  CHECK((!t.settings().lowercase && t.settings().strip_accents == true && !t.settings().chinese && !t.settings().clean_text));
+  CHECK(t.model_max_length == 77);
+  CHECK((t.pad == 0 && t.unk == 1 && t.cls == 2 && t.sep == 3 && t.mask == 4));
+  const std::string rest = R"("pre_tokenizer":{"type":"BertPreTokenizer"},"post_processor":{"type":"BertProcessing","sep":["[SEP]",3],"cls":["[CLS]",2]}})";
+  auto json = [&](const std::string& vocab, const std::string& normalizer, const std::string& tail) {
+    put(folder / "tokenizer.json", R"({"model":{"type":"WordPiece","unk_token":"[UNK]","vocab":{"[PAD]":0,"[UNK]":1,"[CLS]":2,"[SEP]":3,"[MASK]":4,)" + vocab + R"(}},"normalizer":)" + normalizer + "," + tail);
+  };
+  const std::string cased = R"({"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":false,"lowercase":false})";
+  json(R"("a":5,"c":6)", cased, rest);
+  put(folder / "tokenizer_config.json", R"({"do_lower_case":true,"model_max_length":1000000000000000019884624838656,"cls_token":{"content":"[CLS]"}})");
+  t = WordPiece::load(folder.path);
+  CHECK((t.settings().lowercase && t.settings().strip_accents == false));   // the one from the config, the other from tokenizer.json
+  CHECK(t.model_max_length == 0);
+  REQUIRE(t.warnings.size() == 1);
+  CHECK(says(t.warnings[0], "vocab.txt:7: 'b', but tokenizer.json has 'c'"));
+  CHECK((t.id("c") == 6 && t.id("b") == -1));
+  CHECK(t.encode("A c").ids == std::vector<int32_t>{2, 5, 6, 3});
+  put(folder / "tokenizer_config.json", R"({"strip_accents":null})");
+  CHECK(!WordPiece::load(folder.path).settings().strip_accents);   // null is a setting: as lower case
+  json(R"("a":5)", cased, rest);
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "7 pieces, but tokenizer.json has 6"));
+  std::filesystem::remove(folder / "vocab.txt");
+  CHECK(WordPiece::load(folder.path).size() == 6);
+  json(R"("a":5)", R"({"type":"NFKC"})", rest);
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "BertNormalizer"));
+  json(R"("a":5)", cased, R"("pre_tokenizer":{"type":"Whitespace"}})");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "BertPreTokenizer"));
+  json(R"("a":5)", cased, R"("pre_tokenizer":{"type":"BertPreTokenizer"},"post_processor":{"type":"RobertaProcessing"}})");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "RobertaProcessing is not BERT's"));
+  json(R"("a":2000000000)", cased, rest);
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "out of range"));
+  json(R"("a":-1)", cased, rest);
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "out of range"));
+  put(folder / "tokenizer.json", R"({"model":{"type":"BPE","vocab":{}}})");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "only WordPiece"));
+  put(folder / "tokenizer.json", "{");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "tokenizer.json:1:2: not JSON"));
+}
+
+TEST_CASE("wordpiece: odd vocabularies load with one warning, unknown words without [UNK] are an error") {
+  const WordPiece odd = WordPiece::from_vocab("\xEF\xBB\xBF[PAD]\r\n\r\na\r\na\r\nb \r\n", {}, "v.txt");
+  REQUIRE(odd.warnings.size() == 1);
+  for (const char* part : {"byte-order mark", "CR LF", "1 blank line", "1 with white space", "'a' twice (ids 2 and 3)", "no [UNK]", "no [CLS]"}) CHECK(says(odd.warnings[0], part));
+  CHECK((odd.id("a") == 3 && odd.piece(2).empty() && odd.size() == 5));
+  CHECK(odd.encode("a b").ids == std::vector<int32_t>{3, 4});   // nothing is put around
+  CHECK(says(error_of([&] { odd.encode("a c"); }), "'c' at byte 2 is not in the vocabulary"));
+  CHECK(says(error_of([&] { WordPiece::from_vocab("a\nb\xFF\n", {}, "v.txt"); }), "v.txt:2: invalid UTF-8 at byte 2"));
+  CHECK(WordPiece::from_vocab("", {}, "v.txt").encode(" ").ids.empty());
+  EncodeOptions o;
+  o.max_length = 8, o.stride = 7;
+  CHECK(says(error_of([&] { small_tokenizer().encode_windows("one two", {}, o); }), "stride of 7"));
+  o.stride = -1;
+  CHECK(says(error_of([&] { small_tokenizer().encode("one", o); }), "negative"));
+}
+
+// ==== the trainer ===============================================================================================
+namespace {
+using Words = std::vector<std::pair<std::string, int64_t>>;
+std::vector<std::string> train(const Words& words, const bert::VocabTrainer::Options& options, bool lowercase = true) {
+  bert::VocabTrainer trainer({lowercase, {}, true, true});
+  for (const auto& [word, times] : words) trainer.add_text(word, times);
+  return trainer.train(options);
+}
+const Words hugs = {{"hug", 10}, {"pug", 5}, {"pun", 12}, {"bun", 4}, {"hugs", 5}};
+const std::vector<std::string> hugs_vocabulary = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b",    "g",   "h",   "n",    "p",   "s",  "u",
+                                                  "##g",   "##n",   "##s",   "##u",   "##ug",   "##un", "hug", "pun", "hugs", "pug", "bun"};
+}  // namespace
+
+TEST_CASE("vocabulary: by hand") {
+  // ##u ##g 20 times; then ##u ##n 16; h ##ug 15; p ##un 12; hug ##s and p ##ug 5 both, "hug" before "p"; b ##un 4
+  CHECK(train(hugs, {.size = 100, .min_count = 2, .alphabet = 0, .on_progress = {}}) == hugs_vocabulary);
+  for (int64_t size = 19; size <= 23; size++)   // the ceiling is hard, and what fits is a prefix
+    CHECK(train(hugs, {.size = size, .min_count = 2, .alphabet = 7, .on_progress = {}}) ==
+          std::vector<std::string>(hugs_vocabulary.begin(), hugs_vocabulary.begin() + size));
+  auto rarer = hugs_vocabulary;
+  rarer.pop_back();
+  CHECK(train(hugs, {.size = 100, .min_count = 5, .alphabet = 0, .on_progress = {}}) == rarer);   // `bun` is seen 4 times, b too
+}
+
+TEST_CASE("vocabulary: the order of the text does not matter, ties go by bytes") {
+  Draws random{std::mt19937_64(9)};
+  Words words;
+  for (int i = 0; i < 400; i++) {
+    std::string word;
+    for (int k = 0; k < 1 + (int)(random.uniform() * 8); k++) word += (char)('a' + (int)(random.uniform() * 4));
+    words.emplace_back(word, 1 + (int64_t)(random.uniform() * 3));   // few letters, few counts: ties everywhere
+  }
+  const auto want = train(words, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}});
+  CHECK(want.size() == 300);
+  for (int round = 0; round < 5; round++) {
+    for (size_t i = words.size(); i > 1; i--) std::swap(words[i - 1], words[(size_t)(random.uniform() * (double)i)]);
+    CHECK(train(words, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
+  }
+  std::string one_text;   // and once more as a single text, each word as often as it counts
+  for (const auto& [word, times] : words)
+    for (int64_t k = 0; k < times; k++) one_text += word + (k % 2 ? "\n" : " ");
+  CHECK(train({{one_text, 1}}, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
+  CHECK(train({{"ab cd", 7}}, {.size = 14, .min_count = 2, .alphabet = 4, .on_progress = {}}) ==
+        std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "##b", "##d", "ab", "cd"});
+}
+
+namespace {
+// The same by the plainest means: count all pairs anew for each piece.
+std::vector<std::string> train_slowly(const Words& words, size_t size, int64_t min_count) {
+  std::map<std::vector<std::string>, int64_t> split;
+  std::map<std::string, int64_t> letters, inside;
+  for (const auto& [word, times] : words) {
+    std::vector<std::string> pieces;
+    for (const char c : word) {
+      letters[std::string(1, c)] += times;
+      if (!pieces.empty()) inside["##" + std::string(1, c)]++;
+      pieces.push_back((pieces.empty() ? "" : "##") + std::string(1, c));
+    }
+    split[pieces] += times;
+  }
+  std::vector<std::string> out = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"};
+  for (const auto& l : letters) out.push_back(l.first);
+  for (const auto& l : inside) out.push_back(l.first);
+  while (out.size() < size) {
+    std::map<std::pair<std::string, std::string>, int64_t> pairs;
+    for (const auto& [pieces, times] : split)
+      for (size_t i = 0; i + 1 < pieces.size(); i++) pairs[{pieces[i], pieces[i + 1]}] += times;
+    auto best = pairs.end();
+    for (auto it = pairs.begin(); it != pairs.end(); ++it)
+      if (it->second >= min_count && (best == pairs.end() || it->second > best->second)) best = it;
+    if (best == pairs.end()) break;
+    const auto [a, b] = best->first;
+    const std::string ab = a + b.substr(2);
+    if (std::find(out.begin(), out.end(), ab) == out.end()) out.push_back(ab);
+    std::map<std::vector<std::string>, int64_t> next;
+    for (const auto& [pieces, times] : split) {
+      std::vector<std::string> merged;
+      for (size_t i = 0; i < pieces.size(); i++)
+        if (i + 1 < pieces.size() && pieces[i] == a && pieces[i + 1] == b) merged.push_back(ab), i++;
+        else merged.push_back(pieces[i]);
+      next[merged] += times;
+    }
+    split = std::move(next);
+  }
+  return out;
+}
+}  // namespace
+
+TEST_CASE("vocabulary: counting as it goes gives what counting anew gives") {
+  Draws random{std::mt19937_64(10)};
+  for (int round = 0; round < 30; round++) {
+    Words words;
+    const int letters = 1 + round % 4;   // one letter: aaaa, where pairs overlap
+    for (int i = 0; i < 40; i++) {
+      std::string word;
+      for (int k = 0; k < 1 + (int)(random.uniform() * 12); k++) word += (char)('a' + (int)(random.uniform() * letters));
+      words.emplace_back(word, 2 + (int64_t)(random.uniform() * 6));
+    }
+    CHECK(train(words, {.size = 70, .min_count = 2, .alphabet = 4, .on_progress = {}}) == train_slowly(words, 70, 2));
+  }
+}
+
+TEST_CASE("vocabulary: the alphabet") {
+  const bert::VocabTrainer::Options any = {.size = 1000, .min_count = 1, .alphabet = 0, .on_progress = {}};
+  CHECK(train({{"\u6211\u7231\u4F60", 3}, {"\u6211", 1}}, any) ==   // Chinese: every character a word, no ## form
+        std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u4F60", "\u6211", "\u7231"});
+  CHECK(train({{"\u00C9\u00E9 E", 1}}, any)[5] == "e");   // normalised as the tokenizer does
+  CHECK(train({{"\u00C9", 1}}, any, false)[5] == "\u00C9");
+  // the commonest first up to the limit; of a word with a rarer character the rest is used
+  const auto two = train({{"aab", 5}, {"ac", 1}}, {.size = 100, .min_count = 1, .alphabet = 2, .on_progress = {}});
+  CHECK(std::vector<std::string>(two.begin() + 5, two.begin() + 9) == std::vector<std::string>{"a", "b", "##a", "##b"});
+  CHECK(std::find(two.begin(), two.end(), "c") == two.end());
+  const auto tiny = train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 0, .on_progress = {}});   // at most half of what is left
+  CHECK(std::vector<std::string>(tiny.begin() + 5, tiny.end()) == std::vector<std::string>{"a", "b", "c", "##b", "##c", "ab"});
+  CHECK(says(error_of([] { train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 8, .on_progress = {}}); }), "a size of at least 20 or an alphabet of at most 3"));
+  CHECK(says(error_of([] { train(hugs, {.size = 4, .min_count = 1, .alphabet = 0, .on_progress = {}}); }), "cannot hold"));
+  CHECK(says(error_of([] { train(hugs, {.size = 40, .min_count = 0, .alphabet = 0, .on_progress = {}}); }), "minimum count"));
+  CHECK(train({}, any).size() == 5);
+  CHECK(train({{std::string(101, 'a') + " " + std::string(100, 'b'), 2}}, any)[5] == "b");   // 101 letters: no word for the tokenizer
+}
+
+TEST_CASE("vocabulary: counts beyond 32 bits, progress, memory") {
+  const int64_t many = 5'000'000'000;
+  const auto v = train({{"ab", many}, {"cd", many + 1}}, {.size = 100, .min_count = many + 1, .alphabet = 0, .on_progress = {}});
+  CHECK(std::vector<std::string>(v.begin() + 5, v.end()) == std::vector<std::string>{"c", "d", "##d", "cd"});
+  bert::VocabTrainer trainer({}, 20000);   // bytes
+  std::string rare;
+  for (int i = 0; i < 2000; i++) trainer.add_text("common w" + std::to_string(i));
+  CHECK((trainer.words() == 4000 && trainer.distinct_words() < 400 && trainer.dropped_count() >= 1));
+  int64_t told = 0;
+  std::string text;
+  Draws random{std::mt19937_64(11)};
+  for (int i = 0; i < 30000; i++) text += (char)(random.uniform() < 0.2 ? ' ' : 'a' + (int)(random.uniform() * 20));
+  train({{text, 1}}, {.size = 2500, .min_count = 1, .alphabet = 0, .on_progress = [&](int64_t pieces) { told = pieces; }});
+  CHECK(told == 2000);
+}
+
+TEST_CASE("vocabulary: what was trained on is never [UNK], and the ids are those of the lines") {
+  const std::string text = bert::read_file(small + "encode.jsonl");
+  bert::VocabTrainer trainer({});
+  trainer.add_text(text);
+  const auto pieces = trainer.train({.size = 3000, .min_count = 1, .alphabet = 0, .on_progress = {}});
+  CHECK(pieces.size() <= 3000);
+  std::string vocab;
+  for (const std::string& p : pieces) vocab += p + "\n";
+  const WordPiece t = WordPiece::from_vocab(vocab, {}, "trained");
+  CHECK(t.warnings.empty());
+  CHECK((t.pad == 0 && t.unk == 1 && t.cls == 2 && t.sep == 3 && t.mask == 4));
+  for (size_t i = 0; i < pieces.size(); i++) CHECK(t.id(pieces[i]) == (int32_t)i);
+  std::vector<int32_t> ids;
+  std::string line;
+  std::istringstream words(text);
+  int64_t unknown = 0;
+  while (words >> line)
+    if (line.size() < 100) {
+      ids.clear(), t.append_ids(line, ids);
+      for (const int32_t id : ids) unknown += id == t.unk;
+    }
+  CHECK(unknown == 0);
 }

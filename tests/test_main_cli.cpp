@@ -1,0 +1,466 @@
+// The command line, run as a user runs it: options, exit statuses, every reader's edges, and training from raw text to predictions.
+#include <csignal>
+#include <fstream>
+#include <sstream>
+
+#include "testing.h"
+
+using testing::Ran;
+using testing::TemporaryFolder;
+
+namespace {
+
+Ran bert_run(const std::string& arguments) { return testing::run("./bert " + arguments); }
+bool has(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+int64_t lines_in(const std::string& text) { return std::count(text.begin(), text.end(), '\n'); }
+void put(const std::string& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
+
+// A vocabulary that holds the words of these tests.
+const char* const kVocab = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\nhello\nworld\n!\n##s\ntwo\nlines\nx\ny\n\"\n,\n";
+struct Tokenizing {
+  TemporaryFolder folder;
+  Tokenizing() { put(folder / "vocab.txt", kVocab); }
+  Ran text(const std::string& bytes, const std::string& file = "in.txt", const std::string& more = "") const {
+    put(folder / file, bytes);
+    return bert_run("tokenize --no-special --vocab " + (folder / "vocab.txt") + " --input " + (folder / file) + " " + more);
+  }
+};
+
+// Sentences of a small grammar, in documents of eight: each noun has verbs of its own, so that there is something to learn.
+std::string small_text(int documents, uint64_t seed) {
+  static const char* const nouns[] = {"dog", "cat", "bird", "fish"};
+  static const char* const verbs[] = {"barks", "sleeps", "sings", "swims"};
+  static const char* const places[] = {"in the house", "in the garden", "by the river", "at night"};
+  bert::Random random({seed, 0, 0, 0});
+  std::ostringstream out;
+  for (int d = 0; d < documents; d++) {
+    const int64_t noun = random.below(4);
+    for (int s = 0; s < 8; s++) out << "the " << nouns[noun] << " " << verbs[noun] << " " << places[random.below(4)] << ". ";
+    out << "\n\n";
+  }
+  return out.str();
+}
+
+std::string labelled_text(int rows, uint64_t seed) {
+  bert::Random random({seed, 0, 0, 0});
+  std::ostringstream out;
+  out << "text\tlabel\tgrade\ttags\n";
+  for (int i = 0; i < rows; i++) {
+    const bool dog = random.below(2);
+    out << "the " << (dog ? "dog barks" : "bird sings") << (random.below(2) ? " at night" : " by the river") << "\t"
+        << (dog ? "pet" : "wild") << "\t" << (dog ? 1 : 0) + 0.01 * (double)random.below(10) << "\t" << (dog ? "pet|loud" : "wild") << "\n";
+  }
+  return out.str();
+}
+
+// Text, vocabulary and a very small config.json, made once.
+struct Small {
+  TemporaryFolder folder;
+  std::string pretrain;  // the command without --output and --steps
+  Small() {
+    put(folder / "text.txt", small_text(60, 1));
+    put(folder / "train.tsv", labelled_text(120, 2));
+    put(folder / "dev.tsv", labelled_text(40, 3));
+    const Ran vocab = bert_run("vocab --input " + (folder / "text.txt") + " --size 120 --output " + (folder / "vocab"));
+    REQUIRE_MESSAGE(vocab.status == 0, vocab.err);
+    const int64_t pieces = lines_in(bert::read_file(folder / "vocab/vocab.txt"));
+    put(folder / "config.json",
+        "{\"architectures\":[\"BertForPreTraining\"],\"model_type\":\"bert\",\"vocab_size\":" + std::to_string(pieces) +
+            ",\"hidden_size\":32,\"num_hidden_layers\":2,\"num_attention_heads\":2,\"intermediate_size\":64,\"hidden_act\":\"gelu\","
+            "\"hidden_dropout_prob\":0.1,\"attention_probs_dropout_prob\":0.1,\"max_position_embeddings\":64,\"type_vocab_size\":2,"
+            "\"initializer_range\":0.02,\"layer_norm_eps\":1e-12,\"pad_token_id\":0}");
+    pretrain = "pretrain --input " + (folder / "text.txt") + " --vocab " + (folder / "vocab") + " --config " + (folder / "config.json") +
+               " --batch-tokens 512 --max-length 48 --lr 1e-3 --dev-split 0.1 ";
+  }
+  std::string finetune(const std::string& model, const std::string& output) const {
+    return "finetune --task classify --model " + model + " --train " + (folder / "train.tsv") + " --dev " + (folder / "dev.tsv") +
+           " --lr 2e-3 --batch 16 --output " + output + " ";
+  }
+};
+Small& small() {
+  static Small made;
+  return made;
+}
+// A pretrained model, made once.
+const std::string& pretrained() {
+  static const std::string path = [] {
+    const std::string out = small().folder / "pretrained";
+    const Ran r = bert_run(small().pretrain + "--steps 60 --output " + out);
+    REQUIRE_MESSAGE(r.status == 0, r.err);
+    return out;
+  }();
+  return path;
+}
+void same_run(const std::string& a, const std::string& b) {
+  for (const char* file : {"/model.safetensors", "/training_state.safetensors", "/config.json", "/vocab.txt"}) {
+    CAPTURE(file);
+    CHECK(bert::read_file(a + file) == bert::read_file(b + file));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("cli: help, version, unknown commands") {
+  CHECK(bert_run("").status == 2);
+  CHECK(bert_run("help").status == 0);
+  CHECK(has(bert_run("--version").out, "bert "));
+  for (const char* name : {"vocab", "tokenize", "pretrain", "finetune", "evaluate", "predict", "fill-mask", "embed", "info", "bench"}) {
+    CAPTURE(name);
+    const Ran r = bert_run(std::string("help ") + name);
+    CHECK(r.status == 0);
+    CHECK(has(r.out, std::string("bert ") + name));
+  }
+  const Ran wrong = bert_run("tokenise");
+  CHECK(wrong.status == 2);
+  CHECK(has(wrong.err, "did you mean bert tokenize?"));
+  CHECK(has(bert_run("search").err, "not built yet"));
+}
+
+TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is exit 2 and says what was meant") {
+  const std::pair<const char*, const char*> cases[] = {
+      {"tokenize --vocab v --max-lenth 5", "no option --max-lenth; did you mean --max-length?"},
+      {"tokenize --vcab v", "did you mean --vocab?"},
+      {"tokenize --vocab v --vocab v", "--vocab is given twice"},
+      {"tokenize --vocab v --stats --stats", "--stats is given twice"},
+      {"tokenize --vocab", "--vocab needs a value"},
+      {"tokenize --vocab --stats", "--vocab needs a value"},
+      {"tokenize --vocab v --stats=yes", "--stats takes no value"},
+      {"tokenize --vocab v --max-length many", "a whole number from 1"},
+      {"tokenize --vocab v --max-length -3", "a whole number from 1"},
+      {"tokenize --vocab v --max-length 2", "at least 3"},
+      {"tokenize --vocab v --to piece", "did you mean pieces?"},
+      {"tokenize --vocab v word", "belongs to no option"},
+      {"tokenize --vocab v --format tvs", "did you mean tsv?"},
+      {"tokenize --vocab v --no-header", "needs --columns"},
+      {"tokenize --vocab v --threads -1", "--threads"},
+      {"tokenize --vocab v --dtype f99", "f32"},
+      {"tokenize --vocab v --chinese maybe", "yes or no"},
+      {"embed --model m --layre 3", "did you mean --layer?"},
+      {"vocab --size 300", "--output is missing"},
+      {"vocab --output o --size 1", "--size"},
+      {"vocab --output o --size 300 --max-memory lots", "--max-memory"},
+      {"pretrain --input t --vocab v --config tiny --output o", "--steps or --minutes"},
+      {"pretrain --input t --vocab v --config tiny --output o --steps 5 --minutes 1", "--steps or --minutes"},
+      {"pretrain --input t --vocab v --config tiny --output o --steps 5 --accumulate 3", "a power of two"},
+      {"pretrain --input t --vocab v --config tiny --output o --steps 5 --dev d --dev-split 0.1", "exclude each other"},
+      {"pretrain --input t --vocab v --config tiny --output o --steps 5 --cache c", "no option --cache"},
+      {"finetune --task clasify --model m --train t --output o", "classify, multilabel or regress"},
+      {"finetune --task classify --model m --output o", "--train is missing"},
+      {"predict --model m --jsonl --logits", "exclude each other"},
+      {"bench foo", "gemm"},
+      {"bench infer minilm", "minilm-B8T128"},
+  };
+  for (const auto& [arguments, message] : cases) {
+    CAPTURE(arguments);
+    const Ran r = bert_run(std::string(arguments) + " < /dev/null");
+    CHECK(r.status == 2);
+    CHECK_MESSAGE(has(r.err, message), r.err);
+    CHECK(r.out.empty());
+    CHECK(lines_in(r.err) == 1);
+  }
+  for (const char* later :
+       {"finetune --task tag --model m --train t --output o", "embed --model m --device opencl", "embed --model m --dtype int8"}) {
+    const Ran r = bert_run(later);
+    CHECK(r.status == 1);
+    CHECK(has(r.err, "not built yet"));
+  }
+}
+
+TEST_CASE("cli: a newcomer without a model is told what is needed") {
+  TemporaryFolder folder;
+  for (const std::string& path : {folder / "none", folder.path}) {
+    const Ran r = bert_run("predict --model " + path + " < /dev/null");
+    CHECK(r.status == 1);
+    for (const char* part : {"config.json", "vocab.txt", "model.safetensors", "huggingface.co", "bert pretrain"}) CHECK(has(r.err, part));
+  }
+}
+
+TEST_CASE("readers: lines, with a byte-order mark, carriage returns, an empty line, a pair, no end of line") {
+  const Tokenizing t;
+  CHECK(t.text("\xEF\xBB\xBFhello\r\n\r\na\tb c\nworld").out == "hello\n\na b c\nworld\n");
+  CHECK(has(t.text("a\tb\tc\n").err, "in.txt:1: more than two texts"));
+  const Ran piped = testing::run("printf 'hello\\nworld' | ./bert tokenize --to ids --vocab " + (t.folder / "vocab.txt"));
+  CHECK(piped.out == "2 8 3\n2 9 3\n");
+}
+
+TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, no column, bad quotes") {
+  const Tokenizing t;
+  CHECK(t.text("id\tsentence1\tsentence2\n1\ta\tb\n", "in.tsv").out == "a b\n");
+  CHECK(t.text("id\tcontext\tquestion\n1\ta\tb\n", "in.tsv").out == "a b\n");  // in tsv by the columns' order
+  CHECK(t.text("u\tv\na\tb\n", "in.tsv", "--columns text=v,pair=0").out == "b a\n");
+  CHECK(t.text("a\tb\n", "in.tsv", "--no-header --columns text=1").out == "b\n");
+  CHECK(has(t.text("text\na\n", "in.tsv").err, "text is 'text'"));
+  CHECK(t.text("text\na\n", "in.tsv", "--quiet").err == "");
+  CHECK(t.text("id,text,pair\r\n1,\"a \"\"b\"\", c\",\"two\r\nlines\"\r\n", "in.csv").out == "a \" b \" , c two lines\n");
+  CHECK(t.text("text\n\"a\"\n\"\"\n", "in.csv").out == "a\n\n");
+  const std::array<std::string, 3> bad[] = {
+      {"id\ttext\n1\ta\n2\n", "in.tsv", "in.tsv:3: 1 field, but column 1"},
+      {"u\tv\na\tb\n", "in.tsv", "in.tsv:1: no text"},
+      {"", "in.tsv", "empty"},
+      {"id,text\n1,\"a\n", "in.csv", "in.csv:2: a quote that is never closed"},
+      {"id,text\n1,\"a\"b\n", "in.csv", "in.csv:2: something follows a closing quote"},
+  };
+  for (const auto& [bytes, file, message] : bad) {
+    const Ran r = t.text(bytes, file);
+    CHECK(r.status == 1);
+    CHECK_MESSAGE(has(r.err, message), r.err);
+  }
+  CHECK(has(t.text("text\na\n", "in.tsv", "--columns text=zz").err, "no 'zz'"));
+  const Ran skipped = t.text("id\ttext\n1\ta\n2\n3\tb\n", "in.tsv", "--skip-bad");
+  CHECK(skipped.status == 0);
+  CHECK(skipped.out == "a\nb\n");
+  CHECK(has(skipped.err, "1 line could not be used"));
+}
+
+TEST_CASE("readers: jsonl, fasttext, ids") {
+  const Tokenizing t;
+  CHECK(t.text("\"a\"\n{\"context\":\"b\",\"question\":\"c\"}\n{\"text\":\"\\u0068ello\"}\n", "in.jsonl").out == "a\nc b\nhello\n");
+  CHECK(t.text("{\"text\":[\"hello\",\"world!\"]}\n", "in.jsonl", "--split-words").out == "hello world !\n");
+  CHECK(has(t.text("{\"text\":3}\n", "in.jsonl").err, "in.jsonl:1: 'text' is not a string"));
+  CHECK(has(t.text("\"a\"\n{\"text\":\"a\"\n", "in.jsonl").err, "in.jsonl:2: column 12"));
+  CHECK(has(t.text("{\"foo\":\"a\"}\n", "in.jsonl").err, "no text"));
+  CHECK(t.text("__label__x __label__y hello\npos world\n", "in.ft", "--format fasttext").out == "hello\nworld\n");
+  CHECK(has(t.text("5 6\t0\n", "in.ids", "--format ids").err, "2 ids but 1 segment ids"));
+  CHECK(has(t.text("5 six\n", "in.ids", "--format ids").err, "'six' is no token id"));
+}
+
+TEST_CASE("readers: missing, empty, unreadable, binary input is one clear line; invalid UTF-8 is repaired and counted") {
+  const Tokenizing t;
+  const std::string vocab = "tokenize --vocab " + (t.folder / "vocab.txt") + " --input ";
+  for (const auto& [file, message] :
+       {std::pair<std::string, const char*>{t.folder / "none", "cannot open"}, {t.folder.path, "directory"}}) {
+    const Ran r = bert_run(vocab + file);
+    CHECK(r.status == 1);
+    CHECK_MESSAGE(has(r.err, message), r.err);
+    CHECK(lines_in(r.err) == 1);
+  }
+  CHECK(has(t.text("").err, "empty"));
+  CHECK(has(t.text(std::string("hello\na\0b\n", 10)).err, "in.txt:2: a NUL byte"));
+  const Ran bad = t.text("hello\nwor\xFFld\n\xC3\n");
+  CHECK(bad.status == 0);
+  CHECK(bad.out == "hello\nworld\n\n");
+  CHECK(has(bad.err, "invalid UTF-8 in 2 lines"));
+}
+
+TEST_CASE("results: --output whole or not at all, a full device, a closed pipe") {
+  const Tokenizing t;
+  const std::string out = t.folder / "out.txt";
+  CHECK(t.text("hello\n", "in.txt", "--output " + out).status == 0);
+  CHECK(bert::read_file(out) == "hello\n");
+  CHECK(t.text(std::string("hello\na\0b\n", 10), "in.txt", "--output " + out).status == 1);
+  CHECK(bert::read_file(out) == "hello\n");
+  CHECK(t.text("hello\n", "in.txt", "--output " + (t.folder / "no/such/folder")).status == 1);
+  CHECK(t.text("hello\n", "in.txt", "--output /dev/null").status == 0);
+  for (const char* full : {" > /dev/full", " --output /dev/full"}) {
+    const Ran r = t.text("hello\n", "in.txt", full);
+    CHECK(r.status == 1);
+    CHECK(has(r.err, "No space left"));
+  }
+  CHECK(testing::run("./bert help > /dev/full").status == 1);
+  std::string many;
+  for (int i = 0; i < 200000; i++) many += "hello world\n";
+  put(t.folder / "many.txt", many);
+  const Ran pipe = testing::run("bash -c 'set -o pipefail; ./bert tokenize --vocab " + (t.folder / "vocab.txt") + " --input " +
+                                (t.folder / "many.txt") + " | head -n 1'");
+  CHECK(pipe.status == 0);
+  CHECK(pipe.err == "");
+  CHECK(lines_in(pipe.out) == 1);
+}
+
+TEST_CASE("tokenize: ids, jsonl, offsets in characters, windows, decoding, counts, settings") {
+  const Tokenizing t;
+  CHECK(t.text("hello worlds!\n", "in.txt", "--to ids").out == "8 9 11 10\n");
+  CHECK(t.text("hello\n", "in.txt", "--to jsonl").out ==
+        "{\"tokens\":[\"hello\"],\"ids\":[8],\"type_ids\":[0],\"special\":[0],\"offsets\":[[0,5]],\"words\":[0]}\n");
+  CHECK(has(t.text("h\xC3\xA9llo world\n", "in.txt", "--to jsonl").out, "[[0,6],[7,12]]"));
+  CHECK(has(t.text("h\xC3\xA9llo world\n", "in.txt", "--to jsonl --offsets chars").out, "[[0,5],[6,11]]"));
+  CHECK(t.text("a b c x y\n", "in.txt", "--max-length 3 --stride 1").out == "a b c\nc x y\n");
+  CHECK(t.text("a b c\n", "in.txt", "--max-length 2").out == "a b\n");
+  CHECK(t.text("a b c\n", "in.txt", "--max-length 2 --side left").out == "b c\n");
+  CHECK(t.text("2 8 9 11 3\n", "in.ids", "--decode").out == "[CLS] hello worlds [SEP]\n");
+  CHECK(t.text("2 8 9 11 3\n", "in.ids", "--decode --skip-special").out == "hello worlds\n");
+  CHECK(has(t.text("99\n", "in.ids", "--decode").err, "token id 99"));
+  CHECK(t.text("Hello\n", "in.txt", "--cased").out == "[UNK]\n");
+  CHECK(t.text("a b\nc\n", "in.txt", "--stats").out.starts_with("texts\t2\nwords\t3\ntokens\t3\n"));
+  CHECK(t.text("a [MASK]\n").out == "a [MASK]\n");
+  CHECK(t.text("a [MASK]\n", "in.txt", "--plain-special").out == "a [UNK] [UNK] [UNK]\n");
+}
+
+TEST_CASE("vocab: a folder that holds something is refused unless --overwrite; empty text is an error") {
+  TemporaryFolder folder;
+  put(folder / "text.txt", small_text(20, 1));
+  const std::string command = "vocab --input " + (folder / "text.txt") + " --size 100 --output " + (folder / "v");
+  CHECK(bert_run(command).status == 0);
+  const std::string first = bert::read_file(folder / "v/vocab.txt");
+  CHECK(first.starts_with("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n"));
+  CHECK(has(bert_run(command).err, "--overwrite"));
+  CHECK(bert_run(command + " --overwrite --threads 1").status == 0);
+  CHECK(bert::read_file(folder / "v/vocab.txt") == first);
+  put(folder / "empty.txt", "");
+  put(folder / "blank.txt", "\n\n");
+  CHECK(bert_run("vocab --input " + (folder / "empty.txt") + " --size 100 --output " + (folder / "w")).status == 1);
+  CHECK(has(bert_run("vocab --input " + (folder / "blank.txt") + " --size 100 --output " + (folder / "w")).err, "no words"));
+  put(folder / "file", "x");
+  CHECK(has(bert_run("vocab --input " + (folder / "text.txt") + " --size 100 --output " + (folder / "file")).err, "a file"));
+}
+
+TEST_CASE("training: from raw text to a classifier, a regressor and a multi-label model that answer") {
+  const std::string model = pretrained();
+  for (const char* file : {"/config.json", "/vocab.txt", "/tokenizer_config.json", "/model.safetensors", "/log.jsonl", "/report.html"})
+    CHECK_MESSAGE(std::filesystem::exists(model + file), file);
+  const std::string log = bert::read_file(model + "/log.jsonl");
+  for (const char* key : {"\"step\":60", "\"mlm_loss\"", "\"nsp_accuracy\"", "\"tokens_per_second\"", "\"dev\""})
+    CHECK_MESSAGE(has(log, key), key);
+  CHECK(has(bert::read_file(model + "/report.html"), "<svg"));
+  const Ran scores = bert_run("evaluate --model " + model + " --input " + (small().folder / "text.txt"));
+  REQUIRE_MESSAGE(scores.status == 0, scores.err);
+  CHECK(has(scores.out, "loss\t"));
+  const Ran guesses = testing::run("echo 'the dog [MASK] at night.' | ./bert fill-mask --top 3 --model " + model);
+  REQUIRE_MESSAGE(guesses.status == 0, guesses.err);
+  CHECK(lines_in(guesses.out) == 3);
+  CHECK(guesses.out.starts_with("1\t1\t1\t"));
+  CHECK(has(testing::run("echo 'no mask' | ./bert fill-mask --model " + model).err, "standard input:1: no [MASK]"));
+  CHECK(lines_in(testing::run("printf 'the dog barks.\\nthe cat sleeps.\\n' | ./bert fill-mask --score --model " + model).out) == 2);
+
+  const std::string out = small().folder / "classifier";
+  const Ran tuned = bert_run(small().finetune(model, out) + "--test " + (small().folder / "dev.tsv"));
+  REQUIRE_MESSAGE(tuned.status == 0, tuned.err);
+  CHECK(has(tuned.out, "accuracy_dev\t"));
+  CHECK(has(tuned.out, "accuracy_test\t"));
+  CHECK(has(bert_run("evaluate --model " + out + " --input " + (small().folder / "dev.tsv")).out, "accuracy_low\t"));
+  const Ran answers = testing::run("printf 'the dog barks at night\\nthe bird sings\\n' | ./bert predict --model " + out);
+  REQUIRE_MESSAGE(answers.status == 0, answers.err);
+  CHECK(answers.out.starts_with("pet\t"));
+  CHECK(has(answers.out, "\nwild\t"));
+  CHECK(has(testing::run("echo hello | ./bert predict --jsonl --model " + out).out, "\"scores\":{"));
+  CHECK(has(testing::run("echo hello | ./bert predict --model " + model).err, "two, joined by a TAB"));
+
+  const std::string rest = " --train " + (small().folder / "train.tsv") + " --epochs 2 --lr 2e-3 --model " + model + " --output ";
+  const Ran grades = bert_run("finetune --task regress --columns text=text,label=grade" + rest + (small().folder / "regressor"));
+  REQUIRE_MESSAGE(grades.status == 0, grades.err);
+  CHECK(has(grades.out, "pearson_dev\t"));
+  CHECK(lines_in(testing::run("echo the dog | ./bert predict --model " + (small().folder / "regressor")).out) == 1);
+  const Ran tags = bert_run("finetune --task multilabel --columns text=text,label=tags" + rest + (small().folder / "tagger"));
+  REQUIRE_MESSAGE(tags.status == 0, tags.err);
+  CHECK(lines_in(testing::run("echo the dog | ./bert predict --model " + (small().folder / "tagger")).out) == 1);
+  const Ran vectors = testing::run("printf 'the dog\\nthe bird\\n' | ./bert embed --model " + model);
+  REQUIRE_MESSAGE(vectors.status == 0, vectors.err);
+  CHECK(lines_in(vectors.out) == 2);
+  CHECK(std::count(vectors.out.begin(), vectors.out.end(), '\t') == 62);
+  CHECK(testing::run("printf 'the dog\\nthe bird\\n' | ./bert embed --to npy --model " + model).out.size() == 128 + 2 * 32 * 4);
+  CHECK(has(bert_run("info --model " + out).out, "labels\tpet|wild"));
+}
+
+TEST_CASE("training: bad labelled data is named with its line") {
+  const TemporaryFolder folder;
+  auto finetune = [&](const std::string& train, const std::string& dev, const std::string& task) {
+    put(folder / "t.tsv", train), put(folder / "d.tsv", dev);
+    return bert_run("finetune --task " + task + " --model " + pretrained() + " --train " + (folder / "t.tsv") + " --dev " +
+                    (folder / "d.tsv") + " --output " + (folder / "o"));
+  };
+  const std::string good = "text\tlabel\na\tx\nb\ty\n";
+  const std::array<std::string, 4> bad[] = {
+      {good, "text\tlabel\na\tz\n", "classify", "d.tsv:2: label 'z', which training never saw"},
+      {good, "text\na\n", "classify", "d.tsv:1: no label"},
+      {"text\tlabel\na\tx\nb\n", good, "classify", "t.tsv:3: 1 field"},
+      {"text\tlabel\na\tx\nb\t\n", good, "classify", "t.tsv:3: an empty label"},
+      {"text\tlabel\na\tx\nb\tx\n", good, "classify", "only one label"},
+      {good, good, "regress", "t.tsv:2: 'x' is no number"},
+      {"text\tlabel\n", good, "classify", "no labelled text"},
+  };
+  for (const auto& [train, dev, task, message] : bad) {
+    const Ran r = finetune(train, dev, task);
+    CHECK(r.status == 1);
+    CHECK_MESSAGE(has(r.err, message), r.err);
+    CHECK(!std::filesystem::exists(folder / "o"));
+  }
+}
+
+TEST_CASE("training: a resumed run ends with the bytes of one that was never stopped, also at another number of threads") {
+  const std::string whole = small().folder / "whole", parts = small().folder / "parts";
+  REQUIRE(bert_run(small().pretrain + "--steps 30 --save-every 7 --threads 1 --output " + whole).status == 0);
+  // Stopped by the third save: a process of its own that is killed as soon as the log has step 20.
+  const std::string command = "./bert " + small().pretrain + "--steps 30 --save-every 7 --output " + parts;
+  testing::run(command + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":20,' " + parts +
+               "/log.jsonl; do sleep 0.01; done; kill -9 $p; wait $p");
+  const Ran resumed = testing::run(command + " --resume");
+  REQUIRE_MESSAGE(resumed.status == 0, resumed.err);
+  same_run(whole, parts);
+  const Ran again = testing::run(command + " --resume");
+  CHECK(again.status == 0);
+  same_run(whole, parts);
+  const Ran other = bert_run(small().pretrain + "--steps 30 --lr 2e-3 --resume --output " + parts);
+  CHECK(other.status != 0);
+  CHECK(has(testing::run("./bert " + small().pretrain + "--steps 30 --save-every 7 --clip 2 --resume --output " + parts).err,
+            "--clip (begun with 1, now 2)"));
+  CHECK(has(bert_run(small().pretrain + "--steps 30 --output " + parts).err, "--overwrite"));
+}
+
+TEST_CASE("training: SIGINT and SIGTERM save, say how to go on, and exit 130 and 143") {
+  for (const auto& [name, status] : {std::pair<const char*, int>{"INT", 130}, {"TERM", 143}}) {
+    const std::string out = small().folder / (std::string("signal-") + name), whole = out + "-whole";
+    const std::string command = "./bert " + small().pretrain + "--steps 400 --accumulate 2 --output ";
+    const Ran r = testing::run(command + out + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":5,' " + out +
+                               "/log.jsonl; do sleep 0.01; done; kill -" + name + " $p; wait $p");
+    CHECK(r.status == status);
+    CHECK(has(r.err, "go on with\n  ./bert pretrain"));
+    CHECK(has(r.err, "--resume"));
+    CHECK(bert_run("info --model " + out).status == 0);
+    if (status == 143) continue;
+    CHECK(testing::run(command + out + " --resume").status == 0);
+    CHECK(testing::run(command + whole).status == 0);
+    same_run(whole, out);
+  }
+}
+
+TEST_CASE("training: fine-tuning resumed ends with the same bytes; --seeds gives mean and deviation") {
+  const std::string whole = small().folder / "tuned-whole", parts = small().folder / "tuned-parts";
+  const Ran r = bert_run(small().finetune(pretrained(), whole) + "--epochs 5");
+  REQUIRE_MESSAGE(r.status == 0, r.err);
+  const std::string command = "./bert " + small().finetune(pretrained(), parts) + "--epochs 5";
+  testing::run(command + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":13,' " + parts +
+               "/log.jsonl; do sleep 0.005; done; kill -INT $p; wait $p");
+  REQUIRE(testing::run(command + " --resume").status == 0);
+  same_run(whole, parts);
+  const Ran seeds = bert_run(small().finetune(pretrained(), small().folder / "seeds") + "--epochs 1 --seeds 2");
+  REQUIRE_MESSAGE(seeds.status == 0, seeds.err);
+  CHECK(has(seeds.out, "accuracy_dev_std\t"));
+  const Ran rows = bert_run(small().finetune(pretrained(), small().folder / "scratch") + "--epochs 1 --from-scratch --tsv toy");
+  REQUIRE_MESSAGE(rows.status == 0, rows.err);
+  CHECK(has(rows.out, "finetune\tours-f32\ttoy\taccuracy_dev\t"));
+}
+
+TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; --minutes ends") {
+  const std::string none = small().folder / "dry";
+  const Ran dry = bert_run(small().pretrain + "--steps 5 --dry-run --accumulate 4 --output " + none);
+  CHECK(dry.status == 0);
+  CHECK(has(dry.out, "parameters\t"));
+  CHECK(has(dry.out, "gradients\t3\n"));
+  CHECK(!std::filesystem::exists(none));
+  const std::string dump = small().folder / "batches.jsonl";
+  CHECK(bert_run(small().pretrain + "--steps 3 --accumulate 2 --no-nsp --whole-word --dump-batches " + dump + " --output " +
+                 (small().folder / "dumped"))
+            .status == 0);
+  CHECK(lines_in(bert::read_file(dump)) == 6);
+  CHECK(bert_run(small().pretrain + "--minutes 0.02 --output " + (small().folder / "minutes")).status == 0);
+}
+
+TEST_CASE("training: two runs cannot write one folder; data that does not fit is refused before anything is written") {
+  const std::string out = small().folder / "locked";
+  const Ran both = testing::run("./bert " + small().pretrain + "--steps 100000 --quiet --output " + out + " & p=$!; while [ ! -s " + out +
+                                "/log.jsonl ]; do sleep 0.01; done; ./bert " + small().pretrain + "--steps 3 --overwrite --output " + out +
+                                "; s=$?; kill -9 $p; wait $p; exit $s");
+  CHECK(both.status == 1);
+  put(small().folder / "tiny-vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n");
+  std::string big = kVocab;
+  for (int i = 0; i < 500; i++) big += "word" + std::to_string(i) + "\n";
+  put(small().folder / "big-vocab.txt", big);
+  const std::string fit = "pretrain --steps 3 --input " + (small().folder / "text.txt") + " --config " + (small().folder / "config.json") +
+                          " --output " + (small().folder / "unfit") + " --vocab ";
+  CHECK(has(bert_run(fit + (small().folder / "big-vocab.txt") + " --max-length 32").err, "pieces, but the model has room for"));
+  CHECK(has(bert_run(small().pretrain.substr(0, small().pretrain.find(" --batch-tokens")) + " --max-length 65 --steps 3 --output " +
+                     (small().folder / "unfit"))
+                .err,
+            "64 positions"));
+  CHECK(!std::filesystem::exists(small().folder / "unfit"));
+}
