@@ -174,7 +174,7 @@ class Args {
     const std::optional<int64_t> value = text ? parse_number<int64_t>(*text) : otherwise;
     if (!value || (text && (*value < low || *value > high)))
       fail("--" + name + " " + *text + ": a whole number from " + to_string(low) + " to " + to_string(high) + " is wanted");
-    keep(name, to_string(*value));
+    keep(name, *value || text ? to_string(*value) : "");  // a default of 0 means: not given
     return *value;
   }
   double take_number(const std::string& name, double otherwise, double low, double high) {
@@ -182,7 +182,7 @@ class Args {
     const std::optional<double> value = text ? parse_number<double>(*text) : otherwise;
     if (!value || (text && !(*value >= low && *value <= high)))
       fail("--" + name + " " + *text + ": a number from " + format_number(low) + " to " + format_number(high) + " is wanted");
-    keep(name, exact(*value));
+    keep(name, *value != 0 || text ? exact(*value) : "");
     return *value;
   }
   // 500M, 2G, or a plain number of bytes.
@@ -482,9 +482,9 @@ class Rows {
       if ((int)parts.size() <= last)
         throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
                       " (from 0) is wanted; is a separator missing?");
-      row.text = parts[(size_t)text_];
-      if (pair_ >= 0) row.pair = parts[(size_t)pair_];
-      if (label_ >= 0) row.labelled = true, row.answers = {parts[(size_t)label_]};
+      row.text = parts[text_];
+      if (pair_ >= 0) row.pair = parts[pair_];
+      if (label_ >= 0) row.labelled = true, row.answers = {parts[label_]};
       return true;
     }
     std::string text;
@@ -591,8 +591,8 @@ class Rows {
     }
     const bool by_name = text_ < 0;
     for (int i = 0; i < (int)names.size() && by_name; i++) {
-      const bool context = format_ == kJsonl && names[(size_t)i] == "context";
-      if (!among(names[(size_t)i], kTextNames)) continue;
+      const bool context = format_ == kJsonl && names[i] == "context";
+      if (!among(names[i], kTextNames)) continue;
       if (text_ < 0 && !context)
         text_ = i;
       else if (pair_ < 0 || context)
@@ -607,7 +607,7 @@ class Rows {
     };
     if (text_ < 0) missing("text", kTextNames);
     if (label_ < 0 && s_.labels) missing("label", kLabelNames);
-    auto name = [&](int i) { return "'" + (i < (int)names.size() ? names[(size_t)i] : "column " + to_string(i)) + "'"; };
+    auto name = [&](int i) { return "'" + (i < (int)names.size() ? names[i] : "column " + to_string(i)) + "'"; };
     if (!s_.quiet && !said_)
       say(lines_->name() + ": text is " + name(text_) + (pair_ < 0 ? "" : ", pair is " + name(pair_)) +
           (label_ < 0 ? "" : ", label is " + name(label_)));
@@ -627,10 +627,10 @@ class Rows {
     for (const auto& member : v.members()) names.push_back(member.first);
     pick(names);
     const auto& values = v.members();
-    row.text = string_or_words(values[(size_t)text_].second, names[(size_t)text_], row.words);
-    if (pair_ >= 0) row.pair = string_or_words(values[(size_t)pair_].second, names[(size_t)pair_], row.pair_words);
+    row.text = string_or_words(values[text_].second, names[text_], row.words);
+    if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
     if (label_ < 0) return;
-    const Json& label = values[(size_t)label_].second;
+    const Json& label = values[label_].second;
     row.labelled = true, row.listed = label.is(Json::array);
     if (!row.listed)
       row.answers = {answer(label)};
@@ -670,7 +670,8 @@ class Results {
   explicit Results(Args& a) {
     if (const auto path = a.take("output")) path_ = *path;
     struct stat there;
-    const bool device = path_.starts_with("/dev/") || (!::stat(path_.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
+    const bool device =
+        path_.starts_with("/dev/") || (!::stat(path_.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
     if (path_.empty() || !device) return;
     name_ = path_;  // a device or a pipe: nothing to put in place of
     file_out_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
@@ -775,8 +776,8 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
     std::vector<Piece> pieces(chunk.size());
     parallel_ranges((int64_t)chunk.size(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        Piece& piece = pieces[(size_t)i];
-        const Row& row = chunk[(size_t)i];
+        Piece& piece = pieces[i];
+        const Row& row = chunk[i];
         for (const std::string& line : split(row.text, '\n'))
           each_sentence(line, [&](std::string_view sentence) {
             tokenizer.append_ids(sentence, piece.ids);
@@ -808,11 +809,11 @@ std::vector<Example> encode_rows(const WordPiece& tokenizer, const std::vector<R
   cut.assign(rows.size(), 0);
   parallel_ranges((int64_t)rows.size(), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const Row& row = rows[(size_t)i];
-      Example& example = examples[(size_t)i];
+      const Row& row = rows[i];
+      Example& example = examples[i];
       if (!row.ids.empty()) {
         example.ids = row.ids, example.segments = row.segments;
-        cut[(size_t)i] = (int64_t)row.ids.size() > limit;
+        cut[i] = (int64_t)row.ids.size() > limit;
         continue;
       }
       EncodeOptions options;
@@ -820,7 +821,7 @@ std::vector<Example> encode_rows(const WordPiece& tokenizer, const std::vector<R
       auto encode = [&] { return row.pair ? tokenizer.encode(row.text, *row.pair, options) : tokenizer.encode(row.text, options); };
       Encoding e = encode();
       if ((int64_t)e.ids.size() > limit) {
-        cut[(size_t)i] = 1;
+        cut[i] = 1;
         options.max_length = limit;
         e = encode();
       }
@@ -893,10 +894,12 @@ void check_model_folder(const std::string& folder, bool weights = true) {
   throw Error(folder + ": " + join(missing, " and ") + " missing" + where_from);
 }
 
-void check_positions(int64_t max_length, const Config& config) {
+// The rows' limit: as given, else 128 or what the model has.
+int64_t length_limit(int64_t max_length, const Config& config) {
   if (max_length > config.max_position_embeddings)
     throw Error("--max-length " + to_string(max_length) + ": the model has only " + to_string(config.max_position_embeddings) +
                 " positions; give less");
+  return max_length ? max_length : std::min<int64_t>(128, config.max_position_embeddings);
 }
 
 std::string model_size(const Bert& bert) {
@@ -1280,6 +1283,7 @@ std::string chart(const std::string& title, const std::vector<Series>& all) {
            "\"/><text x=\"" + fixed(left - 8, 0) + "\" y=\"" + py(y) + "\" dy=\".32em\" text-anchor=\"end\">" + tick_text(y) + "</text>";
   for (const double x : ticks(x0, x1, 6))
     out += "<text x=\"" + px(x) + "\" y=\"" + fixed(H - bottom + 18, 0) + "\" text-anchor=\"middle\">" + tick_text(x) + "</text>";
+  out += "<text x=\"" + fixed(W - right, 0) + "\" y=\"" + fixed(H - 2, 0) + "\" text-anchor=\"end\">step</text>";
   out += "<line class=\"axis\" x1=\"" + fixed(left, 0) + "\" x2=\"" + fixed(W - right, 0) + "\" y1=\"" + fixed(H - bottom, 0) + "\" y2=\"" +
          fixed(H - bottom, 0) + "\"/>";
   for (const Series& s : all) {
@@ -1317,7 +1321,7 @@ svg{width:100%;height:auto;display:block;overflow:visible}svg text{fill:var(--so
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 polyline.raw{stroke:var(--train);opacity:.28;stroke-width:1.2}polyline.train{stroke:var(--train)}polyline.dev{stroke:var(--dev)}polyline.third{stroke:var(--third)}
 circle.dev{fill:var(--dev)}.key.raw::before{background:var(--train);opacity:.35}.key.train::before{background:var(--train)}.key.dev::before{background:var(--dev)}
-.key.third::before{background:var(--third)}table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;font-weight:400;color:var(--soft);white-space:nowrap;vertical-align:top}
+main>.tables{align-items:start}.tables>div{display:grid;gap:16px}.key.third::before{background:var(--third)}table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;font-weight:400;color:var(--soft);white-space:nowrap;vertical-align:top}
 th,td{padding:3px 12px 3px 0;border-top:1px solid var(--line)}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}tr:first-child>*{border-top:0}
 </style>)";
 
@@ -1341,7 +1345,7 @@ std::string curves(const std::vector<Json>& log, const std::string& title, const
     all.push_back({train.size() > 30 ? "training, smoothed" : "training", "train", train.size() > 30 ? smoothed(train) : train, false});
   for (size_t i = 0; i < dev_keys.size() && i < 2; i++)
     if (const auto dev = curve(log, dev_keys[i], true); !dev.empty())
-      all.push_back({dev_keys.size() > 1 ? dev_keys[i] + ", held out" : "held out", i ? "third" : "dev", dev, true});
+      all.push_back({i || key.empty() ? dev_keys[i] + ", held out" : "held out", i ? "third" : "dev", dev, true});
   return chart(title, all);
 }
 
@@ -1373,7 +1377,7 @@ void Run::write_report() const {
   page += "<div class=\"grid2\">";
   const bool masked = !curve(records, "mlm_loss", false).empty();
   if (masked) {
-    page += curves(records, "Masked-word loss (nats)", "mlm_loss", {"mlm_loss"}) +
+    page += curves(records, "Masked-word loss (nats)", "mlm_loss", {"mlm_loss", "unigram_loss"}) +
             curves(records, "Masked-word accuracy", "mlm_accuracy", {"mlm_accuracy"});
     if (last("nsp_loss") > 0)
       page += curves(records, "Next-sentence loss (nats)", "nsp_loss", {"nsp_loss"}) +
@@ -1389,14 +1393,14 @@ void Run::write_report() const {
   }
   page += chart("Learning rate", {{"", "train", thinned(curve(records, "lr", false), 600), false}}) +
           chart("Gradient norm", {{"", "train", thinned(curve(records, "grad_norm", false), 600), false}}) +
-          "</div>\n<div class=\"grid2\">";
-  page += html_table("Data", data) + html_table("Settings", settings);
-  page += html_table("Machine", {{"processor", cpu_name()},
+          "</div>\n<div class=\"grid2 tables\"><div>" + html_table("Data", data) +
+          html_table("Machine", {{"processor", cpu_name()},
                                  {"threads", to_string(threads())},
                                  {"kernels", backend_description()},
-                                 {"speed", grouped((int64_t)last("tokens_per_second")) + " tokens/s at the end"},
-                                 {"version", kVersion}});
-  write_file(folder_ + "/report.html", page + "</div></main></body></html>\n");
+                                 {"bert", kVersion},
+                                 {"speed", grouped((int64_t)last("tokens_per_second")) + " tokens/s at the end"}}) +
+          "</div>" + html_table("Settings", settings) + "</div></main></body></html>\n";
+  write_file(folder_ + "/report.html", page);
 }
 
 // ==== 9 vocab, tokenize ===========================================================================================
@@ -1450,28 +1454,22 @@ struct TokenizeCounts {
   int64_t texts = 0, tokens = 0, words = 0, unknown = 0, longest = 0;
 };
 
-// Number of code points before each byte of a text.
-std::vector<int64_t> code_points(std::string_view text) {
-  std::vector<int64_t> at(text.size() + 1, 0);
-  int64_t n = 0;
-  for (size_t i = 0; i < text.size();) {
-    const size_t length = std::max<size_t>(1, utf8_length(text, i));
-    for (size_t k = 0; k < length; k++) at[i + k] = n;
-    i += length, n++;
-  }
-  at[text.size()] = n;
-  return at;
-}
-
+// Offsets counted in code points; they mostly ascend, so each is counted on from the one before.
 void offsets_in_chars(Encoding& e, const Row& row, bool split_words) {
-  std::map<std::pair<int, int>, std::vector<int64_t>> tables;  // of text and pair, or of each of their words
+  const std::string* text = nullptr;
+  int64_t byte = 0, chars = 0;
+  auto begins = [](char c) { return (c & 0xC0) != 0x80; };
   for (size_t i = 0; i < e.ids.size(); i++) {
     if (e.special[i]) continue;
-    const int sequence = e.sequence[i], word = split_words ? e.words[i] : 0;
-    std::vector<int64_t>& table = tables[{sequence, word}];
-    if (table.empty())
-      table = code_points(split_words ? (sequence ? row.pair_words : row.words)[(size_t)word] : sequence ? *row.pair : row.text);
-    for (int64_t& at : e.offsets[i]) at = table[(size_t)at];
+    const std::string* its = split_words     ? &(e.sequence[i] ? row.pair_words : row.words)[e.words[i]]
+                             : e.sequence[i] ? &*row.pair
+                                             : &row.text;
+    if (its != text) text = its, byte = chars = 0;
+    for (int64_t& at : e.offsets[i]) {
+      while (byte < at) chars += begins((*text)[byte++]);
+      while (byte > at) chars -= begins((*text)[--byte]);
+      at = chars;
+    }
   }
 }
 
@@ -1599,7 +1597,7 @@ int cmd_tokenize(Args& a) {
     Strings lines(pieces);
     std::vector<TokenizeCounts> counts(pieces);
     parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) lines[(size_t)(i / kPiece)] += tokenized(t, chunk[(size_t)i], o, counts[(size_t)(i / kPiece)]);
+      for (int64_t i = begin; i < end; i++) lines[(size_t)(i / kPiece)] += tokenized(t, chunk[i], o, counts[(size_t)(i / kPiece)]);
     });
     for (size_t i = 0; i < pieces; i++) {
       if (!stats) out.write(lines[i]);
@@ -1640,20 +1638,21 @@ TrainSettings take_training(Args& a, const Common& common, double lr) {
   return t;
 }
 
-// Takes a share of the text out as held-out text: stretches of up to 50 sentences of one document, chosen by the seed, each a document
-// there. At most 100,000 tokens, so that an evaluation stays cheap however large the text is.
+// Takes a share of the text out as held-out text: stretches of up to 50 sentences of one document, at least some eight in all, chosen by
+// the seed, each a document there. At most 100,000 tokens, so that an evaluation stays cheap however large the text is.
 Corpus take_dev(Corpus& text, double share, uint64_t seed) {
   const int64_t want = std::min<int64_t>(100000, (int64_t)((double)text.ids.size() * share));
+  const int64_t stretch = std::clamp<int64_t>((int64_t)((double)text.sentences.size() * share / 8), 2, 50);
   std::vector<int64_t> cuts;  // first sentences of the stretches, and the end
   for (size_t d = 0; d + 1 < text.documents.size(); d++)
-    for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += 50) cuts.push_back(s);
+    for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += stretch) cuts.push_back(s);
   std::vector<int64_t> order(cuts.size());
   for (size_t i = 0; i < cuts.size(); i++) order[i] = (int64_t)i;
   cuts.push_back((int64_t)text.sentences.size() - 1);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   std::vector<uint8_t> held(order.size(), 0);
   int64_t got = 0;
-  for (size_t i = 0; i + 1 < order.size() && got < want; i++) {
+  for (size_t i = 0; i + 1 < order.size() && (got < want || i < 2); i++) {
     const size_t k = (size_t)order[i];
     held[k] = 1, got += text.sentences[(size_t)cuts[k + 1]] - text.sentences[(size_t)cuts[k]];
   }
@@ -1662,7 +1661,7 @@ Corpus take_dev(Corpus& text, double share, uint64_t seed) {
   for (size_t k = 0; k < held.size(); k++) {
     Corpus& to = held[k] ? dev : rest;
     for (int64_t s = cuts[k]; s < cuts[k + 1]; s++) {
-      to.ids.insert(to.ids.end(), text.ids.begin() + text.sentences[(size_t)s], text.ids.begin() + text.sentences[(size_t)s + 1]);
+      to.ids.insert(to.ids.end(), text.ids.begin() + text.sentences[s], text.ids.begin() + text.sentences[(size_t)s + 1]);
       to.end_sentence();
     }
     if (held[k]) dev.end_document();
@@ -1698,7 +1697,7 @@ PretrainOptions take_pretrain(Args& a, const Common& common) {
   o.minutes = a.take_number("minutes", 0, 0.01, 1e6);
   if ((o.train.steps > 0) == (o.minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
   o.data.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30);
-  o.data.max_length = a.take_int("max-length", 128, 8, 1 << 20);
+  o.data.max_length = a.take_int("max-length", 0, 8, 1 << 20);
   o.data.mask = a.take_number("mask", 0.15, 0.001, 0.9);
   o.data.whole_word = a.take_switch("whole-word");
   o.data.next_sentence = !a.take_switch("no-nsp");
@@ -1718,7 +1717,7 @@ struct MaskingIds {
   SpecialIds special;
   std::vector<uint8_t> continues;
   MaskingIds(const WordPiece& t, int64_t vocab_size) : special{t.cls, t.sep, t.mask}, continues((size_t)vocab_size, 0) {
-    for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[(size_t)id] = t.continuation(id);
+    for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[id] = t.continuation(id);
   }
 };
 
@@ -1760,7 +1759,6 @@ void check_fit(const Pretraining& p) {
   if (p.config.vocab_size < t.size())
     throw Error(p.o.vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(p.config.vocab_size) +
                 "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
-  check_positions(p.o.data.max_length, p.config);
 }
 
 std::string corpus_size(const Corpus& c) {
@@ -1777,12 +1775,16 @@ Pretraining prepare_pretraining(PretrainOptions options, const Common& common) {
   const std::string file = o.init.empty() ? o.config : o.init + "/config.json";
   p.config = fs::exists(file) || file.ends_with(".json") ? Config::parse(read_file(file), file) : Config::named(file, p.tokenizer.size());
   check_fit(p);
+  p.o.data.max_length = length_limit(o.data.max_length, p.config);
   const double began = now();
   p.text = read_corpus(o.input, p.tokenizer);
   if (o.dev)
     p.dev = read_corpus(*o.dev, p.tokenizer);
   else if (o.dev_split > 0)
     p.dev = take_dev(p.text, o.dev_split, o.train.seed);
+  if (o.data.next_sentence && p.dev.documents.size() == 2)
+    throw Error((o.dev ? o.dev->files[0] : "--dev-split") +
+                ": next-sentence pairs need at least two held-out documents (a blank line between them), there is one; or pass --no-nsp");
   p.unigrams = unigram_counts(p.text, p.config.vocab_size);
   common.note("text: " + corpus_size(p.text) + "; held out: " + corpus_size(p.dev) + "; read in " + duration(now() - began));
   return p;
@@ -1838,16 +1840,20 @@ int pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& samp
   const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations);
   std::ofstream dump;
   if (!p.o.dump.empty()) dump.open(p.o.dump, trainer.done() ? std::ios::app : std::ios::trunc);
+  Numbers last;  // evaluation
   while (trainer.done() < steps && !stop_signal) {
     const std::vector<Batch> micro = step_batches(p, sampler, trainer.done());
     for (size_t i = 0; i < micro.size() && !p.o.dump.empty(); i++)
       if (!(dump << batch_json(micro[i], trainer.done(), i) << std::flush)) throw Error(p.o.dump + ": cannot write");
     run.after_step(trainer.step(micro));
     const int64_t done = trainer.done();
-    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) run.evaluated(done, p.scores(trainer.model()));
+    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) last = p.scores(trainer.model()), run.evaluated(done, last);
     if (done < steps && run.save_due(done)) run.save(trainer);
   }
-  return trainer.done() < steps ? run.stopped(trainer) : 0;
+  if (trainer.done() < steps) return run.stopped(trainer);
+  if (last.empty() && !p.dev.ids.empty()) last = p.scores(trainer.model());  // the run was complete already
+  for (const auto& [name, value] : last) run.results.emplace_back(name + "_dev", value);
+  return 0;
 }
 
 int cmd_pretrain(Args& a) {
@@ -1857,13 +1863,13 @@ int cmd_pretrain(Args& a) {
   const Pretraining p = prepare_pretraining(std::move(options), common);
   const PretrainOptions& o = p.o;
   if (o.dry_run) return dry_run(p), 0;
+  PretrainSampler sampler = p.sampler();  // here, so that text that does not do is refused before anything is written
   OutputFolder folder(o.output, o.run);
   Run run(o.output, "Pretraining " + (o.config.empty() ? o.init : o.config), o.run);
   catch_signals();
   TrainSettings settings = o.train;
   if (!settings.steps && !(o.run.resume && run.states.any())) settings.steps = steps_in_minutes(p);
   Trainer trainer(p.model(), settings);
-  PretrainSampler sampler = p.sampler();
   const auto stored = run.take_up(trainer, a.taken(), p.fingerprint());
   if (!stored.empty()) sampler.go_to({stored_number(stored, "epoch"), stored_number(stored, "batch")});
   run.place = [&]() -> std::map<std::string, std::string> {
@@ -1875,12 +1881,7 @@ int cmd_pretrain(Args& a) {
               {"held-out text", corpus_size(p.dev)},
               {"vocabulary", grouped(p.tokenizer.size()) + " pieces"},
               {"model", model_size(trainer.model())}};
-  const int status = run.guarded(trainer, [&] {
-    if (const int stopped = pretrain_steps(p, trainer, sampler, run)) return stopped;
-    if (!p.dev.ids.empty())
-      for (const auto& [name, value] : p.scores(trainer.model())) run.results.emplace_back(name + "_dev", value);
-    return 0;
-  });
+  const int status = run.guarded(trainer, [&] { return pretrain_steps(p, trainer, sampler, run); });
   print_numbers(run.results);
   if (!status) common.note(o.output + ": the model; curves in " + o.output + "/report.html");
   return status;
@@ -1967,8 +1968,8 @@ void finish_labels(LabelledSet& set, const Labels& labels, const std::vector<int
     Example& example = set.examples[i];
     if (labels.task == Task::multilabel) example.targets.assign(labels.names.size(), 0);
     for (int32_t id : set.chosen[i]) {
-      if (!renumbered.empty()) id = renumbered[(size_t)id];
-      labels.task == Task::multilabel ? (void)(example.targets[(size_t)id] = 1) : (void)(example.label = id);
+      if (!renumbered.empty()) id = renumbered[id];
+      labels.task == Task::multilabel ? (void)(example.targets[id] = 1) : (void)(example.label = id);
     }
   }
 }
@@ -1996,7 +1997,7 @@ struct FinetuneOptions {
   Source train;
   std::optional<Source> dev, test;
   double dev_split = 0, epochs = 3;
-  int64_t batch = 32, max_length = 128, patience = 0, seeds = 1;
+  int64_t batch = 32, max_length = 0, patience = 0, seeds = 1;
   TrainSettings settings;
   RunSettings run;
   bool from_scratch = false;
@@ -2025,7 +2026,7 @@ FinetuneOptions take_finetune(Args& a, const Common& common) {
   o.epochs = a.take_number("epochs", 3, 0.01, 10000);
   o.batch = a.take_int("batch", 32, 1, 1 << 20);
   o.settings = take_training(a, common, 2e-5);
-  o.max_length = a.take_int("max-length", 128, 4, 1 << 20);
+  o.max_length = a.take_int("max-length", 0, 4, 1 << 20);
   o.patience = a.take_int("patience", 0, 1, 10000);
   o.seeds = a.take_int("seeds", 1, 1, 1000);
   o.tsv = a.take("tsv", "");
@@ -2041,6 +2042,7 @@ struct FinetuneData {
   Labels labels;
   LabelledSet train, dev, test;
   std::string fingerprint;
+  int64_t max_length = 0;
 };
 
 void split_dev(FinetuneData& data, double share, uint64_t seed) {
@@ -2048,16 +2050,16 @@ void split_dev(FinetuneData& data, double share, uint64_t seed) {
                 take = std::min(n - 1, std::max<int64_t>(1, (int64_t)std::llround((double)n * share)));
   if (n < 2) throw Error("--dev-split: one labelled text cannot be split; give more, or --dev-split 0");
   std::vector<int64_t> order((size_t)n);
-  for (int64_t i = 0; i < n; i++) order[(size_t)i] = i;
+  for (int64_t i = 0; i < n; i++) order[i] = i;
   Random random({seed, 0, 0, kSplitStream});
   random.shuffle(order);
   std::vector<uint8_t> held((size_t)n, 0);
-  for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
+  for (int64_t i = 0; i < take; i++) held[(size_t)order[i]] = 1;
   LabelledSet rest;
   for (int64_t i = 0; i < n; i++) {
-    LabelledSet& to = held[(size_t)i] ? data.dev : rest;
-    to.examples.push_back(std::move(data.train.examples[(size_t)i]));
-    to.chosen.push_back(std::move(data.train.chosen[(size_t)i]));
+    LabelledSet& to = held[i] ? data.dev : rest;
+    to.examples.push_back(std::move(data.train.examples[i]));
+    to.chosen.push_back(std::move(data.train.chosen[i]));
   }
   rest.cut = data.train.cut;
   data.train = std::move(rest);
@@ -2067,11 +2069,11 @@ FinetuneData read_finetune_data(const FinetuneOptions& o, const Common& common) 
   FinetuneData d;
   check_model_folder(o.model, !o.from_scratch);
   const Config config = Config::parse(read_file(o.model + "/config.json"), o.model + "/config.json");
-  check_positions(o.max_length, config);
+  const int64_t limit = d.max_length = length_limit(o.max_length, config);
   d.tokenizer = WordPiece::load(o.model);
   show_warnings(d.tokenizer, common);
   d.labels.task = o.task, d.labels.open = true;
-  d.train = read_labelled(o.train, d.tokenizer, d.labels, o.max_length);
+  d.train = read_labelled(o.train, d.tokenizer, d.labels, limit);
   d.labels.open = false;
   if (o.task == Task::regress)
     d.labels.set({"LABEL_0"});
@@ -2080,13 +2082,14 @@ FinetuneData read_finetune_data(const FinetuneOptions& o, const Common& common) 
   const std::vector<int32_t> renumbered = o.task == Task::regress ? std::vector<int32_t>{} : order_labels(d.labels, config.labels);
   finish_labels(d.train, d.labels, renumbered);
   for (auto& list : d.train.chosen)
-    for (int32_t& id : list) id = renumbered[(size_t)id];
-  if (o.dev) d.dev = read_labelled(*o.dev, d.tokenizer, d.labels, o.max_length), finish_labels(d.dev, d.labels);
-  if (o.test) d.test = read_labelled(*o.test, d.tokenizer, d.labels, o.max_length), finish_labels(d.test, d.labels);
+    for (int32_t& id : list) id = renumbered[id];
+  if (o.dev) d.dev = read_labelled(*o.dev, d.tokenizer, d.labels, limit), finish_labels(d.dev, d.labels);
+  if (o.test) d.test = read_labelled(*o.test, d.tokenizer, d.labels, limit), finish_labels(d.test, d.labels);
   Fingerprint f;
   for (const LabelledSet* set : {&d.train, &d.dev})
     for (const Example& e : set->examples)
-      f.add(e.ids), f.add(e.segments), f.add(std::vector<int64_t>{e.label}), f.add(std::string(e.targets.begin(), e.targets.end()));
+      f.add(e.ids), f.add(e.segments), f.add(std::vector<int64_t>{e.label}),
+          f.add(std::string_view((const char*)e.targets.data(), e.targets.size() * sizeof(float)));
   for (const std::string& name : d.labels.names) f.add(name);
   d.fingerprint = f.text();
   return d;
@@ -2095,7 +2098,7 @@ FinetuneData read_finetune_data(const FinetuneOptions& o, const Common& common) 
 std::string label_shares(const LabelledSet& set, const Labels& labels) {
   std::vector<int64_t> counts(labels.names.size(), 0);
   for (const auto& list : set.chosen)
-    for (const int32_t id : list) counts[(size_t)id]++;
+    for (const int32_t id : list) counts[id]++;
   Strings out;
   for (size_t i = 0; i < counts.size() && i < 12; i++)
     out.push_back(labels.names[i] + " " + fixed(100.0 * (double)counts[i] / (double)set.examples.size(), 1) + " %");
@@ -2224,14 +2227,15 @@ int cmd_finetune(Args& a) {
     if (!i) {
       common.note(grouped((int64_t)data.train.examples.size()) + " texts to train on, " + grouped((int64_t)data.dev.examples.size()) +
                   " held out" + (o.task == Task::regress ? "" : "; " + label_shares(data.train, data.labels)) +
-                  (data.train.cut ? "; " + grouped(data.train.cut) + " cut to " + to_string(o.max_length) + " tokens" : ""));
+                  (data.train.cut ? "; " + grouped(data.train.cut) + " cut to " + to_string(data.max_length) + " tokens" : ""));
     }
     const auto [metrics, status] = finetune_once(o, data, seed, o.seeds > 1 ? o.output + "/seed-" + to_string(seed) : o.output, a.taken());
     if (status) return status;
     for (const auto& [name, value] : metrics) {
-      auto at = std::find_if(results.begin(), results.end(), [&](const auto& r) { return r.first == name; });
-      if (at == results.end()) at = results.insert(at, {name, {}});
-      at->second.push_back(value);
+      size_t at = 0;
+      while (at < results.size() && results[at].first != name) at++;
+      if (at == results.size()) results.push_back({name, {}});
+      results[at].second.push_back(value);
     }
   }
   auto row = [&](const std::string& name, double value) {
@@ -2267,7 +2271,7 @@ void evaluate_text(const ModelFolder& folder, const Source& source, uint64_t see
   const Corpus text = read_corpus(source, t);
   const MaskingIds ids(t, folder.config.vocab_size);
   PretrainSettings settings;
-  settings.max_length = std::min<int64_t>(128, folder.max_length);
+  settings.max_length = std::min(length_limit(0, folder.config), folder.max_length);
   settings.next_sentence = folder.bert.task == Task::pretrain;
   const PretrainScores s = evaluate_pretraining(folder.bert, text, settings, ids.special, ids.continues, seed, {});
   Named lines = {{"loss", format_number(s.masked_loss)},
@@ -2488,12 +2492,12 @@ Strings embed_chunk(const ModelFolder& folder, const EmbedOptions& o, const std:
     const int64_t H = hidden.cols();
     const Tensor pooled = o.tokens ? Tensor() : pool_rows(folder.bert, hidden, batch, o.pooling);
     parallel_for((int64_t)which.size(), [&](int64_t k) {
-      const size_t row = (size_t)which[(size_t)k];
+      const size_t row = (size_t)which[k];
       if (raw) return void(std::copy_n(pooled.data() + k * H, H, vectors.begin() + (int64_t)row * H));
       if (!o.tokens) return void(lines[row] = numbers(pooled.data() + k * H, H, o.json) + "\n");
-      for (int64_t t = batch.offsets[(size_t)k]; t < batch.offsets[(size_t)k + 1]; t++) {
-        const std::string piece(folder.tokenizer.piece(batch.ids[(size_t)t])), line = to_string(chunk[row].number),
-                                                                               v = numbers(hidden.data() + t * H, H, o.json);
+      for (int64_t t = batch.offsets[k]; t < batch.offsets[(size_t)k + 1]; t++) {
+        const std::string piece(folder.tokenizer.piece(batch.ids[t])), line = to_string(chunk[row].number),
+                                                                       v = numbers(hidden.data() + t * H, H, o.json);
         lines[row] += o.json ? "{\"line\":" + line + ",\"token\":" + json_quote(piece) + ",\"vector\":" + v + "}\n"
                              : line + "\t" + piece + "\t" + v + "\n";
       }
@@ -2554,7 +2558,7 @@ int cmd_embed(Args& a) {
     throw Error(model + ": no pooler in this model; --pooling mean, cls or max");
   if (o.layer > folder.config.num_hidden_layers)
     throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(folder.config.num_hidden_layers));
-  check_positions(max_length, folder.config);
+  length_limit(max_length, folder.config);
   const std::string in_front = prompt_name.empty() ? "" : prompt(model, prompt_name);
   rows.set_prompt(in_front);
   std::string raw;  // npy's header holds the number of rows: the vectors wait for it
@@ -2618,9 +2622,8 @@ int cmd_info(Args& a) {
   Results out(a);
   a.done();
   Named lines;
-  if (model.empty())
-    info_machine(lines);
-  else {
+  if (model.empty()) info_machine(lines);
+  if (!model.empty()) {
     check_model_folder(model);
     const ModelFolder folder = load_folder(model, false);
     show_warnings(folder.tokenizer, common);
@@ -2822,32 +2825,6 @@ void bench_train(const BenchTable& table, const BenchShape& s, const std::string
   table.row("ours-f32", config, "% of that, the layers alone", 100 * gflops / peak);
 }
 
-std::vector<Row> all_rows(const Source& source) {
-  Rows rows(source);
-  std::vector<Row> all;
-  for (Row row; rows.next(row);) all.push_back(std::move(row));
-  if (all.empty()) throw Error("bench: no texts in --input");
-  return all;
-}
-
-void bench_tokenize(const BenchTable& table, const std::string& config, const std::string& vocab, const Source& source) {
-  const std::vector<Row> texts = all_rows(source);
-  double t = now();
-  const WordPiece tokenizer = WordPiece::load(vocab);
-  const double load = now() - t;
-  int64_t bytes = 0;
-  for (const Row& row : texts) bytes += (int64_t)row.text.size();
-  const double seconds = median_seconds(0.5, [&] {
-    parallel_ranges((int64_t)texts.size(), 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) tokenizer.encode(texts[(size_t)i].text);
-    });
-  });
-  table.row("ours", config, "MB/s", (double)bytes / 1e6 / seconds);
-  table.row("ours", config, "texts/s", (double)texts.size() / seconds);
-  table.row("ours", config, "load_ms", load * 1e3);
-  table.row("ours", config, "MiB", peak_mib());
-}
-
 int cmd_bench(Args& a) {
   a.empty_is_absent = true;
   const std::string part = a.take_word().value_or(""), config = a.take_word().value_or("");
@@ -2855,17 +2832,15 @@ int cmd_bench(Args& a) {
   const std::string model = a.take("model", ""), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input");
-  source.raw = part != "train", source.quiet = true;
+  source.quiet = true;
   const BenchTable table{part, a.take_switch("tsv")};
   a.done();
-  for (const char* later : {"attention", "sentences", "vocab"})
+  for (const char* later : {"attention", "sentences", "tokenize", "vocab"})
     if (part == later) throw Error("bench " + part + ": not built yet");
   if (part == "gemm") return bench_gemm(table, threads()), 0;
   if (part == "infer") return bench_infer(table, parse_shape(a, config), config, common.seed), 0;
   if (part == "train") return bench_train(table, parse_shape(a, config), config, source, vocab, common.seed), 0;
-  if (part != "tokenize") a.fail("'" + part + "': gemm, infer, train or tokenize is wanted");
-  if (source.files.empty() || vocab.empty()) a.fail("--input, a file with a text a line, and --vocab are wanted");
-  return bench_tokenize(table, config.empty() ? "default" : config, vocab, source), 0;
+  a.fail("'" + part + "': gemm, infer or train is wanted");
 }
 
 // ==== 15 the table of commands, main ==============================================================================
@@ -2965,7 +2940,7 @@ const Command kCommands[] = {
 )",
      cmd_info},
     {"bench", "how fast, beside this machine's own multiply",
-     R"(bert bench gemm | infer CONFIG | train CONFIG | tokenize CONFIG
+     R"(bert bench gemm | infer CONFIG | train CONFIG
   CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real
   --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
   --tsv            rows: what engine config metric value

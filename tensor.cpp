@@ -893,11 +893,17 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
   constexpr int N = kCols / W;
   V acc[R][N];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) acc[r][j] = spread(0);
+  for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < kCols; j += 16) __builtin_prefetch(c + r * c_row + j, 1);
   const float* row[(R + 2) / 3];   // every third row: the two between are one and two distances on, which addresses can say
   UNROLL for (int r = 0; r < R; r += 3) row[r / 3] = a + r * a_row;
+  // The next R rows are fetched meanwhile, a cache line each step: coming from memory they would cost a tenth of the time.
+  const float* const ahead = a + R * a_row;
+  const int64_t ahead_row = a_step == 1 ? a_row : a_step;
   for (int64_t k = 0; k < depth; k++, b += kCols) {
     V from_b[N];
     UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
+    if constexpr (R > 4) __builtin_prefetch(ahead + (k & 15) * ahead_row + (k & ~(int64_t)15) * a_step);
+    else UNROLL for (int j = 0; j < kCols; j += 16) __builtin_prefetch(b + 16 * kCols + j);   // few rows: then b comes from memory
     UNROLL for (int r = 0; r < R; r++) {
       const V from_a = spread(row[r / 3][r % 3 * a_row]);
       UNROLL for (int j = 0; j < N; j++) acc[r][j] = fused(from_a, from_b[j], acc[r][j]);
@@ -919,31 +925,33 @@ TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
   if constexpr (R > 1) tile<R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
 }
 
-// Four columns of four, as rows.
-OP void transpose(const float* from, int64_t distance, float* to) {
-  F4 r[4];
-  UNROLL for (int i = 0; i < 4; i++) std::memcpy(&r[i], from + i * distance, sizeof(F4));
-  const F4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  const F4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  const F4 out[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
-                     __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
-  UNROLL for (int i = 0; i < 4; i++) std::memcpy(to + i * kCols, &out[i], sizeof(F4));
+// Four columns of b of `depth` (a multiple of 4) numbers each, to four places in every row of the panel.
+TARGET static void pack_four(int64_t depth, const float* b, int64_t b_col, float* panel) {
+  const float *b0 = b, *b1 = b + b_col, *b2 = b1 + b_col, *b3 = b2 + b_col;
+  for (int64_t k = 0; k < depth; k += 4, panel += 4 * kCols) {
+    F4 r0, r1, r2, r3;
+    std::memcpy(&r0, b0 + k, sizeof r0), std::memcpy(&r1, b1 + k, sizeof r1);
+    std::memcpy(&r2, b2 + k, sizeof r2), std::memcpy(&r3, b3 + k, sizeof r3);
+    const F4 p = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), q = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+    const F4 s = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), t = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+    const F4 out[4] = {__builtin_shufflevector(p, s, 0, 1, 4, 5), __builtin_shufflevector(p, s, 2, 3, 6, 7),
+                       __builtin_shufflevector(q, t, 0, 1, 4, 5), __builtin_shufflevector(q, t, 2, 3, 6, 7)};
+    UNROLL for (int i = 0; i < 4; i++) std::memcpy(panel + i * kCols, &out[i], sizeof(F4));
+  }
 }
 TARGET void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
   if (b_col == 1 && cols == kCols) {
     for (int64_t k = 0; k < depth; k++) UNROLL for (int j = 0; j < kCols; j += W) write(panel + k * kCols + j, read(b + k * b_step + j));
     return;
   }
-  // Sixteen k of four columns at a time: whole cache lines of b are used up before they can be driven out.
-  for (int64_t k0 = 0; k0 < depth; k0 += 16)
-    for (int j0 = 0; j0 < kCols; j0 += 4) {
-      const int64_t k1 = std::min(k0 + 16, depth);
-      int64_t k = k0;
-      if (b_step == 1 && j0 + 4 <= cols)
-        for (; k + 4 <= k1; k += 4) transpose(b + j0 * b_col + k, b_col, panel + k * kCols + j0);
-      for (; k < k1; k++)
-        for (int j = j0; j < j0 + 4; j++) panel[k * kCols + j] = j < cols ? b[k * b_step + j * b_col] : 0;
-    }
+  // 256 k at a time: the part of the panel that is being filled stays in the first cache.
+  for (int64_t k0 = 0; k0 < depth; k0 += 256) {
+    const int64_t k1 = std::min(k0 + 256, depth), whole = b_step == 1 ? k0 + (k1 - k0) / 4 * 4 : k0;
+    int j = 0;
+    for (; j + 4 <= cols; j += 4) pack_four(whole - k0, b + k0 + j * b_col, b_col, panel + k0 * kCols + j);
+    for (int64_t k = k0; k < k1; k++)
+      for (int i = k < whole ? j : 0; i < kCols; i++) panel[k * kCols + i] = i < cols ? b[k * b_step + i * b_col] : 0;
+  }
 }
 
 // ---- sums along a row, and what is done element by element -------------------------------------------------------
@@ -1163,34 +1171,43 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     p.table.bias_activate(e.activation, e.bias ? e.bias + j0 : nullptr, p.c + i * p.ldc + j0, e.pre ? e.pre + i * p.ldc + j0 : nullptr, j1 - j0);
 }
 
-// Rows i0..i1 and columns j0..j1 of C by the own kernels.
+// Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
+void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_t part, int64_t parts) {
+  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
+    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
+}
+
+// Rows i0..i1 and columns j0..j1 of C by the own kernels, a panel of b at a time: it stays in the first cache while the rows pass.
 void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   static thread_local Scratch scratch;
   const Kernels& t = p.table;
-  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr;
+  const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
+  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips;
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each;
   // an odd number of cache lines from row to row spreads them over all sets of the cache.
-  const int64_t a_stride = (rows / 16 | 1) * 16 + 32;
-  float* const panel = scratch.floats((size_t)(kDepth * (t.nr + (p.how.a_transposed ? a_stride : 0))));
+  const int64_t a_stride = (rows + 15) / 16 * 16 | 16;
+  float* const panel = scratch.floats((size_t)(kDepth * (t.nr + (a_transposed ? a_stride : 0))));
   float* const a_copy = panel + kDepth * t.nr;
+  auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
   for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
-    const int64_t depth = std::min(kDepth, p.k - k0);
+    const int64_t depth = std::min(kDepth, p.k - k0), next_k = k0 + kDepth;
     const float* a = p.a + i0 * p.lda + k0;
-    int64_t a_row = p.lda, a_step = 1;
-    if (p.how.a_transposed) {
+    int64_t a_row = p.lda, a_step = 1, done = 0;
+    if (a_transposed) {
       for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a = a_copy, a_row = 1, a_step = a_stride;
     }
     for (int64_t j = j0; j < j1; j += t.nr) {
       const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
-      const float* b = panel;
-      if (p.panels) b = p.panels + j * p.k + k0 * t.nr;
-      else if (p.how.b_transposed) t.pack(depth, p.b + j * p.ldb + k0, 1, p.ldb, panel, cols);
-      else t.pack(depth, p.b + k0 * p.ldb + j, p.ldb, 1, panel, cols);
-      for (int64_t s = 0; s < strips; s++) {
+      const float* const b = p.panels ? p.panels + j * p.k + k0 * t.nr : panel;
+      if (!p.panels) t.pack(depth, b_at(k0, j), b_transposed ? 1 : p.ldb, b_transposed ? p.ldb : 1, panel, cols);
+      for (int64_t s = 0; s < strips; s++, done++) {
         const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
+        // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
+        if (!p.panels && j + t.nr < j1) fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
+        if (a_transposed && next_k < p.k) fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
         t.tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
     }
@@ -1286,9 +1303,11 @@ static void check_product(const Gemm& how, int64_t m, int64_t n, int64_t k, int6
 static void run(const Product& p, Backend backend) {
   if (!p.m || !p.n) return;
   const bool blas = backend == Backend::openblas && p.k;
-  // A task's rows of op(a), its panel and its part of C stay in a cache of 1 MiB; packing a panel (own) costs 1/50 of 240 rows' work.
-  const int64_t rows = even_piece(p.m, blas ? 512 : 240, p.table.mr);
-  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : 192, p.table.nr), across = (p.n + cols - 1) / cols;
+  // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows
+  // to be worth it; where there are few rows, more tasks are made of the columns.
+  const bool large = p.m * p.n >= 1 << 20;
+  const int64_t rows = even_piece(p.m, blas ? 512 : p.panels ? 120 : large ? 640 : 240, p.table.mr);
+  const int64_t cols = even_piece(p.n, blas || (p.panels && rows >= 64) ? 768 : rows >= 64 ? 192 : 64, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;

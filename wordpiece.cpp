@@ -1142,10 +1142,10 @@ struct TokenizerFiles {
   WordPiece::Tables tables{TokenizerSettings()};
   TokenizerSettings settings;
   std::string pad = "[PAD]", unk = "[UNK]", cls = "[CLS]", sep = "[SEP]", mask = "[MASK]";
-  bool has_added = false;       // tokenizer.json listed the added tokens
-  bool surround = true;         // [CLS] and [SEP] go around a sequence
-  std::vector<uint8_t> exists;  // by id, where ids may have gaps
-  std::string odd;              // what was odd in vocab.txt
+  bool from_json = false, has_added = false;  // tokenizer.json listed the added tokens
+  bool surround = true;                       // [CLS] and [SEP] go around a sequence
+  std::vector<uint8_t> exists;                // by id, where ids may have gaps
+  std::string odd;                            // what was odd in vocab.txt
   WordPiece out;
 
   void note(const std::string& what) { odd += (odd.empty() ? "" : ", ") + what; }
@@ -1173,6 +1173,7 @@ struct TokenizerFiles {
 
   // tokenizer.json, the parts that a BERT tokenizer has; what is no BERT tokenizer is refused by name.
   void read_json(const Json& j, const std::string& where) {
+    from_json = true;
     const Json& model = need(j, "model", where);
     auto type_is = [&](const Json& v, std::string_view wanted) {
       const Json* type = v.find("type");
@@ -1203,7 +1204,9 @@ struct TokenizerFiles {
     }
     if (const Json* v = j.find("pre_tokenizer"); is_null(v) || !type_is(*v, "BertPreTokenizer"))
       throw Error(where + ": its pre_tokenizer is not BertPreTokenizer, the only one that is read");
-    read_added(j, most, where);
+    if (const Json* list = j.find("added_tokens"); !is_null(list))
+      for (const Json& t : list->items(where + ": 'added_tokens'"))
+        add_token(t, need(t, "id", where + ": added tokens").as_int(where + ": 'id'"), most, where);
     read_around(j.find("post_processor"), where);
     read_blocks(j, where);
   }
@@ -1212,21 +1215,21 @@ struct TokenizerFiles {
     if ((size_t)id >= tables.pieces.size()) tables.pieces.resize((size_t)id + 1), exists.resize((size_t)id + 1);
     tables.pieces[(size_t)id] = piece, exists[(size_t)id] = 1;
   }
-  void read_added(const Json& j, size_t most, const std::string& where) {
-    const Json* list = j.find("added_tokens");
-    if (is_null(list)) return;
+  static int32_t token_id(const Json& v, const std::string& where) {
+    const int64_t id = v.as_int(where);
+    if (id < 0 || id >= INT32_MAX) throw Error(where + ": id " + std::to_string(id) + " is out of range");
+    return (int32_t)id;
+  }
+  void add_token(const Json& v, int64_t id, size_t most, const std::string& where) {
+    AddedToken a;
+    a.content = need(v, "content", where + ": added tokens").as_string(where + ": 'content'");
+    if (id < 0 || (size_t)id >= most) throw Error(where + ": '" + a.content + "': id " + std::to_string(id) + " is out of range");
+    a.id = (int32_t)id;
+    a.single_word = flag(v, "single_word", false, where);
+    a.lstrip = flag(v, "lstrip", false, where), a.rstrip = flag(v, "rstrip", false, where);
+    a.special = flag(v, "special", false, where), a.normalized = flag(v, "normalized", !a.special, where);
+    if (!a.content.empty()) tables.added.push_back(a);
     has_added = true;
-    for (const Json& v : list->items(where + ": 'added_tokens'")) {
-      AddedToken a;
-      a.content = need(v, "content", where + ": added_tokens").as_string(where + ": 'content'");
-      const int64_t id = need(v, "id", where + ": added_tokens").as_int(where + ": '" + a.content + "'");
-      if (id < 0 || (size_t)id >= most) throw Error(where + ": '" + a.content + "': id " + std::to_string(id) + " is out of range");
-      a.id = (int32_t)id;
-      a.single_word = flag(v, "single_word", false, where), a.lstrip = flag(v, "lstrip", false, where),
-      a.rstrip = flag(v, "rstrip", false, where);
-      a.special = flag(v, "special", false, where), a.normalized = flag(v, "normalized", !a.special, where);
-      if (!a.content.empty()) tables.added.push_back(a);
-    }
   }
   // What goes around a sequence: nothing, the older BertProcessing, or the template [CLS] $A [SEP] $B:1 [SEP]:1.
   void read_around(const Json* v, const std::string& where) {
@@ -1237,7 +1240,7 @@ struct TokenizerFiles {
       auto id = [&](const char* key) {
         const auto& both = need(*v, key, at).items(at + ": '" + key + "'");
         if (both.size() != 2) throw Error(at + ": '" + key + "' is not a token and its id");
-        return (int32_t)both[1].as_int(at + ": '" + key + "'");
+        return token_id(both[1], at + ": '" + key + "'");
       };
       tables.cls = id("cls"), tables.sep = id("sep");
       return;
@@ -1252,7 +1255,7 @@ struct TokenizerFiles {
         shape += (special ? "S" : name) + std::to_string(need(what, "type_id", at).as_int(at + ": 'type_id'"));
         if (!special) continue;
         const auto& list = need(need(need(*v, "special_tokens", at), name, at), "ids", at).items(at + ": 'ids'");
-        ids.push_back(list.size() == 1 ? (int32_t)list[0].as_int(at + ": 'ids'") : -1);
+        ids.push_back(list.size() == 1 ? token_id(list[0], at + ": 'ids'") : -1);
       }
     const bool bert =
         shape == "S0A0S0S0A0S0B1S1" && ids[0] >= 0 && ids[1] >= 0 && ids == std::vector<int32_t>{ids[0], ids[1], ids[0], ids[1], ids[1]};
@@ -1299,6 +1302,12 @@ struct TokenizerFiles {
     for (const auto& [key, name] : names)
       if (const Json* v = j.find(key); !is_null(v))
         *name = (v->is(Json::object) ? need(*v, "content", where) : *v).as_string(where + ": '" + key + "'");
+    if (const Json* list = j.find("added_tokens_decoder"); !from_json && !is_null(list))  // tokenizer.json has its own list
+      for (const auto& [key, token] : list->members()) {
+        int64_t id = -1;
+        std::from_chars(key.data(), key.data() + key.size(), id);
+        add_token(token, id, tables.pieces.size() + 1000000, where);
+      }
     if (const Json* v = j.find("model_max_length"); v && v->is(Json::number)) {
       const double length = v->as_double(where + ": 'model_max_length'");  // "no limit" is written as an integer of 31 digits
       if (length >= 1 && length <= 1e6) out.model_max_length = (int64_t)length;
@@ -1330,9 +1339,10 @@ struct TokenizerFiles {
     };
     tables.unk = find(unk);
     if (tables.unk < 0) note("no " + unk + ": a word that the pieces cannot spell will be an error");
-    if (!has_added) {  // what a BertTokenizer adds to a bare vocab.txt; it puts [CLS] and [SEP] around where there are both
+    if (!has_added)  // what a BertTokenizer adds to a bare vocab.txt
       for (const std::string& name : {unk, sep, pad, cls, mask})
         if (const int32_t id = find(name); id >= 0) tables.added.push_back({name, id, false, false, false, false, true});
+    if (!from_json) {
       tables.cls = find(cls), tables.sep = find(sep);
       if (tables.cls < 0 || tables.sep < 0) note("no " + (tables.cls < 0 ? cls : sep) + ": nothing is put around a text"), surround = false;
     }
@@ -1411,7 +1421,7 @@ WordPiece WordPiece::load(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code ignored;
   if (!fs::exists(path, ignored)) throw Error(path + ": no such file or folder; give a model folder or a vocab.txt");
-  if (!fs::is_directory(path, ignored) && !path.ends_with(".json")) return from_vocab(read_file(path), {}, path);
+  if (!fs::is_directory(path, ignored) && !path.ends_with("tokenizer.json")) return from_vocab(read_file(path), {}, path);
   const std::string folder = fs::is_directory(path, ignored) ? path + "/" : path.substr(0, path.rfind('/') + 1);
   const std::string vocab = folder + "vocab.txt", json = folder + "tokenizer.json", config = folder + "tokenizer_config.json";
   const bool has_vocab = fs::exists(vocab, ignored), has_json = fs::exists(json, ignored);

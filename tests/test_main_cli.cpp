@@ -74,7 +74,7 @@ struct Small {
   }
   std::string finetune(const std::string& model, const std::string& output) const {
     return "finetune --task classify --model " + model + " --train " + (folder / "train.tsv") + " --dev " + (folder / "dev.tsv") +
-           " --lr 2e-3 --batch 16 --output " + output + " ";
+           " --lr 3e-3 --batch 8 --output " + output + " ";
   }
 };
 Small& small() {
@@ -399,7 +399,7 @@ TEST_CASE("training: a resumed run ends with the bytes of one that was never sto
 TEST_CASE("training: SIGINT and SIGTERM save, say how to go on, and exit 130 and 143") {
   for (const auto& [name, status] : {std::pair<const char*, int>{"INT", 130}, {"TERM", 143}}) {
     const std::string out = small().folder / (std::string("signal-") + name), whole = out + "-whole";
-    const std::string command = "./bert " + small().pretrain + "--steps 400 --accumulate 2 --output ";
+    const std::string command = "./bert " + small().pretrain + "--steps 60 --accumulate 2 --output ";
     const Ran r = testing::run(command + out + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":5,' " + out +
                                "/log.jsonl; do sleep 0.01; done; kill -" + name + " $p; wait $p");
     CHECK(r.status == status);

@@ -355,11 +355,10 @@ TEST_CASE("wordpiece: golden texts, pairs, decoding, word lists, invalid text") 
 }
 TEST_CASE("wordpiece: golden vocabulary files and tokenizer.json") {
   run_cases(small + "vocab-files/expected.jsonl", [](const Json& c) { return vocab_file_case(c, small + "vocab-files/"); });
-  for (const char* name : {"uncased-added-tokens", "uncased-only-second-left"}) {
-    const WordPiece tokenizer = WordPiece::load(small + name);
-    CHECK(tokenizer.warnings.empty());
-    run_cases(small + name + "/cases.jsonl", [&](const Json& c) { return json_case(c, tokenizer); });
-  }
+  const WordPiece blocks = WordPiece::load(small + "uncased-only-second-left"), added = WordPiece::load(small + "added-tokens");
+  CHECK((blocks.warnings.empty() && added.warnings.empty()));
+  run_cases(small + "uncased-only-second-left/cases.jsonl", [&](const Json& c) { return json_case(c, blocks); });
+  run_cases(small + "added-tokens/cases.jsonl", [&](const Json& c) { return encode_case(c, added); });
 }
 
 // ==== every code point ==========================================================================================
@@ -383,8 +382,10 @@ std::vector<std::string> words_of(const WordPiece& tokenizer, const std::string&
   tokenizer.append_ids(text, ids);
   std::vector<std::string> words;
   for (const int32_t id : ids)
-    if (tokenizer.continuation(id) && tokenizer.piece(id).size() > 2) words.back() += tokenizer.piece(id).substr(2);
-    else words.emplace_back(tokenizer.piece(id));
+    if (tokenizer.continuation(id) && tokenizer.piece(id).size() > 2)
+      words.back() += tokenizer.piece(id).substr(2);
+    else
+      words.emplace_back(tokenizer.piece(id));
   return words;
 }
 // FNV-1a over all code points c: the words of a<c>b, each closed by a byte 1, and a byte 2 after each code point.
@@ -411,7 +412,7 @@ uint64_t hash_of_all(const WordPiece& tokenizer) {
 TEST_CASE("wordpiece: every code point between two letters, under six settings") {
   const struct {
     bert::TokenizerSettings settings;
-    uint64_t hash;   // tests/make_unicode.py --hashes
+    uint64_t hash;  // tests/make_unicode.py --hashes
   } expected[] = {
       {{true, {}, true, true}, 0x9801A86F529D708Fu},    {{false, {}, true, true}, 0xFCB0CFA56B6E0618u},
       {{true, false, true, true}, 0x69B51849DC4F7F35u}, {{false, true, true, true}, 0xD1D499DAEEAFFDF6u},
@@ -438,12 +439,14 @@ TEST_CASE("wordpiece: every code point as the golden tables list it") {
         want[c] = kind == "removed" ? std::vector<std::string>{"ab"} : std::vector<std::string>{"a", utf8(c), "b"};
         if (kind == "space") want[c] = {"a", "b"};
         if (!kind.starts_with("map:")) continue;
-        const size_t bar = kind.find('|');   // after it: the words, with 1 between them; before it: what c becomes
+        const size_t bar = kind.find('|');  // after it: the words, with 1 between them; before it: what c becomes
         std::istringstream letters(bar == kind.npos ? "61 " + kind.substr(4) + " 62" : kind.substr(bar + 1));
         want[c] = {""};
         for (std::string letter; letters >> letter;)
-          if (letter == "1") want[c].push_back("");
-          else want[c].back() += utf8((char32_t)std::stoul(letter, nullptr, 16));
+          if (letter == "1")
+            want[c].push_back("");
+          else
+            want[c].back() += utf8((char32_t)std::stoul(letter, nullptr, 16));
       }
     }
     const WordPiece tokenizer = every_code_point().with_settings({lowercase, {}, true, true});
@@ -454,27 +457,42 @@ TEST_CASE("wordpiece: every code point as the golden tables list it") {
       if (words_of(tokenizer, "a" + utf8(c) + "b") != want[c] && wrong++ < 5) FAIL_CHECK("U+" << std::hex << (uint32_t)c);
     }
     CHECK(wrong == 0);
-    MESSAGE("every code point, " << (lowercase ? "uncased" : "cased") << ": " << 0x110000 - 0x800 - wrong << " of " << 0x110000 - 0x800);
+    MESSAGE("every code point, " << std::string(lowercase ? "uncased" : "cased") << ": " << 0x110000 - 0x800 - wrong << " of "
+                                 << 0x110000 - 0x800);
   }
+}
+
+TEST_CASE("wordpiece: kept marks stand in canonical order, at the places of the text") {
+  const WordPiece& t = every_code_point();  // U+1D16D has combining class 226, U+1D165 216, U+0316 220 but is stripped
+  const std::string text = "a\U0001D16D\u0316\U0001D165";
+  CHECK(words_of(t, text) == std::vector<std::string>{"a\U0001D165\U0001D16D"});
+  CHECK(words_of(t.with_settings({true, false, true, true}), text) == std::vector<std::string>{text});
+  CHECK(t.encode(text).offsets == std::vector<std::array<int64_t, 2>>{{0, 1}, {1, 5}, {7, 11}});
 }
 
 // ==== what holds of any text ====================================================================================
 namespace {
-struct Draws {   // uniform in [0, 1)
+struct Draws {  // uniform in [0, 1)
   std::mt19937_64 engine;
   double uniform() { return (double)(engine() >> 11) * 0x1p-53; }
 };
 std::string random_text(Draws& random, bool valid) {
-  static const char32_t starts[] = {0x20, 0x41, 0x61, 0xC0, 0x300, 0x370, 0x400, 0x5D0, 0x900, 0x1100, 0x1E00, 0x2000, 0x3040, 0x4E00, 0xAC00, 0xE000, 0xF900, 0xFE00, 0x1D150, 0x1F600, 0x20000};
+  static const char32_t starts[] = {0x20,   0x41,   0x61,   0xC0,   0x300,  0x370,  0x400,  0x5D0,   0x900,   0x1100, 0x1E00,
+                                    0x2000, 0x3040, 0x4E00, 0xAC00, 0xE000, 0xF900, 0xFE00, 0x1D150, 0x1F600, 0x20000};
   std::string text;
   const int64_t n = (int64_t)(random.uniform() * 40);
   for (int64_t i = 0; i < n; i++) {
     const double kind = random.uniform();
-    if (kind < 0.5) text += (char)(0x20 + (int)(random.uniform() * 95));
-    else if (kind < 0.85) text += utf8(starts[(size_t)(random.uniform() * std::size(starts))] + (char32_t)(random.uniform() * 90));
-    else if (kind < 0.9) text += "[MASK]";
-    else if (kind < 0.95 && !valid) text += (char)(int)(random.uniform() * 256);
-    else text += "the ";
+    if (kind < 0.5)
+      text += (char)(0x20 + (int)(random.uniform() * 95));
+    else if (kind < 0.85)
+      text += utf8(starts[(size_t)(random.uniform() * std::size(starts))] + (char32_t)(random.uniform() * 90));
+    else if (kind < 0.9)
+      text += "[MASK]";
+    else if (kind < 0.95 && !valid)
+      text += (char)(int)(random.uniform() * 256);
+    else
+      text += "the ";
   }
   return text;
 }
@@ -549,7 +567,8 @@ TEST_CASE("wordpiece: linear time, whatever ten million bytes hold") {
     while (out.size() < 10'000'000) out += s;
     return out;
   };
-  for (const std::string unit : {"a", "\u00E9", "e\u0301", "\u200B", "\u0301", "\U0001E000\u0301\u0316", "[", "[MASK", "\x80", "\xF0\x90", "#", "\uAC01"}) {
+  for (const std::string unit :
+       {"a", "\u00E9", "e\u0301", "\u200B", "\u0301", "\U0001E000\u0301\u0316", "[", "[MASK", "\x80", "\xF0\x90", "#", "\uAC01"}) {
     CAPTURE(unit);
     const std::string text = repeat(unit);
     const auto start = std::chrono::steady_clock::now();
@@ -557,7 +576,7 @@ TEST_CASE("wordpiece: linear time, whatever ten million bytes hold") {
     t.append_ids(text, ids);
     const Encoding e = t.encode(text);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    CHECK(seconds < 60);   // 0.2 here; anything worse than linear would take hours
+    CHECK(seconds < 60);  // 0.2 here; anything worse than linear would take hours
     if (unit == "a") CHECK((ids == std::vector<int32_t>{t.unk} && e.offsets[1] == std::array<int64_t, 2>{0, (int64_t)text.size()}));
   }
 }
@@ -579,16 +598,20 @@ TEST_CASE("wordpiece: one tokenizer, several threads") {
 }
 
 TEST_CASE("wordpiece: repair_utf8 and offsets in code points") {
-  std::string text = "ab\xFF" "cd\xF0\x90 \xE0\x80";   // FF; F0 90, which could have gone on; E0; 80
+  std::string text =
+      "ab\xFF"
+      "cd\xF0\x90 \xE0\x80";  // FF; F0 90, which could have gone on; E0; 80
   CHECK(bert::repair_utf8(text) == 4);
   CHECK(text == "ab\uFFFDcd\uFFFD \uFFFD\uFFFD");
   CHECK(bert::repair_utf8(text) == 0);
-  const std::string chinese = "\u4F60\u597D a\xFF" "b";   // the bad byte is one code point
+  const std::string chinese =
+      "\u4F60\u597D a\xFF"
+      "b";  // the bad byte is one code point
   const Encoding e = small_tokenizer().encode(chinese);
   const auto chars = bert::code_point_offsets(e, chinese);
   CHECK(chars[1] == std::array<int64_t, 2>{0, 1});
   CHECK(chars[2] == std::array<int64_t, 2>{1, 2});
-  CHECK(chars[3] == std::array<int64_t, 2>{3, 6});
+  CHECK((chars[3][0] == 3 && chars[chars.size() - 2][1] == 6));
 }
 
 // ==== loading ===================================================================================================
@@ -602,12 +625,12 @@ void put(const std::string& path, const std::string& bytes) {
 std::string error_of(const std::function<void()>& f) {
   try {
     f();
-  } catch (const bert::Error& e) {
-    return e.what();
-  }
+  } catch (const bert::Error& e) { return e.what(); }
   return "no error";
 }
-bool says(const std::string& message, const std::string& part) { return message.find(part) != message.npos && message.find('\n') == message.npos; }
+bool says(const std::string& message, const std::string& part) {
+  return message.find(part) != message.npos && message.find('\n') == message.npos;
+}
 }  // namespace
 
 TEST_CASE("wordpiece: which file wins") {
@@ -623,22 +646,27 @@ TEST_CASE("wordpiece: which file wins") {
   CHECK((!t.settings().lowercase && t.settings().strip_accents == true && !t.settings().chinese && !t.settings().clean_text));
   CHECK(t.model_max_length == 77);
   CHECK((t.pad == 0 && t.unk == 1 && t.cls == 2 && t.sep == 3 && t.mask == 4));
-  const std::string rest = R"("pre_tokenizer":{"type":"BertPreTokenizer"},"post_processor":{"type":"BertProcessing","sep":["[SEP]",3],"cls":["[CLS]",2]}})";
+  const std::string rest =
+      R"("pre_tokenizer":{"type":"BertPreTokenizer"},"post_processor":{"type":"BertProcessing","sep":["[SEP]",3],"cls":["[CLS]",2]}})";
   auto json = [&](const std::string& vocab, const std::string& normalizer, const std::string& tail) {
-    put(folder / "tokenizer.json", R"({"model":{"type":"WordPiece","unk_token":"[UNK]","vocab":{"[PAD]":0,"[UNK]":1,"[CLS]":2,"[SEP]":3,"[MASK]":4,)" + vocab + R"(}},"normalizer":)" + normalizer + "," + tail);
+    put(folder / "tokenizer.json",
+        R"({"model":{"type":"WordPiece","unk_token":"[UNK]","vocab":{"[PAD]":0,"[UNK]":1,"[CLS]":2,"[SEP]":3,"[MASK]":4,)" + vocab +
+            R"(}},"normalizer":)" + normalizer + "," + tail);
   };
-  const std::string cased = R"({"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":false,"lowercase":false})";
+  const std::string cased =
+      R"({"type":"BertNormalizer","clean_text":true,"handle_chinese_chars":true,"strip_accents":false,"lowercase":false})";
   json(R"("a":5,"c":6)", cased, rest);
-  put(folder / "tokenizer_config.json", R"({"do_lower_case":true,"model_max_length":1000000000000000019884624838656,"cls_token":{"content":"[CLS]"}})");
+  put(folder / "tokenizer_config.json",
+      R"({"do_lower_case":true,"model_max_length":1000000000000000019884624838656,"cls_token":{"content":"[CLS]"}})");
   t = WordPiece::load(folder.path);
-  CHECK((t.settings().lowercase && t.settings().strip_accents == false));   // the one from the config, the other from tokenizer.json
+  CHECK((t.settings().lowercase && t.settings().strip_accents == false));  // the one from the config, the other from tokenizer.json
   CHECK(t.model_max_length == 0);
   REQUIRE(t.warnings.size() == 1);
   CHECK(says(t.warnings[0], "vocab.txt:7: 'b', but tokenizer.json has 'c'"));
   CHECK((t.id("c") == 6 && t.id("b") == -1));
   CHECK(t.encode("A c").ids == std::vector<int32_t>{2, 5, 6, 3});
   put(folder / "tokenizer_config.json", R"({"strip_accents":null})");
-  CHECK(!WordPiece::load(folder.path).settings().strip_accents);   // null is a setting: as lower case
+  CHECK(!WordPiece::load(folder.path).settings().strip_accents);  // null is a setting: as lower case
   json(R"("a":5)", cased, rest);
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "7 pieces, but tokenizer.json has 6"));
   std::filesystem::remove(folder / "vocab.txt");
@@ -653,24 +681,45 @@ TEST_CASE("wordpiece: which file wins") {
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "out of range"));
   json(R"("a":-1)", cased, rest);
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "out of range"));
+  json(R"("a":5)", cased,
+       R"("pre_tokenizer":{"type":"BertPreTokenizer"},"post_processor":{"type":"BertProcessing","sep":["[SEP]",3],"cls":["[CLS]",9]}})");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "beyond the vocabulary"));
   put(folder / "tokenizer.json", R"({"model":{"type":"BPE","vocab":{}}})");
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "only WordPiece"));
   put(folder / "tokenizer.json", "{");
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "tokenizer.json:1:2: not JSON"));
 }
 
+TEST_CASE("wordpiece: added tokens beside a vocab.txt, and names of its special tokens") {
+  testing::TemporaryFolder folder;
+  put(folder / "vocab.txt", "<pad>\n<unk>\n<s>\n</s>\n[MASK]\na\n");
+  put(folder / "tokenizer_config.json", R"({"pad_token":"<pad>","unk_token":{"content":"<unk>"},"cls_token":"<s>","sep_token":"</s>",
+    "added_tokens_decoder":{"1":{"content":"<unk>","special":true},"7":{"content":"[E1]","special":false,"normalized":false}}})");
+  const WordPiece t = WordPiece::load(folder.path);
+  CHECK((t.pad == 0 && t.unk == 1 && t.cls == 2 && t.sep == 3 && t.mask == 4));
+  CHECK((t.size() == 8 && t.piece(6).empty() && t.piece(7) == "[E1]" && t.id("[E1]") == 7));
+  CHECK(t.encode("a[E1] b").ids == std::vector<int32_t>{2, 5, 7, 1, 3});
+  put(folder / "tokenizer_config.json", R"({"added_tokens_decoder":{"x":{"content":"[E1]"}}})");
+  CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "'[E1]': id -1 is out of range"));
+}
+
 TEST_CASE("wordpiece: odd vocabularies load with one warning, unknown words without [UNK] are an error") {
   const WordPiece odd = WordPiece::from_vocab("\xEF\xBB\xBF[PAD]\r\n\r\na\r\na\r\nb \r\n", {}, "v.txt");
   REQUIRE(odd.warnings.size() == 1);
-  for (const char* part : {"byte-order mark", "CR LF", "1 blank line", "1 with white space", "'a' twice (ids 2 and 3)", "no [UNK]", "no [CLS]"}) CHECK(says(odd.warnings[0], part));
+  for (const char* part :
+       {"byte-order mark", "CR LF", "1 blank line", "1 with white space", "'a' twice (ids 2 and 3)", "no [UNK]", "no [CLS]"})
+    CHECK(says(odd.warnings[0], part));
   CHECK((odd.id("a") == 3 && odd.piece(2).empty() && odd.size() == 5));
-  CHECK(odd.encode("a b").ids == std::vector<int32_t>{3, 4});   // nothing is put around
+  CHECK(odd.encode("a b").ids == std::vector<int32_t>{3, 4});  // nothing is put around
   CHECK(says(error_of([&] { odd.encode("a c"); }), "'c' at byte 2 is not in the vocabulary"));
   CHECK(says(error_of([&] { WordPiece::from_vocab("a\nb\xFF\n", {}, "v.txt"); }), "v.txt:2: invalid UTF-8 at byte 2"));
   CHECK(WordPiece::from_vocab("", {}, "v.txt").encode(" ").ids.empty());
   EncodeOptions o;
   o.max_length = 8, o.stride = 7;
   CHECK(says(error_of([&] { small_tokenizer().encode_windows("one two", {}, o); }), "stride of 7"));
+  o.stride = 0, o.max_length = 5, o.truncation = bert::Truncation::only_first;  // both tokens would have to go
+  CHECK(says(error_of([&] { small_tokenizer().encode("one two", "the of", o); }), "too short: 2 tokens, of which 2 must go"));
+  CHECK(small_tokenizer().encode("one two and", "the", o).ids.size() == 5);
   o.stride = -1;
   CHECK(says(error_of([&] { small_tokenizer().encode("one", o); }), "negative"));
 }
@@ -684,19 +733,20 @@ std::vector<std::string> train(const Words& words, const bert::VocabTrainer::Opt
   return trainer.train(options);
 }
 const Words hugs = {{"hug", 10}, {"pug", 5}, {"pun", 12}, {"bun", 4}, {"hugs", 5}};
-const std::vector<std::string> hugs_vocabulary = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b",    "g",   "h",   "n",    "p",   "s",  "u",
-                                                  "##g",   "##n",   "##s",   "##u",   "##ug",   "##un", "hug", "pun", "hugs", "pug", "bun"};
+const std::vector<std::string> hugs_vocabulary = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b",   "g",   "h",
+                                                  "n",     "p",     "s",     "u",     "##g",    "##n", "##s", "##u",
+                                                  "##ug",  "##un",  "hug",   "pun",   "hugs",   "pug", "bun"};
 }  // namespace
 
 TEST_CASE("vocabulary: by hand") {
   // ##u ##g 20 times; then ##u ##n 16; h ##ug 15; p ##un 12; hug ##s and p ##ug 5 both, "hug" before "p"; b ##un 4
   CHECK(train(hugs, {.size = 100, .min_count = 2, .alphabet = 0, .on_progress = {}}) == hugs_vocabulary);
-  for (int64_t size = 19; size <= 23; size++)   // the ceiling is hard, and what fits is a prefix
+  for (int64_t size = 19; size <= 23; size++)  // the ceiling is hard, and what fits is a prefix
     CHECK(train(hugs, {.size = size, .min_count = 2, .alphabet = 7, .on_progress = {}}) ==
           std::vector<std::string>(hugs_vocabulary.begin(), hugs_vocabulary.begin() + size));
   auto rarer = hugs_vocabulary;
-  rarer.pop_back();
-  CHECK(train(hugs, {.size = 100, .min_count = 5, .alphabet = 0, .on_progress = {}}) == rarer);   // `bun` is seen 4 times, b too
+  rarer.pop_back(), rarer.erase(rarer.begin() + 5);
+  CHECK(train(hugs, {.size = 100, .min_count = 5, .alphabet = 0, .on_progress = {}}) == rarer);  // b is seen 4 times
 }
 
 TEST_CASE("vocabulary: the order of the text does not matter, ties go by bytes") {
@@ -705,18 +755,18 @@ TEST_CASE("vocabulary: the order of the text does not matter, ties go by bytes")
   for (int i = 0; i < 400; i++) {
     std::string word;
     for (int k = 0; k < 1 + (int)(random.uniform() * 8); k++) word += (char)('a' + (int)(random.uniform() * 4));
-    words.emplace_back(word, 1 + (int64_t)(random.uniform() * 3));   // few letters, few counts: ties everywhere
+    words.emplace_back(word, 1 + (int64_t)(random.uniform() * 3));  // few letters, few counts: ties everywhere
   }
-  const auto want = train(words, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}});
-  CHECK(want.size() == 300);
+  const auto want = train(words, {.size = 200, .min_count = 2, .alphabet = 0, .on_progress = {}});
+  CHECK(want.size() == 200);
   for (int round = 0; round < 5; round++) {
     for (size_t i = words.size(); i > 1; i--) std::swap(words[i - 1], words[(size_t)(random.uniform() * (double)i)]);
-    CHECK(train(words, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
+    CHECK(train(words, {.size = 200, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
   }
-  std::string one_text;   // and once more as a single text, each word as often as it counts
+  std::string one_text;  // and once more as a single text, each word as often as it counts
   for (const auto& [word, times] : words)
     for (int64_t k = 0; k < times; k++) one_text += word + (k % 2 ? "\n" : " ");
-  CHECK(train({{one_text, 1}}, {.size = 300, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
+  CHECK(train({{one_text, 1}}, {.size = 200, .min_count = 2, .alphabet = 0, .on_progress = {}}) == want);
   CHECK(train({{"ab cd", 7}}, {.size = 14, .min_count = 2, .alphabet = 4, .on_progress = {}}) ==
         std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "##b", "##d", "ab", "cd"});
 }
@@ -753,8 +803,10 @@ std::vector<std::string> train_slowly(const Words& words, size_t size, int64_t m
     for (const auto& [pieces, times] : split) {
       std::vector<std::string> merged;
       for (size_t i = 0; i < pieces.size(); i++)
-        if (i + 1 < pieces.size() && pieces[i] == a && pieces[i + 1] == b) merged.push_back(ab), i++;
-        else merged.push_back(pieces[i]);
+        if (i + 1 < pieces.size() && pieces[i] == a && pieces[i + 1] == b)
+          merged.push_back(ab), i++;
+        else
+          merged.push_back(pieces[i]);
       next[merged] += times;
     }
     split = std::move(next);
@@ -767,7 +819,7 @@ TEST_CASE("vocabulary: counting as it goes gives what counting anew gives") {
   Draws random{std::mt19937_64(10)};
   for (int round = 0; round < 30; round++) {
     Words words;
-    const int letters = 1 + round % 4;   // one letter: aaaa, where pairs overlap
+    const int letters = 1 + round % 4;  // one letter: aaaa, where pairs overlap
     for (int i = 0; i < 40; i++) {
       std::string word;
       for (int k = 0; k < 1 + (int)(random.uniform() * 12); k++) word += (char)('a' + (int)(random.uniform() * letters));
@@ -779,28 +831,32 @@ TEST_CASE("vocabulary: counting as it goes gives what counting anew gives") {
 
 TEST_CASE("vocabulary: the alphabet") {
   const bert::VocabTrainer::Options any = {.size = 1000, .min_count = 1, .alphabet = 0, .on_progress = {}};
-  CHECK(train({{"\u6211\u7231\u4F60", 3}, {"\u6211", 1}}, any) ==   // Chinese: every character a word, no ## form
+  CHECK(train({{"\u6211\u7231\u4F60", 3}, {"\u6211", 1}}, any) ==  // Chinese: every character a word, no ## form
         std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u4F60", "\u6211", "\u7231"});
-  CHECK(train({{"\u00C9\u00E9 E", 1}}, any)[5] == "e");   // normalised as the tokenizer does
+  CHECK(train({{"\u00C9\u00E9 E", 1}}, any)[5] == "e");  // normalised as the tokenizer does
   CHECK(train({{"\u00C9", 1}}, any, false)[5] == "\u00C9");
   // the commonest first up to the limit; of a word with a rarer character the rest is used
   const auto two = train({{"aab", 5}, {"ac", 1}}, {.size = 100, .min_count = 1, .alphabet = 2, .on_progress = {}});
   CHECK(std::vector<std::string>(two.begin() + 5, two.begin() + 9) == std::vector<std::string>{"a", "b", "##a", "##b"});
   CHECK(std::find(two.begin(), two.end(), "c") == two.end());
-  const auto tiny = train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 0, .on_progress = {}});   // at most half of what is left
-  CHECK(std::vector<std::string>(tiny.begin() + 5, tiny.end()) == std::vector<std::string>{"a", "b", "c", "##b", "##c", "ab"});
-  CHECK(says(error_of([] { train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 8, .on_progress = {}}); }), "a size of at least 20 or an alphabet of at most 3"));
+  const auto tiny =
+      train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 0, .on_progress = {}});  // at most half of what is left
+  CHECK(std::vector<std::string>(tiny.begin() + 5, tiny.end()) == std::vector<std::string>{"a", "b", "c", "##b", "##c", "##bc"});
+  CHECK(says(error_of([] {
+               train({{"abcdefgh", 5}}, {.size = 11, .min_count = 1, .alphabet = 8, .on_progress = {}});
+             }),
+             "a size of at least 20 or an alphabet of at most 3"));
   CHECK(says(error_of([] { train(hugs, {.size = 4, .min_count = 1, .alphabet = 0, .on_progress = {}}); }), "cannot hold"));
   CHECK(says(error_of([] { train(hugs, {.size = 40, .min_count = 0, .alphabet = 0, .on_progress = {}}); }), "minimum count"));
   CHECK(train({}, any).size() == 5);
-  CHECK(train({{std::string(101, 'a') + " " + std::string(100, 'b'), 2}}, any)[5] == "b");   // 101 letters: no word for the tokenizer
+  CHECK(train({{std::string(101, 'a') + " " + std::string(100, 'b'), 2}}, any)[5] == "b");  // 101 letters: no word for the tokenizer
 }
 
 TEST_CASE("vocabulary: counts beyond 32 bits, progress, memory") {
   const int64_t many = 5'000'000'000;
   const auto v = train({{"ab", many}, {"cd", many + 1}}, {.size = 100, .min_count = many + 1, .alphabet = 0, .on_progress = {}});
   CHECK(std::vector<std::string>(v.begin() + 5, v.end()) == std::vector<std::string>{"c", "d", "##d", "cd"});
-  bert::VocabTrainer trainer({}, 20000);   // bytes
+  bert::VocabTrainer trainer({}, 20000);  // bytes
   std::string rare;
   for (int i = 0; i < 2000; i++) trainer.add_text("common w" + std::to_string(i));
   CHECK((trainer.words() == 4000 && trainer.distinct_words() < 400 && trainer.dropped_count() >= 1));

@@ -108,7 +108,7 @@ def other_files():
     t, texts = tokenizer("uncased"), [c["text"] for c in read("encode-uncased.jsonl") if c["source"] == "hand"]
     cases = []
     for i in range(60):
-        ids = t.encode(rng.choice(texts)).ids[:40] if i % 2 else [rng.randrange(1500) for _ in range(rng.randrange(12))]
+        ids = t.encode(rng.choice(texts) + rng.choice([".", " ,", "?", "!", " 's"])).ids[-30:] if i % 2 else [rng.randrange(1500) for _ in range(rng.randrange(12))]
         skip, cleanup = rng.random() < .5, rng.random() < .7
         t.decoder = decoders.WordPiece(prefix="##", cleanup=cleanup)
         cases.append(dict(tokenizer="uncased", ids=ids, skip_special_tokens=skip, cleanup=cleanup, text=t.decode(ids, skip_special_tokens=skip)))
@@ -137,7 +137,7 @@ def copies():
     small = json.load(open(os.path.join(FROM, "tokenizer_json", "uncased", "tokenizer.json"), encoding="utf-8"))["model"]["vocab"]
     with open(os.path.join(HERE, "vocab-uncased.txt"), "w", encoding="utf-8", newline="\n") as f:
         f.write("".join(piece + "\n" for piece in sorted(small, key=small.get)))
-    for name in ("uncased-added-tokens", "uncased-only-second-left"):
+    for name in ("uncased-only-second-left",):
         os.makedirs(os.path.join(HERE, name), exist_ok=True)
         for file in ("tokenizer.json", "tokenizer_config.json", "cases.jsonl"):
             shutil.copyfile(os.path.join(FROM, "tokenizer_json", name, file), os.path.join(HERE, name, file))
@@ -151,7 +151,36 @@ def copies():
                                          for c in read("vocab-files/expected.jsonl")])
 
 
+ADDED = [("[E1]", dict(special=True, normalized=False)), ("<r>", dict(rstrip=True, normalized=False)), ("<L>", dict(lstrip=True, normalized=True)),
+         ("New York", dict(single_word=True, normalized=True)), ("ab", dict(single_word=True, normalized=False)), ("xx", dict(normalized=False)),
+         ("xxx", dict(normalized=False)), ("xxxyz", dict(special=True, normalized=False)), ("\u00c9t\u00e9", dict(normalized=True)),
+         ("\u6771\u4eac", dict(normalized=True)), ("say", dict(single_word=True, lstrip=True, rstrip=True, normalized=True))]
+ADDED_TEXTS = ["in New York now", "new  york", "NEW YORK", "New Yorker", "anew york", "x-New York-y", "new york\u20ac", "\u20acnew york", "new york\U0001f600", "New York_",
+               "new york\u0301", "ab", "cab abc ab.", "ab\u2460 \u2460ab", "ab\u4e2d", "\u00e9ab ab\u00e9", "ab\u200d", "\u200bab", "ab\u203f", "x xx xxx xxxx xxxxx xxxxxx", "xxxyz xxxy xxyz",
+               "a <r>  \t b<r>", "<r> <r>  <r>", "a  <L> b", "a<l>b", " \u00a0<L>", "[MASK]  [MASK]", "a \n[MASK]", "  [MASK]  <r>  [MASK]", "\u00c9T\u00c9 ete e\u0301te\u0301 \u00e9t\u00e9s",
+               "\u6771\u4eac \u6771 \u4eac", "\u5927\u6771\u4eac\u90fd", "[E1]New York[E1]", "[e1] [E1", "[PAD][E1]ab[SEP]", "\u0000new york\u0000", "nEw\u200b yOrk", "[MASK]\u0301x",
+               "I say  , say", "essay say", "  say  say  ", "say[MASK] say<r> say", "xx\ud7ff\ue000xx", "", " ", "<r", "<L><L>", "new york new york", "xx[MASK]xxx"]
+
+
+def added_file():
+    t = tokenizer("uncased")
+    t.add_tokens([AddedToken("[MASK]", lstrip=True, special=True, normalized=False)])
+    for content, how in ADDED:
+        (t.add_special_tokens if how.get("special") else t.add_tokens)([AddedToken(content, **how)])
+    os.makedirs(os.path.join(HERE, "added-tokens"), exist_ok=True)
+    t.save(os.path.join(HERE, "added-tokens", "tokenizer.json"), pretty=False)
+    t = Tokenizer.from_file(os.path.join(HERE, "added-tokens", "tokenizer.json"))
+    cases = []
+    for text in ADDED_TEXTS:
+        for special in (True, False):
+            t.encode_special_tokens = not special
+            e = t.encode(text, add_special_tokens=special)
+            cases.append(dict(text=text, special_in_text=special, add_special_tokens=special, **answer(e, [text])))
+    write("added-tokens/cases.jsonl", cases)
+
+
 copies()
+added_file()
 encode_file()
 pairs_file()
 other_files()
