@@ -868,8 +868,6 @@ class Fingerprint {
 };
 
 // ==== 6 model folders =============================================================================================
-const char* const kStateFile = "/training_state.safetensors";
-
 // For a newcomer: says what a folder lacks and where models come from, before the library looks for it.
 void check_model_folder(const std::string& folder, bool weights = true) {
   const std::string where_from =
@@ -1320,7 +1318,7 @@ figcaption{display:flex;flex-wrap:wrap;gap:4px 16px;align-items:center;margin:0 
 svg{width:100%;height:auto;display:block;overflow:visible}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}polyline{fill:none;stroke-width:2;stroke-linejoin:round}
 polyline.raw{stroke:var(--train);opacity:.28;stroke-width:1.2}polyline.train{stroke:var(--train)}polyline.dev{stroke:var(--dev)}polyline.third{stroke:var(--third)}
-circle.dev{fill:var(--dev)}.key.raw::before{background:var(--train);opacity:.35}.key.train::before{background:var(--train)}.key.dev::before{background:var(--dev)}
+circle.dev{fill:var(--dev)}circle.third{fill:var(--third)}.key.raw::before{background:var(--train);opacity:.35}.key.train::before{background:var(--train)}.key.dev::before{background:var(--dev)}
 main>.tables{align-items:start}.tables>div{display:grid;gap:16px}.key.third::before{background:var(--third)}table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;font-weight:400;color:var(--soft);white-space:nowrap;vertical-align:top}
 th,td{padding:3px 12px 3px 0;border-top:1px solid var(--line)}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}tr:first-child>*{border-top:0}
 </style>)";
@@ -1345,7 +1343,7 @@ std::string curves(const std::vector<Json>& log, const std::string& title, const
     all.push_back({train.size() > 30 ? "training, smoothed" : "training", "train", train.size() > 30 ? smoothed(train) : train, false});
   for (size_t i = 0; i < dev_keys.size() && i < 2; i++)
     if (const auto dev = curve(log, dev_keys[i], true); !dev.empty())
-      all.push_back({i || key.empty() ? dev_keys[i] + ", held out" : "held out", i ? "third" : "dev", dev, true});
+      all.push_back({key.empty() ? dev_keys[i] : i ? dev_keys[i] + ", held out" : "held out", i ? "third" : "dev", dev, true});
   return chart(title, all);
 }
 
@@ -1852,7 +1850,8 @@ int pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& samp
   }
   if (trainer.done() < steps) return run.stopped(trainer);
   if (last.empty() && !p.dev.ids.empty()) last = p.scores(trainer.model());  // the run was complete already
-  for (const auto& [name, value] : last) run.results.emplace_back(name + "_dev", value);
+  for (const auto& [name, value] : last)
+    run.results.emplace_back((name.starts_with("mlm_") ? name.substr(4) : name) + "_dev", value);  // as evaluate names them
   return 0;
 }
 

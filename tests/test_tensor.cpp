@@ -63,7 +63,7 @@ TEST_CASE("kernels: there is a table better than scalar on this CPU") {
 #if defined(__aarch64__)
   CHECK(tables.size() == 2);
 #endif
-  MESSAGE("tables: " << tables.size() << ", best " << tables.back()->name << "; " << backend_description());
+  MESSAGE("tables: " << tables.size() << ", best " << std::string(tables.back()->name) << "; " << backend_description());
 }
 TEST_CASE("kernels: sums along a row") {
   compare_tables([](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
@@ -110,7 +110,6 @@ TEST_CASE("kernels: activations and their derivatives") {
           k.bias_activate(act, bias ? b.data() + o : nullptr, y.data() + o, pre.data() + o, n);
           Floats alone = pre;
           k.bias_activate(act, nullptr, alone.data() + o, nullptr, n);
-          REQUIRE(same_bytes(alone, y) == (o == 0 && bias ? same_bytes(alone, y) : same_bytes(alone, y)));
           k.activate_grad(act, pre.data() + o, dy.data() + o, dz.data() + o, n);
           for (const Floats* more : {&pre, &dz, &alone}) y.insert(y.end(), more->begin(), more->end());
           return y;
@@ -196,3 +195,415 @@ TEST_CASE("kernels: pack, and the tile at every number of rows and columns and m
       }
   }
 }
+
+// ==== the engine's own functions ==================================================================================
+static double ulp(double x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  return std::ldexp(1., std::max(exponent, -125) - 24);
+}
+// The largest error of f against g over the floats of [low, high], each `step`-th one of both signs: in ulp of g, and absolute.
+template <class F, class G>
+static std::pair<double, double> largest_error(uint32_t step, float low, float high, F f, G g) {
+  double in_ulp = 0, absolute = 0;
+  for (uint64_t b = 0; b < 0xFF800000u; b += step) {
+    const float x = std::bit_cast<float>((uint32_t)b);
+    if (!(x >= low && x <= high)) continue;
+    const double want = g((double)x), error = std::fabs((double)f(x) - want);
+    if (std::isnan(error)) return {error, error};
+    in_ulp = std::max(in_ulp, error / ulp(want)), absolute = std::max(absolute, error);
+  }
+  return {in_ulp, absolute};
+}
+static float act(Activation a, float x) {
+  usable_kernels()[0]->bias_activate(a, nullptr, &x, nullptr, 1);
+  return x;
+}
+static float slope(Activation a, float x) {
+  const float one = 1;
+  usable_kernels()[0]->activate_grad(a, &x, &one, &x, 1);
+  return x;
+}
+static void check_functions(uint32_t step) {
+  auto normal = [](double x) { return std::erfc(-x * std::sqrt(0.5)) / 2; };
+  auto density = [](double x) { return std::exp(-x * x / 2) * 0.3989422804014327; };
+  auto gate = [](double x) { return 1 / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))); };
+  CHECK(largest_error(step, -87, 88.72283f, exp_f32, [](double x) { return std::exp(x); }).first < 0.9);
+  CHECK(largest_error(step, 1.2e-38f, 3e38f, log_f32, [](double x) { return std::log(x); }).first < 0.8);
+  CHECK(largest_error(step, -30, 30, tanh_f32, [](double x) { return std::tanh(x); }).first < 1.3);
+  CHECK(largest_error(step, -1, inf, normal_cdf_f32, normal).first < 3);
+  CHECK(largest_error(step, -8, -1, normal_cdf_f32, normal).first < 100);   // of a value down to 6e-16: relative 1e-5
+  CHECK(largest_error(step, -3e38f, inf, normal_cdf_f32, normal).second < 6e-8);
+  auto gelu = [](float x) { return act(Activation::gelu, x); };
+  CHECK(largest_error(step, -1, 100, gelu, [&](double x) { return x * normal(x); }).first < 2.5);
+  CHECK(largest_error(step, -100, -1, gelu, [&](double x) { return x * normal(x); }).second < 6e-8);
+  auto gelu_tanh = [](float x) { return act(Activation::gelu_tanh, x); };
+  CHECK(largest_error(step, -1, 100, gelu_tanh, [&](double x) { return x * gate(x); }).first < 4);
+  CHECK(largest_error(step, -100, -1, gelu_tanh, [&](double x) { return x * gate(x); }).second < 2e-7);
+  CHECK(largest_error(step, -100, 100, [](float x) { return slope(Activation::gelu, x); }, [&](double x) { return normal(x) + x * density(x); }).second < 2e-7);
+  CHECK(largest_error(step, -100, 100, [](float x) { return slope(Activation::gelu_tanh, x); }, [&](double x) {
+          return gate(x) + x * gate(x) * (1 - gate(x)) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x);
+        }).second < 3e-6);
+}
+TEST_CASE("functions: errors against double, a sample of the floats") { check_functions(65521); }
+TEST_CASE("functions: errors against double, very many floats" * doctest::skip()) { check_functions(127); }
+TEST_CASE("functions: where they end") {
+  CHECK(exp_f32(-87.1f) == 0);
+  CHECK(exp_f32(-87.f) > 0);
+  CHECK(exp_f32(-inf) == 0);
+  CHECK(exp_f32(0) == 1);
+  CHECK(exp_f32(88.722832f) < inf);
+  CHECK(exp_f32(88.72284f) == inf);
+  CHECK(exp_f32(inf) == inf);
+  CHECK(tanh_f32(inf) == 1);
+  CHECK(tanh_f32(-1000) == -1);
+  CHECK(normal_cdf_f32(inf) == 1);
+  CHECK(normal_cdf_f32(-inf) == 0);
+  CHECK(log_f32(1) == 0);
+  for (auto f : {exp_f32, tanh_f32, normal_cdf_f32}) CHECK(std::isnan(f(nan_value)));
+  for (Activation a : {Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::tanh, Activation::relu}) {
+    CHECK(std::isnan(act(a, nan_value)));
+    CHECK(act(a, 1000) == (a == Activation::tanh ? 1 : 1000));
+    CHECK(slope(a, 1000) == (a == Activation::tanh ? 0 : 1));
+  }
+}
+
+// ==== products ====================================================================================================
+// What tensor.h promises, written plainly.
+static Floats chain_product(const Gemm& how, int64_t m, int64_t n, int64_t k, const Floats& a, int64_t lda, const Floats& b, int64_t ldb, Floats c,
+                            int64_t ldc, Floats& pre) {
+  const Kernels& scalar = *usable_kernels()[0];
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) {
+      float& to = c[(size_t)(i * ldc + j)];
+      if (!how.add && !k) to = 0;
+      for (int64_t k0 = 0; k0 < k; k0 += 256) {
+        float acc = 0;
+        for (int64_t x = k0; x < std::min(k, k0 + 256); x++)
+          acc = std::fma(a[(size_t)(how.a_transposed ? x * lda + i : i * lda + x)], b[(size_t)(how.b_transposed ? j * ldb + x : x * ldb + j)], acc);
+        to = how.add || k0 ? to + acc : acc;
+      }
+      const float* bias = how.epilogue.bias ? how.epilogue.bias + j : nullptr;
+      scalar.bias_activate(how.epilogue.activation, bias, &to, how.epilogue.pre ? &pre[(size_t)(i * ldc + j)] : nullptr, 1);
+    }
+  return c;
+}
+static double relative_difference(const Floats& a, const Floats& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); i++) worst = std::max(worst, std::fabs((double)a[i] - (double)b[i]) / std::max(1., std::fabs((double)a[i])));
+  return worst;
+}
+
+static const int64_t product_shapes[][3] = {{1, 1, 1},    {1, 33, 257},  {2, 64, 64},   {3, 5, 300},  {5, 31, 520},  {8, 200, 40}, {12, 32, 256},
+                                            {13, 97, 17}, {33, 70, 129}, {64, 65, 255}, {127, 3, 64}, {130, 40, 33}, {250, 77, 5}, {61, 390, 30}};
+
+TEST_CASE("gemm: the promised bytes at odd sizes, all transposes, with every epilogue, however it is called") {
+  int turn = 0;
+  for (auto [m, n, k] : product_shapes)
+    for (int flags = 0; flags < 8; flags++, turn++) {
+      Gemm how{.a_transposed = (flags & 1) != 0, .b_transposed = (flags & 2) != 0, .add = (flags & 4) != 0, .backend = Backend::own};
+      const int64_t lda = (how.a_transposed ? m : k) + turn % 3, ldb = (how.b_transposed ? k : n) + turn % 2, ldc = n + turn % 4;
+      const Floats a = numbers((how.a_transposed ? k : m) * lda, 1), b = numbers((how.b_transposed ? n : k) * ldb, 2), bias = numbers(n, 3);
+      const Floats start = numbers(m * ldc, 4);
+      Floats pre(start.size(), 5.f), want_pre = pre;
+      if (turn % 3) how.epilogue.bias = bias.data();
+      if (turn % 5 == 1) how.epilogue.pre = pre.data();
+      how.epilogue.activation = (Activation)(turn % 5);
+      const Floats want = chain_product(how, m, n, k, a, lda, b, ldb, start, ldc, want_pre);
+      CAPTURE(m);
+      CAPTURE(n);
+      CAPTURE(k);
+      CAPTURE(flags);
+      for (int count : {1, 2, 3}) {
+        UseThreads use(count);
+        Floats c = start;
+        gemm(how, m, n, k, a.data(), lda, b.data(), ldb, c.data(), ldc);
+        REQUIRE(same_bytes(want, c));
+        REQUIRE(same_bytes(want_pre, pre));
+      }
+      Floats c = start;
+      gemm_here(how, m, n, k, a.data(), lda, b.data(), ldb, c.data(), ldc);
+      REQUIRE(same_bytes(want, c));
+      if (how.b_transposed && !how.add && !how.a_transposed && ldb == k) {
+        const PackedWeights packed(b.data(), n, k);
+        c = start;
+        gemm(m, a.data(), lda, packed, c.data(), ldc, how.epilogue);
+        REQUIRE(same_bytes(want, c));
+        for (int64_t i = 0; i < m; i++) {   // and a row alone gives what it gave among others
+          Floats row((size_t)n);
+          Epilogue alone = how.epilogue;
+          alone.pre = nullptr;
+          gemm(1, a.data() + i * lda, lda, packed, row.data(), n, alone);
+          REQUIRE(same_bytes(row.data(), want.data() + i * ldc, n));
+        }
+      }
+    }
+}
+TEST_CASE("gemm: large enough for several tasks, the same bytes with any number of threads") {
+  const int64_t m = 700, n = 450, k = 300;
+  const Floats a = numbers(m * k, 1), b = numbers(n * k, 2), bias = numbers(n, 3);
+  const PackedWeights packed(b.data(), n, k);
+  for (bool a_transposed : {false, true}) {
+    Gemm how{.a_transposed = a_transposed, .b_transposed = true, .epilogue = {bias.data(), Activation::gelu, nullptr}};
+    Floats first((size_t)(m * n)), c = first;
+    gemm_here(how, m, n, k, a.data(), a_transposed ? m : k, b.data(), k, first.data(), n);
+    for (int count : {1, 2, 5}) {
+      UseThreads use(count);
+      gemm(how, m, n, k, a.data(), a_transposed ? m : k, b.data(), k, c.data(), n);
+      CHECK(same_bytes(first, c));
+      if (a_transposed) continue;
+      std::fill(c.begin(), c.end(), 9.f);
+      gemm(m, a.data(), k, packed, c.data(), n, how.epilogue);
+      CHECK(same_bytes(first, c));
+    }
+  }
+}
+TEST_CASE("gemm: OpenBLAS gives nearly the same, whatever the threads, and gets its own setting back") {
+  if (!has_openblas()) {
+    Floats x(4);
+    CHECK_THROWS_AS(gemm({.backend = Backend::openblas}, 2, 2, 1, x.data(), 1, x.data(), 2, x.data(), 2), Error);
+    return;
+  }
+  int turn = 0;
+  for (auto [m, n, k] : {std::array<int64_t, 3>{1, 1, 1}, {33, 70, 129}, {5, 31, 520}, {700, 450, 300}, {3, 4, 0}})
+    for (int flags = 0; flags < 8; flags++, turn++) {
+      Gemm how{.a_transposed = (flags & 1) != 0, .b_transposed = (flags & 2) != 0, .add = (flags & 4) != 0};
+      const int64_t lda = std::max<int64_t>(1, how.a_transposed ? m : k), ldb = std::max<int64_t>(1, how.b_transposed ? k : n);
+      const Floats a = numbers(m * k, 1), b = numbers(n * k, 2), bias = numbers(n, 3), start = numbers(m * n, 4);
+      how.epilogue = {bias.data(), Activation::gelu, nullptr};
+      Floats own = start, blas = start, again = start;
+      how.backend = Backend::own;
+      gemm(how, m, n, k, a.data(), lda, b.data(), ldb, own.data(), n);
+      how.backend = Backend::openblas;
+      gemm(how, m, n, k, a.data(), lda, b.data(), ldb, blas.data(), n);
+      UseThreads one(1);
+      gemm(how, m, n, k, a.data(), lda, b.data(), ldb, again.data(), n);
+      CAPTURE(flags);
+      CAPTURE(k);
+      CHECK(relative_difference(own, blas) < 2e-5);
+      CHECK(same_bytes(blas, again));
+    }
+}
+TEST_CASE("gemm: nothing to do, and what is refused") {
+  Floats a(4, 1.f), c = {1, 2, 3, 4};
+  const Floats bias = {10, 20};
+  gemm({}, 0, 2, 2, a.data(), 2, a.data(), 2, c.data(), 2);
+  gemm({}, 2, 0, 2, a.data(), 2, a.data(), 2, c.data(), 2);
+  CHECK(c == Floats{1, 2, 3, 4});
+  gemm({.add = true}, 2, 2, 0, a.data(), 0, a.data(), 2, c.data(), 2);
+  CHECK(c == Floats{1, 2, 3, 4});
+  gemm({.epilogue = {bias.data(), Activation::none, nullptr}}, 2, 2, 0, a.data(), 0, a.data(), 2, c.data(), 2);
+  CHECK(c == Floats{10, 20, 10, 20});
+  const PackedWeights nothing(a.data(), 2, 0);
+  gemm(2, a.data(), 0, nothing, c.data(), 2, {});
+  CHECK(c == Floats{0, 0, 0, 0});
+  CHECK_THROWS_WITH_AS(gemm({}, 2, 2, 2, a.data(), 1, a.data(), 2, c.data(), 2), "gemm: m 2, n 2, k 2: rows overlap: lda 1, ldb 2, ldc 2", Error);
+  CHECK_THROWS_AS(gemm_here({}, -1, 2, 2, a.data(), 2, a.data(), 2, c.data(), 2), Error);
+}
+TEST_CASE("gemm: a NaN stays where it belongs") {
+  Floats a = numbers(40 * 40, 1), b = numbers(40 * 40, 2), c(40 * 40);
+  a[5 * 40 + 3] = nan_value;
+  gemm({.backend = Backend::own}, 40, 40, 40, a.data(), 40, b.data(), 40, c.data(), 40);
+  for (size_t i = 0; i < c.size(); i++) CHECK(std::isnan(c[i]) == (i / 40 == 5));
+}
+
+// ==== random numbers ==============================================================================================
+TEST_CASE("philox: the known answers of Random123") {
+  // kat_vectors: counter 4 words, key 2 words, result
+  using Words = std::array<uint32_t, 4>;
+  CHECK(philox({0, 0, 0, 0}, 0) == Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+  CHECK(philox({~uint64_t(0), ~0u, ~0u, ~0u}, ~0u) == Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+  CHECK(philox({0x299f31d0a4093822, 0x243f6a88, 0x85a308d3, 0x13198a2e}, 0x03707344) == Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+  uint16_t d[8];
+  kernels().draws({0, 0, 0, 0}, 0, 1, d);
+  CHECK(d[0] == 0xe8d5);
+  CHECK(d[1] == 0x6627);
+  CHECK(d[7] == 0x9b00);
+}
+TEST_CASE("Random: uniform over its range, the same for the same key") {
+  Random r({7, 0, 0, 1}), same({7, 0, 0, 1}), other({8, 0, 0, 1});
+  for (int i = 0; i < 9; i++) {
+    const uint32_t x = r.next();
+    CHECK(x == same.next());
+    CHECK(x != other.next());
+  }
+  for (int64_t n : {1, 2, 3, 7, 100}) {
+    std::vector<int64_t> hits((size_t)n);
+    for (int i = 0; i < 20000; i++) hits[(size_t)r.below(n)]++;   // out of range: the sanitizer says so
+    const double mean = 20000. / (double)n;
+    for (int64_t h : hits) CHECK(std::fabs((double)h - mean) < 5 * std::sqrt(mean) + 1);
+  }
+  const int64_t big = (int64_t)1 << 40;
+  int64_t most = 0;
+  for (int i = 0; i < 1000; i++) {
+    const int64_t x = r.below(big + 1);
+    CHECK((x >= 0 && x <= big));
+    most = std::max(most, x);
+  }
+  CHECK(most > big / 10 * 9);
+  CHECK_THROWS_AS(r.below(0), Error);
+
+  double sum = 0, square = 0, normal = 0, normal2 = 0;
+  for (int i = 0; i < 20000; i++) {
+    const double u = r.uniform(), z = (double)r.truncated_normal();
+    CHECK((u >= 0 && u < 1 && std::fabs(z) <= 2));
+    sum += u, square += u * u, normal += z, normal2 += z * z;
+  }
+  CHECK(sum / 20000 == doctest::Approx(0.5).epsilon(0.02));
+  CHECK(square / 20000 == doctest::Approx(1. / 3).epsilon(0.02));
+  CHECK(std::fabs(normal / 20000) < 0.03);
+  CHECK(std::sqrt(normal2 / 20000) == doctest::Approx(0.8796).epsilon(0.01));
+
+  std::vector<int> v(20), w, sorted(20);
+  std::iota(v.begin(), v.end(), 0);
+  sorted = w = v;
+  Random s1({1, 2, 3, 4}), s2({1, 2, 3, 4});
+  s1.shuffle(v), s2.shuffle(w);
+  CHECK(v == w);
+  CHECK(v != sorted);
+  std::sort(v.begin(), v.end());
+  CHECK(v == sorted);
+}
+
+// ==== shapes, tensors, the pool ===================================================================================
+TEST_CASE("Shape: sizes and what is refused") {
+  CHECK(Shape{}.size() == 1);
+  CHECK(Shape{3, 0, 2}.size() == 0);
+  CHECK(to_string(Shape{8, 128, 768}) == "[8,128,768]");
+  CHECK(to_string(Shape{}) == "[]");
+  CHECK(Shape{2, 3} == Shape{2, 3});
+  CHECK(Shape{2, 3} != Shape{2, 3, 1});
+  CHECK_THROWS_AS((Shape{1, 2, 3, 4, 5}), Error);
+  CHECK_THROWS_AS((Shape{2, -1}), Error);
+  CHECK_THROWS_AS((Shape{(int64_t)1 << 40, (int64_t)1 << 40}), Error);
+}
+TEST_CASE("Tensor: handles, gradients, errors") {
+  const Tensor empty;
+  CHECK(!empty);
+  CHECK_THROWS_AS(empty.data(), Error);
+  CHECK_THROWS_AS(empty.shape(), Error);
+  Tensor t({2, 3}, 1.5f), copy = t;
+  CHECK(copy.same(t));
+  copy.data()[5] = 2;
+  CHECK(t.data()[5] == 2);
+  CHECK((uintptr_t)t.data() % 64 == 0);
+  CHECK(t.rows() == 2);
+  CHECK(t.cols() == 3);
+  CHECK_THROWS_AS(t.item(), Error);
+  CHECK(Tensor({1}, 4.f).item() == 4);
+  CHECK(Tensor({0, 5}).size() == 0);
+  CHECK_THROWS_AS(Tensor({2}, Floats{1, 2, 3}), Error);
+  CHECK_THROWS_WITH_AS(Tensor({(int64_t)1 << 58}), doctest::Contains("out of memory: a tensor [288230376151711744] needs"), Error);
+
+  CHECK(!t.has_grad());
+  bool add = true;
+  t.grad_to_add(add)[0] = 3;
+  CHECK(!add);
+  CHECK(t.grad_to_add(add)[0] == 3);
+  CHECK(add);
+  const Tensor g = t.take_grad();
+  CHECK(!t.has_grad());
+  CHECK(g.data()[0] == 3);
+  CHECK(t.grad()[0] == 0);   // a new one, of zeros
+  t.drop_grad();
+  CHECK(!t.has_grad());
+
+  auto owner = std::make_shared<Floats>(Floats{1, 2, 3, 4});
+  Tensor view = Tensor::borrowed({2, 2}, owner->data(), owner);
+  CHECK(owner.use_count() == 2);
+  CHECK(view.data() == owner->data());
+  view.pack();
+  CHECK(owner.use_count() == 1);
+  CHECK(view.packed()->rows() == 2);
+  CHECK_THROWS_AS(view.data(), Error);
+  CHECK_THROWS_AS(Tensor(g).take_grad().data(), Error);
+  CHECK_THROWS_AS(Tensor({2, 2, 2}, 0.f).pack(), Error);
+}
+TEST_CASE("pool: a steady state takes nothing from the system, and idle memory can be given back") {
+  auto step = [] {
+    std::vector<Tensor> kept;
+    for (int64_t n : {10, 1000, 100000, 3000000, 1000, 70000}) kept.emplace_back(Shape{n}, 1.f);
+    kept.erase(kept.begin() + 2);
+    kept.emplace_back(Shape{100000}, 2.f);
+    Floats a(300 * 300, 1.f);
+    gemm({.a_transposed = true}, 300, 300, 300, a.data(), 300, a.data(), 300, kept[2].data(), 300);
+  };
+  step();
+  const PoolUse before = pool_use();
+  for (int i = 0; i < 5; i++) step();
+  CHECK(pool_use().held == before.held);
+  CHECK(pool_use().in_use == before.in_use);
+  CHECK(pool_use().peak == before.peak);
+  CHECK(before.held >= before.in_use);
+  const Tensor large({3000000});
+  CHECK((uintptr_t)large.data() % (2 << 20) == 0);
+  CHECK(pool_use().in_use >= before.in_use + 12000000);
+  CHECK(pool_use().in_use <= before.in_use + 12000000 / 8 * 9);   // little is wasted
+  pool_trim();
+  CHECK(pool_use().held == pool_use().in_use);
+}
+TEST_CASE("pool: from many threads") {
+  UseThreads use(4);
+  parallel_for(400, [](int64_t i) {
+    Tensor t({1 + i % 50, 100}, (float)i);
+    Tensor u({1 + i % 7, 1000}, (float)i);
+    for (int64_t j = 0; j < t.size(); j++)
+      if (t.data()[j] != (float)i) throw Error("another task's numbers");
+  });
+}
+
+// ==== threads =====================================================================================================
+TEST_CASE("parallel_for: every index once, nested runs on its own thread, errors arrive") {
+  CHECK(available_threads() >= 1);
+  for (int count : {1, 2, 4}) {
+    UseThreads use(count);
+    CHECK(threads() == count);
+    std::vector<std::atomic<int>> hits(1000);
+    parallel_for(1000, [&](int64_t i) {
+      hits[(size_t)i]++;
+      if (count > 1) {
+        if (threads() != 1) throw Error("a task has threads of its own");
+        int64_t sum = 0;   // no lock: one thread
+        parallel_for(10, [&](int64_t j) { sum += j; });
+        if (sum != 45) throw Error("nested");
+      }
+    });
+    for (auto& h : hits) CHECK(h == 1);
+    CHECK_THROWS_WITH_AS(parallel_for(100, [](int64_t i) {
+                           if (i == 57) throw Error("task 57");
+                         }),
+                         "task 57", Error);
+    CHECK(threads() == count);
+    {
+      UseThreads inner(3);
+      CHECK(threads() == 3);
+    }
+    CHECK(threads() == count);
+    int64_t covered = 0;
+    UseThreads one(1);
+    parallel_ranges(103, 10, [&](int64_t begin, int64_t end) { covered += end - begin; });
+    CHECK(covered == 103);
+    parallel_for(0, [](int64_t) { throw Error("never"); });
+  }
+  CHECK_THROWS_AS(UseThreads(-1), Error);
+  CHECK(threads() == available_threads());
+}
+#if defined(__x86_64__)
+TEST_CASE("threads compute in the default floating-point mode, and the caller's comes back") {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);   // flush to zero, denormals are zero
+  volatile float tiny = 1e-40f;
+  CHECK(tiny * 1.f == 0);
+  for (int count : {1, 2}) {
+    UseThreads use(count);
+    std::atomic<int> wrong{0};
+    parallel_for(8, [&](int64_t) { wrong += tiny * 1.f == 0; });
+    CHECK(wrong == 0);
+    float a = 1e-40f, b = 1, c = 0;
+    gemm_here({}, 1, 1, 1, &a, 1, &b, 1, &c, 1);
+    CHECK(std::bit_cast<uint32_t>(c) == std::bit_cast<uint32_t>(a));
+  }
+  CHECK((_mm_getcsr() & 0x8040) == 0x8040);
+  _mm_setcsr(before);
+}
+#endif
