@@ -2,8 +2,8 @@
 # make test     builds and runs the tests          make check    everything slow: sanitizers, clang, scalar kernels, one thread
 # make layers   links each drop-in set alone       make install PREFIX=/usr/local
 #
-# Yours to set:  make CXX=clang++ CXXFLAGS='-O3 -g' BLAS=none OUT=build-mine
-CXXFLAGS ?= -O2 -g
+# Yours to set:  make CXX=clang++ CXXFLAGS="-O3 -g" BLAS=none OUT=build-mine
+CXXFLAGS ?= -O2
 PREFIX   ?= /usr/local
 OUT      ?= build
 

@@ -13,14 +13,19 @@
 #include <bit>
 #include <cmath>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <mutex>
 #include <optional>
 #include <sstream>
 #include <thread>
+#include <tuple>
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -1361,6 +1366,345 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   check_product(how, m, n, k, lda, k, ldc);
   if (blas_alone()) run({kernels(), how, m, n, k, a, lda, w.panels(), k, nullptr, c, ldc}, Backend::openblas);
   else run({kernels(), how, m, n, k, a, lda, nullptr, 0, w.panels(), c, ldc}, Backend::own);
+}
+
+// ==== files =======================================================================================================
+std::string format_number(double v) {
+  if (v != v) return "nan";  // printf would show its sign
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof text, v, std::chars_format::general, 9).ptr};
+}
+
+// What the system said, and what to do about it.
+static std::string reason(int error) {
+  const char* cure = error == ENOSPC || error == EDQUOT                    ? "; no space left: free some, or write elsewhere"
+                     : error == EFBIG                                      ? "; raise the limit on the size of a file (ulimit -f)"
+                     : error == ENOENT || error == ENOTDIR                 ? "; is its folder there?"
+                     : error == EACCES || error == EPERM || error == EROFS ? "; choose a place that you may write to"
+                                                                           : "";
+  return std::string(": ") + std::strerror(error) + cure;
+}
+
+static std::string folder_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash + 1);
+}
+
+AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
+  if (path_.empty()) throw Error("cannot write a file without a name");
+  struct stat s;
+  if (stat(path_.c_str(), &s) == 0) {
+    if (S_ISDIR(s.st_mode)) throw Error(path_ + ": cannot write: this is a folder; give the name of a file");
+    if (!S_ISREG(s.st_mode)) throw Error(path_ + ": cannot write: not a plain file");  // a rename would put a file in a device's place
+    std::error_code failed;
+    const std::string real = std::filesystem::canonical(path_, failed).string();  // a link stays a link
+    if (!failed) path_ = real;
+  }
+  static std::atomic<unsigned> count{0};
+  do {  // a name that is taken was left by a killed process of our number
+    temporary_ = path_ + ".tmp-" + std::to_string(getpid()) + "-" + std::to_string(count++);
+    file_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  } while (file_ < 0 && (errno == EEXIST || errno == EINTR));
+  if (file_ < 0) throw Error(path_ + ": cannot write" + reason(errno));
+}
+
+AtomicFile::~AtomicFile() { discard(); }
+
+void AtomicFile::discard() {
+  if (file_ < 0) return;
+  ::close(file_);
+  ::unlink(temporary_.c_str());
+  file_ = -1;
+}
+
+void AtomicFile::fail(int error) {
+  discard();
+  throw Error(path_ + ": cannot write" + reason(error));
+}
+
+void AtomicFile::write(std::string_view bytes) {
+  static constexpr size_t kBuffer = 1 << 18;
+  if (file_ < 0) throw Error(path_ + ": cannot write: the file was committed, or has failed, before");
+  if (buffer_.size() + bytes.size() <= kBuffer) return void(buffer_.append(bytes));
+  write_out(buffer_), buffer_.clear();
+  if (bytes.size() <= kBuffer)
+    buffer_.append(bytes);
+  else
+    write_out(bytes);
+}
+
+void AtomicFile::write_out(std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(file_, bytes.data(), bytes.size());
+    if (n > 0)
+      bytes.remove_prefix((size_t)n);
+    else if (n == 0)
+      fail(EIO);
+    else if (errno != EINTR)
+      fail(errno);
+  }
+}
+
+// After a power cut there is the old file or the new one: the bytes are on the disk before the name is, and then the name is too.
+void AtomicFile::commit() {
+  write({});  // throws after a failure
+  write_out(buffer_), buffer_.clear();
+  if (::fsync(file_) != 0 && errno != EINVAL) fail(errno);  // EINVAL: a file system that cannot sync
+  const int closed = ::close(std::exchange(file_, -1)) == 0 ? 0 : errno;
+  const int failed = closed && closed != EINTR ? closed : ::rename(temporary_.c_str(), path_.c_str()) == 0 ? 0 : errno;
+  if (failed) {
+    ::unlink(temporary_.c_str());
+    fail(failed);
+  }
+  const int folder = ::open(folder_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (folder < 0) return;  // a folder that may be written but not read
+  const int synced = ::fsync(folder) == 0 || errno == EINVAL ? 0 : errno;
+  ::close(folder);
+  if (synced) throw Error(path_ + ": written, but its folder cannot be synced" + reason(synced));
+}
+
+void write_file(const std::string& path, std::string_view bytes) {
+  AtomicFile file(path);
+  file.write(bytes);
+  file.commit();
+}
+
+MappedFile MappedFile::open(const std::string& path) {
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer would wait
+  if (file < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
+  struct stat s;
+  const int failed = fstat(file, &s) == 0 ? 0 : errno;
+  void* at = nullptr;
+  int unmapped = 0;
+  if (!failed && S_ISREG(s.st_mode) && s.st_size > 0) {  // no bytes cannot be mapped
+    at = mmap(nullptr, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (at == MAP_FAILED) unmapped = errno;
+  }
+  ::close(file);
+  if (failed) throw Error(path + ": cannot open: " + std::strerror(failed));
+  if (S_ISDIR(s.st_mode)) throw Error(path + ": this is a folder, where a file is needed");
+  if (!S_ISREG(s.st_mode)) throw Error(path + ": not a plain file");
+  if (unmapped) throw Error(path + ": cannot map " + std::to_string(s.st_size) + " bytes: " + std::strerror(unmapped));
+  MappedFile m;
+  m.data_ = at ? static_cast<const char*>(at) : "";
+  m.size_ = (size_t)s.st_size;
+  if (at) m.owner_ = std::shared_ptr<const void>(at, [size = m.size_](const void* p) { munmap(const_cast<void*>(p), size); });
+  return m;
+}
+
+// ---- safetensors: 8 bytes little-endian n, n bytes of JSON {"name":{"dtype","shape","data_offsets":[begin,end]}}, the data -----------
+static_assert(std::endian::native == std::endian::little, "the format is little-endian, and so is every mapped tensor");
+static constexpr uint64_t kMaxHeader = 100'000'000;  // the format's own limit
+static constexpr size_t kMaxValues = 4'000'000;  // in the header: some 400,000 tensors. A value takes 88 bytes here and may take 2 there
+
+static uint64_t dtype_size(std::string_view name) {  // in bytes; 0: unknown. The types below a byte (F4, F6) are not read
+  static constexpr std::pair<std::string_view, uint64_t> sizes[] = {
+      {"BOOL", 1},        {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"F8_E8M0", 1}, {"F8_E4M3FNUZ", 1},
+      {"F8_E5M2FNUZ", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},     {"BF16", 2},    {"I32", 4},     {"U32", 4},
+      {"F32", 4},         {"I64", 8}, {"U64", 8}, {"F64", 8},     {"C64", 8}};
+  for (const auto& [known, size] : sizes)
+    if (known == name) return size;
+  return 0;
+}
+
+// A name for a message: one line of a terminal, whatever the file holds.
+static std::string shown(const std::string& name) {
+  std::string quoted = json_quote(name.substr(0, 200));
+  const bool plain = !name.empty() && name.size() <= 200 && quoted.size() == name.size() + 2;
+  return plain ? name : name.size() <= 200 ? quoted : quoted + "...";
+}
+
+static std::string list(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size() && i < 16; i++) out += (i ? "," : "") + std::to_string(shape[i]);
+  return out + (shape.size() > 16 ? ",...]" : "]");
+}
+
+// Json keeps a key that stands twice; a file that says two things is refused.
+static void no_key_twice(const Json& object, const std::string& where) {
+  std::vector<std::string_view> keys;
+  for (const auto& [key, v] : object.members()) keys.push_back(key);
+  std::sort(keys.begin(), keys.end());
+  const auto twice = std::adjacent_find(keys.begin(), keys.end());
+  if (twice != keys.end()) throw Error(where + ": " + shown(std::string(*twice)) + ": stands twice in the header");
+}
+
+static std::vector<int64_t> counts(const Json& list, const std::string& where) {
+  std::vector<int64_t> out;
+  for (const Json& v : list.items(where)) {
+    out.push_back(v.as_int(where));
+    if (out.back() < 0) throw Error(where + ": " + std::to_string(out.back()) + " is negative");
+  }
+  return out;
+}
+
+// One tensor of the header, its bytes checked against the `size` bytes of data. Nothing is subtracted before it is compared.
+static SafeTensors::Entry read_entry(const std::string& name, const Json& v, uint64_t size, const std::string& where) {
+  if (!v.is(Json::object)) throw Error(where + ": not an object");
+  no_key_twice(v, where);
+  const Json *dtype = v.find("dtype"), *shape = v.find("shape"), *offsets = v.find("data_offsets");
+  for (const auto& [key, found] : {std::pair("dtype", dtype), {"shape", shape}, {"data_offsets", offsets}})
+    if (!found) throw Error(where + ": " + key + " is missing");
+  SafeTensors::Entry e{name, dtype->as_string(where + ": dtype"), counts(*shape, where + ": shape"), 0, 0};
+  uint64_t bytes = dtype_size(e.dtype);
+  if (!bytes) throw Error(where + ": unknown dtype " + shown(e.dtype));
+  bool empty = false;
+  for (int64_t d : e.shape) {  // a 0 does not hide that the others are too large
+    empty |= d == 0;
+    if (__builtin_mul_overflow(bytes, (uint64_t)std::max<int64_t>(d, 1), &bytes) || bytes >> 62)
+      throw Error(where + ": shape " + list(e.shape) + " is too large");
+  }
+  if (empty) bytes = 0;
+  const std::vector<int64_t> place = counts(*offsets, where + ": data_offsets");
+  if (place.size() != 2) throw Error(where + ": data_offsets needs two numbers, has " + std::to_string(place.size()));
+  e.begin = (uint64_t)place[0], e.end = (uint64_t)place[1];
+  if (e.begin > e.end) throw Error(where + ": data_offsets " + list(place) + " are reversed");
+  if (e.end > size)
+    throw Error(where + ": ends at " + std::to_string(e.end) + ", the file has " + std::to_string(size) +
+                " bytes of data; is it cut short?");
+  if (e.end - e.begin != bytes)
+    throw Error(where + ": shape " + list(e.shape) + " of " + e.dtype + " needs " + std::to_string(bytes) + " bytes, data_offsets give " +
+                std::to_string(e.end - e.begin));
+  return e;
+}
+
+SafeTensors SafeTensors::open(const std::string& path) {
+  const MappedFile file = MappedFile::open(path);
+  return parse(file.bytes(), path, file.owner());
+}
+
+SafeTensors SafeTensors::parse(std::string_view bytes, const std::string& where, std::shared_ptr<const void> owner) {
+  if (bytes.size() < 8) throw Error(where + ": " + std::to_string(bytes.size()) + " bytes are too short for a safetensors file");
+  uint64_t n;
+  std::memcpy(&n, bytes.data(), 8);
+  bytes.remove_prefix(8);
+  if (n > bytes.size())
+    throw Error(where + ": a header of " + std::to_string(n) + " bytes, but " + std::to_string(bytes.size()) +
+                " follow; cut short, or no safetensors file?");
+  if (n > kMaxHeader)
+    throw Error(where + ": a header of " + std::to_string(n) + " bytes is over the format's limit of " + std::to_string(kMaxHeader));
+  SafeTensors file;
+  file.where_ = where, file.owner_ = std::move(owner), file.data_ = bytes.substr((size_t)n);
+  const Json header = Json::parse(bytes.substr(0, (size_t)n), where + ": header", kMaxValues);
+  if (!header.is(Json::object)) throw Error(where + ": the header is not an object");
+  no_key_twice(header, where);
+  for (const auto& [name, v] : header.members()) {
+    const std::string here = where + ": " + shown(name);
+    if (name != "__metadata__") {
+      file.entries_.push_back(read_entry(name, v, file.data_.size(), here));
+      continue;
+    }
+    if (!v.is(Json::object)) throw Error(here + ": not an object");
+    no_key_twice(v, here);
+    for (const auto& [key, text] : v.members()) file.metadata_.emplace_back(key, text.as_string(here + ": " + shown(key)));
+  }
+  std::vector<Entry>& all = file.entries_;  // every byte of the data belongs to one tensor
+  std::sort(all.begin(), all.end(),
+            [](const Entry& a, const Entry& b) { return std::tie(a.begin, a.end, a.name) < std::tie(b.begin, b.end, b.name); });
+  uint64_t at = 0;
+  for (size_t i = 0; i < all.size(); at = all[i++].end) {
+    const std::string here = where + ": " + shown(all[i].name);
+    if (all[i].begin < at) throw Error(here + ": overlaps " + shown(all[i - 1].name));
+    if (all[i].begin > at)
+      throw Error(here + ": starts at " + std::to_string(all[i].begin) + ", the tensors before it end at " + std::to_string(at));
+  }
+  if (at != file.data_.size()) throw Error(where + ": " + std::to_string(file.data_.size() - at) + " bytes after the last tensor");
+  return file;
+}
+
+const SafeTensors::Entry* SafeTensors::find(std::string_view name) const {
+  for (const Entry& e : entries_)
+    if (e.name == name) return &e;
+  return nullptr;
+}
+
+static float from_half(uint16_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7FFFu;
+  if (rest < 0x0400)
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>((float)rest * 0x1p-24f));           // a subnormal there is normal here
+  return std::bit_cast<float>(sign | ((rest << 13) + (rest < 0x7C00 ? 112u << 23 : 224u << 23)));  // exponents of bias 15 to 127; inf, NaN
+}
+
+template <class T>
+static T at(const char* bytes, int64_t i) {  // the file promises no alignment
+  T v;
+  std::memcpy(&v, bytes + (size_t)i * sizeof(T), sizeof v);
+  return v;
+}
+
+static void widen(const std::string& dtype, const char* in, float* out, int64_t begin, int64_t end) {
+  if (dtype == "F16")
+    for (int64_t i = begin; i < end; i++) out[i] = from_half(at<uint16_t>(in, i));
+  else if (dtype == "BF16")
+    for (int64_t i = begin; i < end; i++) out[i] = std::bit_cast<float>((uint32_t)at<uint16_t>(in, i) << 16);
+  else if (dtype == "F64")
+    for (int64_t i = begin; i < end; i++) out[i] = (float)at<double>(in, i);
+  else if (begin < end)
+    std::memcpy(out + begin, in + (size_t)begin * sizeof(float), (size_t)(end - begin) * sizeof(float));
+}
+
+static bool all_finite(const float* x, int64_t n) {
+  bool bad = false;
+  for (int64_t i = 0; i < n; i++) bad |= (std::bit_cast<uint32_t>(x[i]) & 0x7F800000u) == 0x7F800000u;
+  return !bad;
+}
+
+Tensor SafeTensors::load(const Entry& e) const {
+  static constexpr int64_t kPiece = 1 << 16;  // elements of a task
+  const std::string here = where_ + ": " + shown(e.name);
+  if (e.dtype != "F32" && e.dtype != "F16" && e.dtype != "BF16" && e.dtype != "F64")
+    throw Error(here + ": dtype " + e.dtype + " where a float is needed (F32, F16, BF16 or F64)");
+  const std::vector<int64_t>& d = e.shape;
+  if (d.size() > Shape::kMaxRank) throw Error(here + ": shape " + list(d) + " has more than four dimensions");
+  const Shape shape = d.empty()       ? Shape()
+                      : d.size() == 1 ? Shape{d[0]}
+                      : d.size() == 2 ? Shape{d[0], d[1]}
+                      : d.size() == 3 ? Shape{d[0], d[1], d[2]}
+                                      : Shape{d[0], d[1], d[2], d[3]};
+  const char* bytes = data_.data() + e.begin;
+  const bool view = e.dtype == "F32" && reinterpret_cast<uintptr_t>(bytes) % alignof(float) == 0;
+  const Tensor t = view ? Tensor::borrowed(shape, reinterpret_cast<const float*>(bytes), owner_) : Tensor(shape);
+  float* x = t.data();
+  std::atomic<bool> finite = true;
+  parallel_ranges(shape.size(), kPiece, [&](int64_t begin, int64_t end) {
+    if (!view) widen(e.dtype, bytes, x, begin, end);
+    if (!all_finite(x + begin, end - begin)) finite = false;
+  });
+  for (int64_t i = 0; !finite && i < shape.size(); i++)
+    if (!all_finite(x + i, 1))
+      throw Error(here + ": element " + std::to_string(i) + " of " + list(d) + " is " +
+                  format_number(e.dtype == "F64" ? at<double>(bytes, i) : x[i]) +
+                  (e.dtype == "F64" ? " (in f32 " + format_number(x[i]) + ")" : "") +
+                  "; damaged, or saved after a training that diverged?");
+  return t;
+}
+
+void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
+                      const std::vector<std::pair<std::string, std::string>>& metadata) {
+  std::sort(tensors.begin(), tensors.end(), [](const NamedTensor& a, const NamedTensor& b) { return a.name < b.name; });
+  std::string header = "{";
+  for (const auto& [key, text] : metadata)
+    header += (header.size() > 1 ? "," : "\"__metadata__\":{") + json_quote(key) + ":" + json_quote(text);
+  if (!metadata.empty()) header += "}";
+  uint64_t end = 0;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const auto& [name, shape, data] = tensors[i];
+    if (name == "__metadata__" || (i && name == tensors[i - 1].name))
+      throw Error(path + ": " + shown(name) + ": this name can stand only once");
+    const uint64_t begin = end;
+    end += (uint64_t)shape.size() * sizeof(float);
+    header += (header.size() > 1 ? "," : "") + json_quote(name) + ":{\"dtype\":\"F32\",\"shape\":" + to_string(shape) +
+              ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+  }
+  header += "}";
+  header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
+  const uint64_t n = header.size();
+  AtomicFile file(path);
+  file.write({reinterpret_cast<const char*>(&n), sizeof n});
+  file.write(header);
+  for (const NamedTensor& t : tensors)
+    if (t.shape.size()) file.write({reinterpret_cast<const char*>(t.data), (size_t)t.shape.size() * sizeof(float)});
+  file.commit();
 }
 
 }  // namespace bert

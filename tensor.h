@@ -647,8 +647,9 @@ struct Kernels {
 };
 std::vector<const Kernels*> usable_kernels();   // [0] is scalar, the reference; the last is the best this CPU has
 const Kernels& kernels();                       // chosen once: BERT_KERNELS=name, else the best
-// The engine's own functions, in scalar form; every kernel computes exactly these. Largest errors, measured against double over all
-// floats (tests/test_tensor.cpp): exp 1 ulp (0 below -87), ...
+// The engine's own functions, in scalar form; every kernel computes exactly these. Largest errors, measured against double
+// (tests/test_tensor.cpp): exp 0.9 ulp (0 below -87), log 0.8, tanh 1.3; Phi 6e-8, and relative 1e-5 down to x = -8; gelu 2.5 ulp
+// from x = -1 up, 6e-8 below; gelu_tanh 4 ulp and 2e-7; their derivatives 2e-7 and 3e-6.
 float exp_f32(float x);
 float log_f32(float x);                         // x > 0, normal
 float tanh_f32(float x);
@@ -663,7 +664,8 @@ struct Epilogue {
 // c [m,n] = op(a) op(b), or c += where `add`.  op(a) is a [m,k], or with a_transposed the transpose of a [k,m]; op(b) is b [k,n], or
 // with b_transposed the transpose of b [n,k]. lda, ldb, ldc: the distance of two rows as they lie in memory. The single door to the
 // engine's kernels and OpenBLAS. An own product's element is, for each block of 256 k, one fma chain from 0 over ascending k, the
-// blocks' sums added in order.
+// blocks' sums added in order (with `add`: one after the other to what is there). The bytes do not depend on the number of threads,
+// for OpenBLAS neither. a, b and c may not overlap.
 enum class Backend { automatic, own, openblas };
 struct Gemm {
   bool a_transposed = false, b_transposed = false, add = false;
