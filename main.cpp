@@ -6,7 +6,6 @@
 //   Contents:   1 errors and what is said   2 options   3 files into lines, lines into rows   4 results   5 text into ids
 //               6 model folders   7 a training run: folder, log, progress, signals   8 report.html   9 vocab, tokenize   10 pretrain
 //               11 finetune   12 evaluate, predict, fill-mask, embed   13 info   14 bench   15 the table of commands, main
-#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -16,6 +15,8 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
+#include <numeric>
 #include <set>
 
 #include "bert.h"
@@ -28,6 +29,7 @@ using std::to_string;
 using Strings = std::vector<std::string>;
 using Named = std::vector<std::pair<std::string, std::string>>;  // name and value, in order
 using Numbers = std::vector<std::pair<std::string, double>>;
+using About = std::map<std::string, std::string>;  // what a training state holds beside numbers
 
 constexpr const char* kVersion = "0.1";
 
@@ -36,19 +38,30 @@ constexpr const char* kVersion = "0.1";
 struct Usage : Error {
   using Error::Error;
 };
-// Whoever read our results has gone: nothing is left to do, and nothing to complain about.
-struct ClosedPipe {};
+// A line that cannot be used; Rows puts the file and the line in front.
+struct BadLine : Error {
+  using Error::Error;
+};
+struct ClosedPipe {};  // whoever read our results has gone: nothing is left to do, and nothing to complain about
+struct Stopped {       // a signal ended the run, which was saved
+  int signal;
+};
 
+bool quiet = false;          // no progress, no remarks
 bool progress_line = false;  // a progress line stands on the terminal, without an end
 
 void say(const std::string& text) {
   std::fprintf(stderr, "%s%s\n", progress_line ? "\r\033[K" : "", text.c_str());
   progress_line = false;
 }
+void note(const std::string& text) {
+  if (!quiet) say(text);
+}
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-bool among(const std::string& name, const Strings& names) { return std::find(names.begin(), names.end(), name) != names.end(); }
+int index_of(const std::string& name, const Strings& names) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); }
+bool among(const std::string& name, const Strings& names) { return index_of(name, names) < (int)names.size(); }
 
 std::string join(const Strings& parts, const std::string& between) {
   std::string out;
@@ -65,6 +78,11 @@ Strings split(std::string_view text, char at) {
     begin = end + 1;
   }
 }
+Strings split_words(std::string_view text) {
+  Strings words = split(text, ' ');
+  std::erase(words, "");
+  return words;
+}
 
 template <class T>
 std::optional<T> parse_number(std::string_view text) {
@@ -74,11 +92,14 @@ std::optional<T> parse_number(std::string_view text) {
   return value;
 }
 
-// The shortest text that reads back as the same double.
-std::string exact(double v) {
+// The shortest text that reads back as the same number.
+template <class T>
+std::string exact(T v) {
   char text[40];
   return std::string(text, std::to_chars(text, text + sizeof text, v).ptr);
 }
+// A figure of the results: counts whole, anything else so that it reads back as the same float.
+std::string figure(double v) { return v == std::floor(v) && std::fabs(v) < 1e15 ? to_string((int64_t)v) : format_number(v); }
 
 // A number for people: 1,234,567.
 std::string grouped(int64_t n) {
@@ -86,7 +107,10 @@ std::string grouped(int64_t n) {
   for (int64_t i = (int64_t)s.size() - 3; i > (n < 0); i -= 3) s.insert((size_t)i, ",");
   return s;
 }
-
+template <class List>
+std::string size_of(const List& list) {
+  return grouped((int64_t)list.size());
+}
 std::string counted(int64_t n, const std::string& what) { return grouped(n) + " " + what + (n == 1 ? "" : "s"); }
 
 std::string fixed(double v, int digits) {
@@ -102,15 +126,18 @@ std::string duration(double seconds) {
   return to_string(s / 3600) + " h " + to_string(s / 60 % 60) + " min";
 }
 
+double median(std::vector<double> v) {
+  std::nth_element(v.begin(), v.begin() + (int64_t)v.size() / 2, v.end());
+  return v[v.size() / 2];
+}
+
 // Letters to insert, remove, exchange or swap on the way from one word to the other.
 int edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::vector<int>> d(a.size() + 1, std::vector<int>(b.size() + 1));
   for (size_t i = 0; i <= a.size(); i++)
     for (size_t j = 0; j <= b.size(); j++) {
-      if (!i || !j) {
-        d[i][j] = (int)(i + j);
-        continue;
-      }
+      d[i][j] = (int)(i + j);
+      if (!i || !j) continue;
       d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
       if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
     }
@@ -118,11 +145,8 @@ int edit_distance(std::string_view a, std::string_view b) {
 }
 
 std::string nearest(const std::string& word, const Strings& names) {
-  std::string best;
-  int least = 1 << 20;
-  for (const std::string& name : names)
-    if (const int d = edit_distance(word, name); d < least) least = d, best = name;
-  return best;
+  return *std::min_element(names.begin(), names.end(),
+                           [&](const std::string& x, const std::string& y) { return edit_distance(word, x) < edit_distance(word, y); });
 }
 
 // ==== 2 options ===================================================================================================
@@ -132,98 +156,83 @@ class Args {
  public:
   Args(std::string command, Strings words) : command_(std::move(command)), words_(std::move(words)) {}
 
-  std::optional<std::string> take(const std::string& name) {
-    std::optional<std::string> value = find(name);
-    keep(name, value.value_or(""));
-    return value;
-  }
-  std::string take(const std::string& name, const std::string& otherwise) {
-    const std::string value = find(name).value_or(otherwise);
-    keep(name, value);
-    return value;
-  }
+  std::string take(const std::string& name, const std::string& otherwise = "") { return keep(name, find(name).value_or(otherwise)); }
   std::string need(const std::string& name, const std::string& what) {
-    const std::optional<std::string> value = take(name);
+    const std::string value = take(name);
+    if (given(name)) return value;
     for (const std::string& word : words_)  // said here already: the command stops before it sees what is left
-      if (!value && word.starts_with("--") && edit_distance(word.substr(2), name) < 3)
-        fail("no option " + word + "; did you mean --" + name + "?");
-    if (!value) fail("--" + name + " is missing: " + what);
-    return *value;
+      if (word.starts_with("--") && edit_distance(word.substr(2), name) < 3) fail("no option " + word + "; did you mean --" + name + "?");
+    fail("--" + name + " is missing: " + what);
   }
   // Repeatable, and with several values at once: --input a b --input c.
   Strings take_all(const std::string& name) {
     Strings values;
-    asked_.push_back(name);
-    while (std::optional<std::string> value = find_one(name)) {
-      if (!value->empty() || !empty_is_absent) values.push_back(*value);
-      while (at_ < words_.size() && !words_[at_].starts_with("--")) values.push_back(words_[at_]), erase(at_, 1);
+    while (const auto value = find(name)) {
+      values.push_back(*value);
+      for (; at_ < words_.size() && !words_[at_].starts_with("--"); erase(at_, 1)) values.push_back(words_[at_]);
     }
     keep(name, join(values, " "));
     return values;
   }
   bool take_switch(const std::string& name) {
     asked_.push_back(name);
-    const auto i = std::find(words_.begin(), words_.end(), "--" + name);
-    const bool given = i != words_.end();
-    if (given) words_.erase(i);
-    keep(name, given ? "yes" : "");
-    return given;
+    if (const int i = index_of("--" + name, words_); i < (int)words_.size()) erase((size_t)i, 1), given_.insert(name);
+    keep(name, given(name) ? "yes" : "");
+    return given(name);
   }
-  int64_t take_int(const std::string& name, int64_t otherwise, int64_t low, int64_t high) {
+  // A default of 0 means: not given.
+  template <class T>
+  T take_number(const std::string& name, T otherwise, T low, T high) {
     const std::optional<std::string> text = find(name);
-    const std::optional<int64_t> value = text ? parse_number<int64_t>(*text) : otherwise;
-    if (!value || (text && (*value < low || *value > high)))
-      fail("--" + name + " " + *text + ": a whole number from " + to_string(low) + " to " + to_string(high) + " is wanted");
-    keep(name, *value || text ? to_string(*value) : "");  // a default of 0 means: not given
-    return *value;
-  }
-  double take_number(const std::string& name, double otherwise, double low, double high) {
-    const std::optional<std::string> text = find(name);
-    const std::optional<double> value = text ? parse_number<double>(*text) : otherwise;
+    const std::optional<T> value = text ? parse_number<T>(*text) : otherwise;
     if (!value || (text && !(*value >= low && *value <= high)))
-      fail("--" + name + " " + *text + ": a number from " + format_number(low) + " to " + format_number(high) + " is wanted");
+      fail("--" + name + " " + *text + ": a " + (std::is_integral_v<T> ? "whole " : "") + "number from " + figure((double)low) + " to " +
+           figure((double)high) + " is wanted");
     keep(name, *value != 0 || text ? exact(*value) : "");
     return *value;
   }
+  int64_t take_int(const std::string& name, int64_t otherwise, int64_t low, int64_t high) {
+    return take_number<int64_t>(name, otherwise, low, high);
+  }
   // 500M, 2G, or a plain number of bytes.
-  int64_t take_size(const std::string& name, int64_t otherwise) {
-    const std::optional<std::string> text = find(name);
-    if (!text) return keep(name, to_string(otherwise)), otherwise;
-    const size_t unit = std::string_view("KMG").find(text->empty() ? ' ' : text->back());
-    const std::optional<double> value = parse_number<double>(unit < 3 ? std::string_view(*text).substr(0, text->size() - 1) : *text);
-    const double bytes = value.value_or(0) * std::pow(1024.0, unit < 3 ? (double)unit + 1 : 0);
-    if (!(bytes >= 1) || bytes > 1e18) fail("--" + name + " " + *text + ": a size such as 500M or 2G is wanted");
-    keep(name, to_string((int64_t)bytes));
+  int64_t take_size(const std::string& name, const std::string& otherwise) {
+    const std::string text = take(name, otherwise);
+    const size_t unit = std::string_view("KMG").find(text.empty() ? ' ' : text.back()) + 1;
+    const double bytes =
+        parse_number<double>(std::string_view(text).substr(0, text.size() - (unit > 0))).value_or(0) * std::pow(1024.0, (double)unit);
+    if (!(bytes >= 1) || bytes > 1e18) fail("--" + name + " " + text + ": a size such as 500M or 2G is wanted");
     return (int64_t)bytes;
   }
-  // The number of the choice; the first is the default.
-  int take_choice(const std::string& name, const Strings& choices) {
-    const std::string value = take(name, choices[0]);
-    const auto at = std::find(choices.begin(), choices.end(), value);
-    if (at == choices.end())
-      fail("--" + name + " " + value + ": one of " + join(choices, ", ") + " is wanted; did you mean " + nearest(value, choices) + "?");
-    return (int)(at - choices.begin());
+  // The number of the choice.
+  int choice(const std::string& name, const std::string& value, const Strings& choices) const {
+    const int at = index_of(value, choices);
+    if (at == (int)choices.size())
+      fail("--" + name + " " + value + ": " + join(Strings(choices.begin(), choices.end() - 1), ", ") + " or " + choices.back() +
+           " is wanted; did you mean " + nearest(value, choices) + "?");
+    return at;
   }
+  int take_choice(const std::string& name, const Strings& choices) { return choice(name, take(name, choices[0]), choices); }
+  // Unset: as the model's folder has it.
   std::optional<bool> take_yes_no(const std::string& name) {
-    const std::optional<std::string> value = take(name);
-    if (value && *value != "yes" && *value != "no") fail("--" + name + " " + *value + ": yes or no is wanted");
-    return value ? std::optional<bool>(*value == "yes") : std::nullopt;
+    const int value = take_choice(name, {"the folder's", "yes", "no"});
+    return value ? std::optional<bool>(value == 1) : std::nullopt;
   }
   // The next word in front of the options.
-  std::optional<std::string> take_word() {
-    if (words_.empty() || words_[0].starts_with("-")) return {};
-    const std::string word = words_[0];
-    erase(0, 1);
+  std::string take_word() {
+    const std::string word = words_.empty() || words_[0].starts_with("-") ? "" : words_[0];
+    if (!word.empty()) erase(0, 1);
     return word;
+  }
+  void exclude(const std::string& one, const std::string& other) const {
+    if (given(one) && given(other)) fail("--" + one + " and --" + other + " exclude each other");
   }
 
   void done() const {
     if (words_.empty()) return;
     const std::string word = words_[0].substr(0, words_[0].find('='));
     if (!word.starts_with("-")) fail("'" + words_[0] + "' belongs to no option");
-    const std::string name = word.substr(word.find_first_not_of('-') == word.npos ? word.size() : word.find_first_not_of('-'));
-    if (std::find(asked_.begin(), asked_.end(), name) != asked_.end() && word == "--" + name)
-      fail(word != words_[0] ? word + " takes no value" : word + " is given twice");
+    const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size()));
+    if (among(name, asked_) && word == "--" + name) fail(word + (word != words_[0] ? " takes no value" : " is given twice"));
     fail("no option " + word + "; did you mean --" + nearest(name, asked_) + "?");
   }
   [[noreturn]] void fail(const std::string& what) const { throw Usage(command_ + ": " + what + "; see bert help " + command_); }
@@ -240,28 +249,20 @@ class Args {
   size_t at_ = 0;  // where the last option taken stood
 
   void erase(size_t i, size_t n) { words_.erase(words_.begin() + (int64_t)i, words_.begin() + (int64_t)(i + n)); }
-  void keep(const std::string& name, const std::string& value) { taken_.emplace_back(name, value); }
+  std::string keep(const std::string& name, const std::string& value) { return taken_.emplace_back(name, value).second; }
 
   std::optional<std::string> find(const std::string& name) {
+    const std::string plain = "--" + name;
     asked_.push_back(name);
-    std::optional<std::string> value = find_one(name);
-    if (value && value->empty() && empty_is_absent) return {};
-    if (value) given_.insert(name);
-    return value;
-  }
-  std::optional<std::string> find_one(const std::string& name) {
-    const std::string plain = "--" + name, with_value = plain + "=";
     for (at_ = 0; at_ < words_.size(); at_++) {
-      if (words_[at_].starts_with(with_value)) {
-        const std::string value = words_[at_].substr(with_value.size());
-        erase(at_, 1);
-        return value;
-      }
-      if (words_[at_] != plain) continue;
-      const bool bare = at_ + 1 >= words_.size() || words_[at_ + 1].starts_with("--");
+      const bool with_value = words_[at_].starts_with(plain + "=");
+      if (!with_value && words_[at_] != plain) continue;
+      const bool bare = !with_value && (at_ + 1 >= words_.size() || words_[at_ + 1].starts_with("--"));
       if (bare && !empty_is_absent) fail(plain + " needs a value (one that begins with -- is written " + plain + "=VALUE)");
-      const std::string value = bare ? "" : words_[at_ + 1];
-      erase(at_, bare ? 1 : 2);
+      const std::string value = with_value ? words_[at_].substr(plain.size() + 1) : bare ? "" : words_[at_ + 1];
+      erase(at_, with_value || bare ? 1 : 2);
+      if (value.empty() && empty_is_absent) return {};
+      given_.insert(name);
       return value;
     }
     return {};
@@ -270,60 +271,35 @@ class Args {
 
 // What every command takes.
 struct Common {
-  int threads;
-  uint64_t seed;
-  bool quiet;
   UseThreads use;
+  uint64_t seed;
 
-  explicit Common(Args& a)
-      : threads((int)a.take_int("threads", 0, 0, 4096)),
-        seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)),
-        quiet(a.take_switch("quiet")),
-        use(threads) {
-    const std::string device = a.take("device", "cpu"), dtype = a.take("dtype", "f32");
+  explicit Common(Args& a) : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
+    quiet = a.take_switch("quiet");
+    const std::string device = a.take("device", "cpu");
     if (device.starts_with("opencl")) throw Error("--device " + device + ": not built yet; this version computes on the cpu");
-    if (device != "cpu") a.fail("--device " + device + ": cpu or opencl is wanted");
-    if (dtype == "bf16" || dtype == "int8" || dtype == "f16")
-      throw Error("--dtype " + dtype + ": not built yet; this version computes in f32");
-    if (dtype != "f32") a.fail("--dtype " + dtype + ": f32, bf16 or int8 is wanted");
-  }
-  void note(const std::string& text) const {
-    if (!quiet) say(text);
+    a.choice("device", device, {"cpu", "opencl"});
+    if (a.take_choice("dtype", {"f32", "bf16", "int8", "f16"})) throw Error("--dtype: not built yet; this version computes in f32");
   }
 };
 
 // ==== 3 files into lines, lines into rows =========================================================================
-// A line that cannot be used; Rows puts the file and the line in front.
-struct BadLine : Error {
-  using Error::Error;
-};
-
 // The lines of a file or of standard input. A byte-order mark at the start and a carriage return at the end of a line go away.
 class Lines {
  public:
-  explicit Lines(const std::string& path)
-      : name_(path == "-" ? "standard input" : path), file_(path == "-" ? stdin : std::fopen(path.c_str(), "rb")) {
-    if (!file_) throw Error(path + ": cannot open: " + std::strerror(errno) + "; give a file that exists and may be read");
+  explicit Lines(const std::string& path) : name_(path == "-" ? "standard input" : path), in_(path == "-" ? std::cin : file_) {
+    errno = 0;
+    if (path != "-") file_.open(path, std::ios::binary);
+    if (path != "-" && !file_) throw Error(path + ": cannot open: " + std::strerror(errno) + "; give a file that exists and may be read");
   }
-  ~Lines() {
-    if (file_ != stdin) std::fclose(file_);
-    std::free(buffer_);
-  }
-  Lines(const Lines&) = delete;
-  Lines& operator=(const Lines&) = delete;
-
   bool next(std::string& line) {
     errno = 0;
-    ssize_t n = getline(&buffer_, &room_, file_);
-    if (n < 0) {
-      if (std::ferror(file_)) throw Error(name_ + ": cannot read: " + std::strerror(errno ? errno : EIO));
+    if (!std::getline(in_, line)) {
+      if (in_.bad()) throw Error(name_ + ": cannot read: " + std::strerror(errno ? errno : EIO));
       return false;
     }
-    const char* begin = buffer_;
-    if (!number_++ && n >= 3 && !std::memcmp(begin, "\xEF\xBB\xBF", 3)) begin += 3, n -= 3;
-    if (n && begin[n - 1] == '\n') n--;
-    if (n && begin[n - 1] == '\r') n--;
-    line.assign(begin, (size_t)n);
+    if (!number_++ && line.starts_with("\xEF\xBB\xBF")) line.erase(0, 3);
+    if (line.ends_with('\r')) line.pop_back();
     return true;
   }
   const std::string& name() const { return name_; }
@@ -332,14 +308,13 @@ class Lines {
 
  private:
   std::string name_;
-  std::FILE* file_;
-  char* buffer_ = nullptr;
-  size_t room_ = 0;
+  std::ifstream file_;
+  std::istream& in_;
   int64_t number_ = 0;
 };
 
-const Strings kFormats = {"lines", "tsv", "csv", "jsonl", "fasttext", "ids", "conll", "squad"};
-enum Format { kLines, kTsv, kCsv, kJsonl, kFasttext, kIds, kConll, kSquad };
+enum Format { kByEnding, kLines, kTsv, kCsv, kJsonl, kFasttext, kIds, kConll, kSquad };
+const Strings kFormats = {"by ending", "lines", "tsv", "csv", "jsonl", "fasttext", "ids", "conll", "squad"};
 // The well-known names of texts and pairs, and of answers.
 const Strings kTextNames = {"text",      "sentence", "sentence1", "premise",    "question", "question1", "text_a", "#1 String",
                             "text_pair", "pair",     "sentence2", "hypothesis", "context",  "question2", "text_b", "#2 String"};
@@ -348,27 +323,30 @@ const Strings kLabelNames = {"label", "labels", "score", "gold_label", "class", 
 // What a reader was told.
 struct Source {
   Strings files;
-  std::optional<Format> format;  // unset: by the file's ending
-  std::string columns;           // empty: by name
-  bool header = true, skip_bad = false, quiet = false;
+  Format format = kByEnding;
+  std::string columns;  // empty: by name
+  bool header = true, skip_bad = false;
   bool labels = false;      // every row must have one
   bool word_lists = false;  // tokenize --split-words
   bool keep_bytes = false;  // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
   bool raw = false;         // running text: a TAB is white space, an empty line the end of a document
 };
 
-Source take_source(Args& a, const Common& common, const std::string& name) {
+Source take_source(Args& a, const std::string& name = "input") {
   Source s;
   s.files = a.take_all(name);
   if (s.files.empty() && name == "input") s.files = {"-"};
-  if (const int format = a.take_choice("format", {"by ending", "lines", "tsv", "csv", "jsonl", "fasttext", "ids", "conll", "squad"}))
-    s.format = Format(format - 1);
-  s.columns = a.take("columns", "");
+  s.format = (Format)a.take_choice("format", kFormats);
+  s.columns = a.take("columns");
   s.header = !a.take_switch("no-header");
   s.skip_bad = a.take_switch("skip-bad");
   if (!s.header && s.columns.empty()) a.fail("--no-header needs --columns text=0 or the like");
-  s.quiet = common.quiet;
   return s;
+}
+// A file that is read as `source` is: --dev, --test.
+std::optional<Source> take_like(Args& a, const std::string& name, Source source) {
+  source.files = {a.take(name)};
+  return a.given(name) ? std::optional<Source>(source) : std::nullopt;
 }
 
 Format format_of(const std::string& path) {
@@ -381,9 +359,9 @@ Format format_of(const std::string& path) {
 struct Row {
   std::string text;
   std::optional<std::string> pair;
-  Strings words, pair_words;              // word lists, where these were asked for
-  bool labelled = false, listed = false;  // listed: the answer was a list, else it is one text in answers[0]
-  Strings answers;
+  Strings words, pair_words;           // word lists, where these were asked for
+  bool listed = false;                 // the answer was a list, else it is one text in answers[0]
+  Strings answers;                     // none: no label
   std::vector<int32_t> ids, segments;  // format ids
   bool document = false;               // a document of its own (tsv, csv, jsonl)
   int64_t number = 0;                  // of the text, from 1 over all files
@@ -393,6 +371,7 @@ struct Row {
 // All rows of all files, in order, one at a time.
 class Rows {
  public:
+  std::string prompt;  // goes in front of every text
   explicit Rows(Source source) : s_(std::move(source)) {}
 
   bool next(Row& row) {
@@ -401,9 +380,9 @@ class Rows {
         row.number = number_ + 1;
         if (read(row)) {
           count_++, number_++;
-          row.document = format_ == kTsv || format_ == kCsv || format_ == kJsonl;
-          if (s_.word_lists && row.words.empty()) row.words = whole_words(row.text), row.pair_words = whole_words(row.pair.value_or(""));
-          if (row.ids.empty()) row.text.insert(0, prompt_);
+          row.document = named();
+          if (s_.word_lists && row.words.empty()) row.words = split_words(row.text), row.pair_words = split_words(row.pair.value_or(""));
+          row.text.insert(0, prompt);
           return true;
         }
         if (lines_->name() != "standard input" && !lines_->number()) throw Error(lines_->name() + ": empty; there is nothing to read");
@@ -417,7 +396,7 @@ class Rows {
   // A row turned out to be of no use: an Error, or with --skip-bad counted.
   void bad(const std::string& where, const std::string& what) {
     if (!s_.skip_bad) throw Error(where + ": " + what + "; or pass over such lines with --skip-bad");
-    if (skipped_++ < 5) say("bert: " + where + ": " + what + "; skipped");
+    if (skipped_++ < 5) note("bert: " + where + ": " + what + "; skipped");
   }
   // What was repaired or skipped, said once at the end.
   void report() const {
@@ -427,7 +406,6 @@ class Rows {
           "; each invalid part became U+FFFD");
   }
   int64_t count() const { return count_; }
-  void set_prompt(const std::string& text) { prompt_ = text; }  // goes in front of every text
   bool from_terminal() const { return lines_ && lines_->name() == "standard input" && isatty(0); }
 
  private:
@@ -439,16 +417,17 @@ class Rows {
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   bool said_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
-  std::string first_repaired_, prompt_;
+  std::string first_repaired_;
+
+  bool named() const { return format_ == kTsv || format_ == kCsv || format_ == kJsonl; }
 
   bool open() {
     if (file_ >= s_.files.size()) return false;
     const std::string path = s_.files[file_++];
-    format_ = s_.format.value_or(format_of(path));
+    format_ = s_.format ? s_.format : format_of(path);
     if (format_ == kConll || format_ == kSquad)
       throw Error(path + ": format " + kFormats[format_] + " is not built yet; say --format if it is another");
-    const bool named = format_ == kTsv || format_ == kCsv || format_ == kJsonl;
-    if (!named && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
+    if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext");
     lines_.emplace(path);
@@ -475,38 +454,39 @@ class Rows {
     return true;
   }
   bool read(Row& row) {
-    if (format_ == kTsv || format_ == kCsv) {
-      Strings parts;
-      if (!cells(parts, row)) return false;
-      const int last = std::max({text_, pair_, label_});
-      if ((int)parts.size() <= last)
-        throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
-                      " (from 0) is wanted; is a separator missing?");
-      row.text = parts[text_];
-      if (pair_ >= 0) row.pair = parts[pair_];
-      if (label_ >= 0) row.labelled = true, row.answers = {parts[label_]};
-      return true;
-    }
+    Strings parts;
     std::string text;
-    if (!line(text, row)) return false;
-    if (format_ == kJsonl)
+    const bool table = format_ == kTsv || format_ == kCsv;
+    if (table ? !cells(parts, row) : !line(text, row)) return false;
+    if (table)
+      columns(parts, row);
+    else if (format_ == kJsonl)
       json(text, row);
     else if (format_ == kFasttext)
       fasttext(text, row);
     else if (format_ == kIds)
-      ids(text, row);
+      ids(split(text, '\t'), row);
     else
       plain(std::move(text), row);
     return true;
   }
 
   void plain(std::string text, Row& row) const {
-    const size_t tab = text.find('\t');
-    if (tab != text.npos && !s_.raw) {
+    const size_t tab = s_.raw ? text.npos : text.find('\t');
+    if (tab != text.npos) {
       if (text.find('\t', tab + 1) != text.npos) throw BadLine("more than two texts; a line is a text, or text TAB text");
       row.pair = text.substr(tab + 1), text.resize(tab);
     }
     row.text = std::move(text);
+  }
+  void columns(const Strings& parts, Row& row) const {
+    const int last = std::max({text_, pair_, label_});
+    if ((int)parts.size() <= last)
+      throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
+                    " (from 0) is wanted; is a separator missing?");
+    row.text = parts[text_];
+    if (pair_ >= 0) row.pair = parts[pair_];
+    if (label_ >= 0) row.answers = {parts[label_]};
   }
   static void fasttext(const std::string& text, Row& row) {
     static const std::string mark = "__label__";
@@ -518,26 +498,19 @@ class Rows {
       at = std::min(end + 1, text.size());
     } while (text.compare(at, mark.size(), mark) == 0);
     if (row.answers[0].empty()) throw BadLine("no label; a line is a label, a space, the text");
-    row.labelled = true, row.listed = row.answers.size() > 1;
+    row.listed = row.answers.size() > 1;
     row.text = text.substr(at);
-  }
-  static Strings whole_words(const std::string& text) {
-    Strings words;
-    for (std::string& w : split(text, ' '))
-      if (!w.empty()) words.push_back(std::move(w));
-    return words;
   }
   static std::vector<int32_t> numbers(const std::string& list) {
     std::vector<int32_t> out;
-    for (const std::string& word : whole_words(list)) {
+    for (const std::string& word : split_words(list)) {
       const auto v = parse_number<int32_t>(word);
       if (!v || *v < 0) throw BadLine("'" + word + "' is no token id; a line is numbers joined by spaces");
       out.push_back(*v);
     }
     return out;
   }
-  static void ids(const std::string& text, Row& row) {
-    const Strings parts = split(text, '\t');
+  static void ids(const Strings& parts, Row& row) {
     row.ids = numbers(parts[0]);
     row.segments = parts.size() > 1 ? numbers(parts[1]) : std::vector<int32_t>(row.ids.size(), 0);
     if (row.ids.empty()) throw BadLine("no token ids");
@@ -577,18 +550,7 @@ class Rows {
   void pick(const Strings& names) {
     if (said_ && names == names_) return;
     names_ = names, text_ = pair_ = label_ = -1;
-    auto index = [&](const std::string& name) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); };
-    for (const std::string& wish : s_.columns.empty() ? Strings{} : split(s_.columns, ',')) {
-      const size_t equal = std::min(wish.find('='), wish.size());
-      const std::string key = wish.substr(0, equal), value = wish.substr(std::min(equal + 1, wish.size()));
-      int* to = key == "text" ? &text_ : key == "pair" ? &pair_ : key == "label" || key == "labels" ? &label_ : nullptr;
-      if (!to || value.empty())
-        throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
-      const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
-      *to = number ? *number : index(value);
-      if (*to < 0 || (!number && *to == (int)names.size()))
-        throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
-    }
+    if (!s_.columns.empty()) pick_by_option(names);
     const bool by_name = text_ < 0;
     for (int i = 0; i < (int)names.size() && by_name; i++) {
       const bool context = format_ == kJsonl && names[i] == "context";
@@ -600,18 +562,31 @@ class Rows {
     }
     if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
     for (const std::string& name : kLabelNames)
-      if (label_ < 0 && among(name, names)) label_ = index(name);
+      if (label_ < 0 && among(name, names)) label_ = index_of(name, names);
     if (!s_.labels) label_ = -1;
     auto missing = [&](const std::string& what, const Strings& known) {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
     };
     if (text_ < 0) missing("text", kTextNames);
     if (label_ < 0 && s_.labels) missing("label", kLabelNames);
-    auto name = [&](int i) { return "'" + (i < (int)names.size() ? names[i] : "column " + to_string(i)) + "'"; };
-    if (!s_.quiet && !said_)
-      say(lines_->name() + ": text is " + name(text_) + (pair_ < 0 ? "" : ", pair is " + name(pair_)) +
-          (label_ < 0 ? "" : ", label is " + name(label_)));
+    std::string found;
+    for (const auto& [number, what] : {std::pair(text_, "text is "), {pair_, ", pair is "}, {label_, ", label is "}})
+      if (number >= 0) found += what + ("'" + (number < (int)names.size() ? names[number] : "column " + to_string(number))) + "'";
+    if (!said_) note(lines_->name() + ": " + found);
     said_ = true;
+  }
+  void pick_by_option(const Strings& names) {
+    for (const std::string& wish : split(s_.columns, ',')) {
+      const size_t equal = std::min(wish.find('='), wish.size());
+      const std::string key = wish.substr(0, equal), value = wish.substr(std::min(equal + 1, wish.size()));
+      int* to = key == "text" ? &text_ : key == "pair" ? &pair_ : key == "label" || key == "labels" ? &label_ : nullptr;
+      if (!to || value.empty())
+        throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
+      const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
+      *to = number ? *number : index_of(value, names);
+      if (*to < 0 || (!number && *to == (int)names.size()))
+        throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
+    }
   }
 
   void json(const std::string& text, Row& row) {
@@ -631,11 +606,9 @@ class Rows {
     if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
     if (label_ < 0) return;
     const Json& label = values[label_].second;
-    row.labelled = true, row.listed = label.is(Json::array);
-    if (!row.listed)
-      row.answers = {answer(label)};
-    else
-      for (const Json& item : label.items("label")) row.answers.push_back(answer(item));
+    row.listed = label.is(Json::array);
+    if (!row.listed) row.answers = {answer(label)};
+    for (size_t i = 0; row.listed && i < label.items("label").size(); i++) row.answers.push_back(answer(label.items("label")[i]));
   }
   std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
     if (v.is(Json::string)) return v.as_string(key);
@@ -668,72 +641,85 @@ bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
 class Results {
  public:
   explicit Results(Args& a) {
-    if (const auto path = a.take("output")) path_ = *path;
+    const std::string path = a.take("output");
     struct stat there;
-    const bool device =
-        path_.starts_with("/dev/") || (!::stat(path_.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
-    if (path_.empty() || !device) return;
-    name_ = path_;  // a device or a pipe: nothing to put in place of
-    file_out_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
-    if (file_out_ < 0) throw Error(path_ + ": cannot write: " + std::strerror(errno));
-    path_.clear();
+    const bool device = path.starts_with("/dev/") || (!::stat(path.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
+    if (device) {  // or a pipe: nothing to put in place of
+      to_ = std::fopen(path.c_str(), "wb");
+      if (!to_) throw Error(path + ": cannot write: " + std::strerror(errno));
+      name_ = path;
+    } else if (!path.empty()) {
+      path_ = path;
+    }
   }
-  void line(std::string_view text) { write(text), write("\n"); }
+  void line(const std::string& text) { write(text + "\n"); }
   void write(std::string_view text) {
-    buffer_ += text;
-    if (buffer_.size() > (1u << 16)) flush();
+    if (!path_.empty() && !file_) file_.emplace(path_);
+    if (file_) return file_->write(text);
+    if (std::fwrite(text.data(), 1, text.size(), to_) < text.size()) fail();
   }
   void flush() {
-    if (!path_.empty()) {
-      if (!file_) file_.emplace(path_);
-      file_->write(buffer_);
-      return buffer_.clear();
-    }
-    for (size_t at = 0; at < buffer_.size();) {
-      const ssize_t n = ::write(file_out_, buffer_.data() + at, buffer_.size() - at);
-      if (n < 0 && errno == EPIPE) throw ClosedPipe();
-      if (n < 0 && errno != EINTR) throw Error(name_ + ": cannot write: " + std::strerror(errno));
-      if (n > 0) at += (size_t)n;
-    }
-    buffer_.clear();
+    if (!file_ && std::fflush(to_)) fail();
   }
   void finish() {
+    write("");
     flush();
     if (file_) file_->commit();
   }
 
  private:
-  std::string path_, buffer_, name_ = "standard output";
-  int file_out_ = 1;
+  std::string path_, name_ = "standard output";
+  std::FILE* to_ = stdout;
   std::optional<AtomicFile> file_;
+
+  [[noreturn]] void fail() const {
+    if (errno == EPIPE) throw ClosedPipe();
+    throw Error(name_ + ": cannot write: " + std::strerror(errno));
+  }
 };
 
-// Single figures, as `name TAB value`.
-void print_numbers(const Numbers& list) {
-  for (const auto& [name, value] : list) std::printf("%s\t%s\n", name.c_str(), format_number(value).c_str());
+// Single figures, as lines of `name TAB value`.
+std::string figures(const Numbers& list) {
+  std::string out;
+  for (const auto& [name, value] : list) out += name + "\t" + figure(value) + "\n";
+  return out;
 }
 
-template <class T, class F>
-std::string json_list(const std::vector<T>& list, F&& element) {
+void print(const Numbers& list) { std::fputs(figures(list).c_str(), stdout); }
+
+template <class T>
+std::string json_list(const std::vector<T>& list) {
   std::string out = "[";
-  for (size_t i = 0; i < list.size(); i++) out += (i ? "," : "") + element(i);
+  for (const T& v : list) {
+    if (out.size() > 1) out += ',';
+    if constexpr (std::is_same_v<T, std::string>)
+      out += v;
+    else
+      out += to_string(v);
+  }
   return out + "]";
 }
-
-// JSON numbers cannot be nan or inf.
-std::string json_object(const Numbers& numbers) {
+// The values are JSON already.
+std::string json_object(const Named& members) {
   std::string out;
-  for (const auto& [name, value] : numbers)
-    out += (out.empty() ? "{" : ",") + json_quote(name) + ":" + (std::isfinite(value) ? format_number(value) : "null");
-  return out.empty() ? "{}" : out + "}";
+  for (const auto& [name, value] : members) out += (out.empty() ? "" : ",") + json_quote(name) + ":" + value;
+  return "{" + out + "}";
 }
-
-double median(std::vector<double> v) {
-  std::nth_element(v.begin(), v.begin() + (int64_t)v.size() / 2, v.end());
-  return v[v.size() / 2];
+std::string json_object(const Numbers& numbers) {
+  Named members;
+  for (const auto& [name, v] : numbers) members.emplace_back(name, std::isfinite(v) ? figure(v) : "null");  // JSON has no nan, no inf
+  return json_object(members);
 }
 
 // ==== 5 text into ids =============================================================================================
+// Whether a full stop at line[at] only shortens the word before it: Mr. Mrs. Ms. Dr. St., and initials.
+bool abbreviates(std::string_view line, size_t at) {
+  size_t begin = at;
+  while (begin && (std::isalpha((unsigned char)line[begin - 1]) || (line[begin - 1] & 0x80))) begin--;
+  const std::string word(line.substr(begin, at - begin));
+  return line[at] == '.' && ((word.size() == 1 && word[0] <= 'Z') || among(word, {"Mr", "Mrs", "Ms", "Dr", "St"}));
+}
+
 // Calls each(sentence) for the sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and
 // after their full-width forms. Nothing is lost: the rest of the line is a sentence too.
 template <class F>
@@ -748,6 +734,7 @@ void each_sentence(std::string_view line, F&& each) {
   auto closer = [&](size_t i) { return one_of(i, {"\"", "'", ")", "]", "}", "”", "’", "»", "」", "』", "）"}); };
   size_t begin = 0;
   for (size_t i = 0; i < line.size();) {
+    const size_t first = i;
     const bool wide = wide_stop(i) > 0;
     if (!wide && !stop(i)) {
       i++;
@@ -755,6 +742,7 @@ void each_sentence(std::string_view line, F&& each) {
     }
     for (size_t n; i < line.size() && ((n = stop(i)) || (n = wide_stop(i)) || (n = closer(i)));) i += n;
     if (!wide && i < line.size() && line[i] != ' ' && line[i] != '\t') continue;  // 3.14, example.org
+    if (i == first + 1 && abbreviates(line, first)) continue;
     each(line.substr(begin, i - begin));
     begin = i;
   }
@@ -764,36 +752,22 @@ void each_sentence(std::string_view line, F&& each) {
 // Raw text as ids: a line is a paragraph, a blank line ends a document; in the other formats a row is a document.
 Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   source.raw = true;
-  struct Piece {
-    std::vector<int32_t> ids;
-    std::vector<size_t> ends;  // of its sentences
-    bool document = false;     // a document ends here
-  };
   Corpus corpus;
   Rows rows(source);
   std::vector<Row> chunk;
   while (read_chunk(rows, chunk, 1 << 16)) {
-    std::vector<Piece> pieces(chunk.size());
+    std::vector<std::vector<std::vector<int32_t>>> sentences(chunk.size());  // of each row
     parallel_ranges((int64_t)chunk.size(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        Piece& piece = pieces[i];
-        const Row& row = chunk[i];
-        for (const std::string& line : split(row.text, '\n'))
-          each_sentence(line, [&](std::string_view sentence) {
-            tokenizer.append_ids(sentence, piece.ids);
-            piece.ends.push_back(piece.ids.size());
-          });
-        piece.document = row.document || row.text.find_first_not_of(" \t") == row.text.npos;
-      }
+      for (int64_t i = begin; i < end; i++)
+        for (const std::string& line : split(chunk[i].text, '\n'))
+          each_sentence(line, [&](std::string_view sentence) { tokenizer.append_ids(sentence, sentences[i].emplace_back()); });
     });
-    for (const Piece& piece : pieces) {
-      size_t at = 0;
-      for (const size_t end : piece.ends) {
-        corpus.ids.insert(corpus.ids.end(), piece.ids.begin() + (int64_t)at, piece.ids.begin() + (int64_t)end);
+    for (size_t i = 0; i < chunk.size(); i++) {
+      for (const std::vector<int32_t>& ids : sentences[i]) {
+        corpus.ids.insert(corpus.ids.end(), ids.begin(), ids.end());
         corpus.end_sentence();
-        at = end;
       }
-      if (piece.document) corpus.end_document();
+      if (chunk[i].document || chunk[i].text.find_first_not_of(" \t") == std::string::npos) corpus.end_document();
     }
   }
   corpus.end_document();
@@ -811,21 +785,17 @@ std::vector<Example> encode_rows(const WordPiece& tokenizer, const std::vector<R
     for (int64_t i = begin; i < end; i++) {
       const Row& row = rows[i];
       Example& example = examples[i];
-      if (!row.ids.empty()) {
-        example.ids = row.ids, example.segments = row.segments;
-        cut[i] = (int64_t)row.ids.size() > limit;
-        continue;
-      }
       EncodeOptions options;
       options.parse_special = parse_special;
-      auto encode = [&] { return row.pair ? tokenizer.encode(row.text, *row.pair, options) : tokenizer.encode(row.text, options); };
-      Encoding e = encode();
-      if ((int64_t)e.ids.size() > limit) {
-        cut[i] = 1;
-        options.max_length = limit;
-        e = encode();
-      }
-      example.ids = std::move(e.ids), example.segments = std::move(e.type_ids);
+      auto encode = [&] {
+        Encoding e = row.pair ? tokenizer.encode(row.text, *row.pair, options) : tokenizer.encode(row.text, options);
+        example.ids = std::move(e.ids), example.segments = std::move(e.type_ids);
+      };
+      example.ids = row.ids, example.segments = row.segments;
+      if (row.ids.empty()) encode();
+      cut[i] = (int64_t)example.ids.size() > limit;
+      options.max_length = limit;
+      if (cut[i] && row.ids.empty()) encode();
     }
   });
   return examples;
@@ -833,38 +803,30 @@ std::vector<Example> encode_rows(const WordPiece& tokenizer, const std::vector<R
 
 // Token and segment ids of format ids must be ones that the model has, and fit its positions.
 void check_ids(const Row& row, const Config& config) {
-  for (const int32_t id : row.ids)
-    if (id >= config.vocab_size)
-      throw Error(row.where + ": token id " + to_string(id) + ", but the model has ids 0 to " + to_string(config.vocab_size - 1));
-  for (const int32_t s : row.segments)
-    if (s >= config.type_vocab_size)
-      throw Error(row.where + ": segment id " + to_string(s) + ", but the model has 0 to " + to_string(config.type_vocab_size - 1));
+  auto check = [&](const char* what, const std::vector<int32_t>& list, int64_t size) {
+    for (const int32_t id : list)
+      if (id >= size) throw Error(row.where + ": " + what + " id " + to_string(id) + ", but the model has 0 to " + to_string(size - 1));
+  };
+  check("token", row.ids, config.vocab_size);
+  check("segment", row.segments, config.type_vocab_size);
   if ((int64_t)row.ids.size() > config.max_position_embeddings)
     throw Error(row.where + ": " + to_string(row.ids.size()) + " ids, but the model has " + to_string(config.max_position_embeddings) +
                 " positions");
 }
 
-// FNV-1a over 32-bit words: tells whether data is what it was.
-class Fingerprint {
- public:
-  template <class T>
-  void add(const std::vector<T>& list) {
-    for (const T& v : list) word((uint64_t)v);
-    word(list.size());
+// FNV-1a over numbers: tells whether data is what it was.
+struct Fingerprint {
+  uint64_t state = 14695981039346656037ull;
+  void number(uint64_t v) { state = (state ^ v) * 1099511628211ull; }
+  template <class List>
+  void add(const List& list) {
+    for (const auto v : list)
+      if constexpr (std::is_same_v<decltype(v), const float>)
+        number(std::bit_cast<uint32_t>(v));
+      else
+        number((uint64_t)v);
+    number(list.size());
   }
-  void add(std::string_view text) {
-    for (const char c : text) word((unsigned char)c);
-    word(text.size());
-  }
-  std::string text() const {
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", (unsigned long long)state_);
-    return hex;
-  }
-
- private:
-  uint64_t state_ = 14695981039346656037ull;
-  void word(uint64_t v) { state_ = (state_ ^ v) * 1099511628211ull; }
 };
 
 // ==== 6 model folders =============================================================================================
@@ -872,14 +834,14 @@ class Fingerprint {
 void check_model_folder(const std::string& folder, bool weights = true) {
   const std::string where_from =
       "; a model folder holds config.json, vocab.txt (or tokenizer.json) and model.safetensors. Make one with bert pretrain, or take one "
-      "from "
-      "the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
+      "from the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
   if (!fs::exists(folder)) throw Error(folder + ": no such folder" + where_from);
   if (!fs::is_directory(folder)) throw Error(folder + ": a file, where a model's folder is wanted" + where_from);
   auto has = [&](const char* file) { return fs::exists(folder + "/" + file); };
   const bool model = has("model.safetensors") || has("model.safetensors.index.json");
   if (weights && !model && has("log.jsonl"))
-    throw Error(folder + ": a training run began here, but nothing was saved yet; let it go on, or start it again");
+    throw Error(folder + ": a training run began here, but has no model yet; " +
+                (has("training_state.safetensors") ? "go on with its own command and --resume" : "let it go on, or start it again"));
   Strings missing;
   if (!has("config.json")) missing.push_back("config.json");
   if (!has("vocab.txt") && !has("tokenizer.json")) missing.push_back("vocab.txt");
@@ -905,32 +867,25 @@ std::string model_size(const Bert& bert) {
          grouped(bert.parameter_count()) + " parameters";
 }
 
-void show_warnings(const WordPiece& tokenizer, const Common& common) {
-  for (const std::string& warning : tokenizer.warnings) common.note("bert: " + warning);
+WordPiece open_tokenizer(const std::string& path) {
+  WordPiece tokenizer = WordPiece::load(path);
+  for (const std::string& warning : tokenizer.warnings) note("bert: " + warning);
+  return tokenizer;
 }
-
-ModelFolder open_model(const std::string& path, const Common& common) {
+ModelFolder open_model(const std::string& path, bool pack = true) {
   check_model_folder(path);
-  ModelFolder folder = load_folder(path);
-  show_warnings(folder.tokenizer, common);
+  ModelFolder folder = load_folder(path, pack);
+  for (const std::string& warning : folder.tokenizer.warnings) note("bert: " + warning);
   return folder;
 }
-
-// The task model's name for messages.
-std::string task_name(Task task) { return head_kind(task).name; }
-
-[[noreturn]] void wrong_model(const std::string& path, Task is, const std::string& wanted) {
-  throw Error(path + ": a model for " + task_name(is) + ", but this command wants one for " + wanted);
-}
+Config open_config(const std::string& path) { return Config::parse(read_file(path), path); }
 
 // The files of a tokenizer, as they are, for a model folder that is made from it.
 std::map<std::string, std::string> tokenizer_files(const std::string& path, const WordPiece& tokenizer, int64_t max_length) {
   std::map<std::string, std::string> files;
-  if (!fs::is_directory(path))
-    files["vocab.txt"] = read_file(path);
-  else
-    for (const char* name : {"vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"})
-      if (fs::exists(path + "/" + name)) files[name] = read_file(path + "/" + name);
+  if (!fs::is_directory(path)) files["vocab.txt"] = read_file(path);
+  for (const char* name : {"vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"})
+    if (fs::exists(path + "/" + name)) files[name] = read_file(path + "/" + name);
   if (!files.count("tokenizer_config.json")) files["tokenizer_config.json"] = tokenizer_config_json(tokenizer.settings(), max_length);
   return files;
 }
@@ -948,40 +903,23 @@ void catch_signals() {
   sigaction(SIGTERM, &action, nullptr);
 }
 
-using About = std::map<std::string, std::string>;  // what a training state holds beside numbers
 int64_t stored_number(const About& about, const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); }
 
-struct RunSettings {
-  int64_t keep = 2, save_every = 0;  // 0: every five minutes
-  bool quiet = false, resume = false, overwrite = false;
-};
-RunSettings take_run(Args& a, const Common& common) {
-  RunSettings s;
-  s.quiet = common.quiet;
-  s.resume = a.take_switch("resume"), s.overwrite = a.take_switch("overwrite");
-  return s;
-}
-
 // The folder that a command writes: made, locked against a second run, refused when it holds something else.
-class OutputFolder {
- public:
-  OutputFolder(const std::string& path, const RunSettings& s) {
-    std::error_code code;
-    if (fs::exists(path) && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
-    if (s.resume && !fs::exists(path)) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
-    static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html"};  // ended before its first save
-    if (!s.overwrite && !s.resume && fs::exists(path))
-      for (const auto& entry : fs::directory_iterator(path))
-        if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run))
-          throw Error(path + ": holds files already (" + name + "); give another --output, or --overwrite");
-    fs::create_directories(path, code);
-    if (code) throw Error(path + ": cannot make the folder: " + code.message() + "; give another --output");
-    lock_.emplace(path);
-  }
-
- private:
-  std::optional<FolderLock> lock_;
-};
+FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
+  std::error_code code;
+  if (fs::exists(path) && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
+  if (resume && !fs::exists(path)) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
+  static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html"};  // ended before its first save
+  if (!overwrite && !resume && fs::exists(path))
+    for (const auto& entry : fs::directory_iterator(path))
+      if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run))
+        throw Error(path + ": holds files already (" + name + "); give another --output, or --overwrite" +
+                    (fs::exists(path + "/training_state.safetensors") ? ", or go on with --resume" : ""));
+  fs::create_directories(path, code);
+  if (code) throw Error(path + ": cannot make the folder: " + code.message() + "; give another --output");
+  return FolderLock(path);
+}
 
 // training_state.safetensors and, before it, training_state-1.safetensors ...: at every moment one whole file bears a name that --resume
 // looks for.
@@ -1021,10 +959,9 @@ class States {
 // One line with step, loss, tokens/s and time left: rewritten on a terminal, otherwise a plain line now and then.
 class Progress {
  public:
-  explicit Progress(bool quiet) : quiet_(quiet), terminal_(isatty(2)) {}
   void show(const std::string& line, bool last = false) {
     const double t = now();
-    if (quiet_ || (!last && t < next_)) return;
+    if (quiet || (!last && t < next_)) return;
     next_ = t + (terminal_ ? 0.2 : wait_);
     wait_ = std::min(60.0, wait_ * 1.5);
     if (!terminal_) return say(line);
@@ -1034,7 +971,7 @@ class Progress {
   }
 
  private:
-  bool quiet_, terminal_;
+  bool terminal_ = isatty(2);
   double next_ = 0, wait_ = 4;
 };
 
@@ -1043,44 +980,64 @@ const Strings kFreeSettings = {"threads",      "quiet",  "device",  "resume",   
                                "input",        "train",  "dev",     "test",      "model",     "vocab",  "config",     "init",
                                "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run"};
 
-// What a training command has beside its trainer: the folder's state, log.jsonl, report.html, the progress line.
+struct RunSettings {
+  std::string output;
+  bool resume = false, overwrite = false;
+  int64_t save_every = 0, keep = 2;  // save_every 0: every five minutes
+};
+RunSettings take_run(Args& a, bool by_steps) {
+  return {.output = a.need("output", "the folder to write the model to"),
+          .resume = a.take_switch("resume"),
+          .overwrite = a.take_switch("overwrite"),
+          .save_every = by_steps ? a.take_int("save-every", 0, 1, INT32_MAX) : 0,
+          .keep = by_steps ? a.take_int("keep", 2, 1, 100) : 2};
+}
+
+// What a training command has beside its trainer: its folder, log.jsonl, report.html, the progress line, signals.
 class Run {
  public:
-  Named settings, data;  // for the report
+  Named data;  // for the report
   Numbers results;
   std::function<void()> save_model = [] {};
   std::function<About()> place = [] { return About(); };  // where the caller stands, stored with every state
   States states;
 
-  Run(const std::string& folder, std::string title, const RunSettings& s)
-      : states(folder, s.keep), folder_(folder), title_(std::move(title)), s_(s), progress_(s.quiet) {}
+  Run(std::string title, const RunSettings& s)
+      : states(s.output, s.keep), title_(std::move(title)), s_(s), lock_(lock_output(s.output, s.resume, s.overwrite)) {
+    catch_signals();
+  }
   // Takes up the run that the folder holds, or begins anew: then empty.
-  About take_up(Trainer& trainer, const Named& taken, const std::string& data_fingerprint);
+  About take_up(Trainer& trainer, const Named& taken, const Fingerprint& data_fingerprint);
   void after_step(const StepReport& r);
-  void evaluated(int64_t step, const Numbers& metrics) { add("{\"step\":" + to_string(step) + ",\"dev\":" + json_object(metrics) + "}"); }
+  void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_object(metrics)}})); }
   bool save_due(int64_t done) const { return s_.save_every ? done % s_.save_every == 0 : now() - saved_at_ > 300; }
   void save(const Trainer& trainer);
-  int stopped(const Trainer& trainer);  // after a signal: saves, says how to go on, returns the exit status
   void write_report() const;
-  const std::string& folder() const { return folder_; }
-  // Trains by `steps`, which returns an exit status, and saves at the end; an Error says what stands in the folder.
+  // Trains by `steps`, which returns false when a signal came first, and saves; an Error says what stands in the folder.
   template <class F>
-  int guarded(const Trainer& trainer, F&& steps) try {
-    const int status = steps();
-    if (!line_.empty()) progress_.show(line_, true);
-    if (!status) save(trainer);
-    return status;
-  } catch (const Error& e) {
-    const bool any = states.any();
-    throw Error(e.what() + (any ? "; the state of the last save stands in " + folder_ : "; nothing was saved yet in " + folder_));
+  void guarded(const Trainer& trainer, F&& steps) {
+    bool complete = false;
+    try {
+      complete = steps();
+      if (!line_.empty()) progress_.show(line_, true);
+      save(trainer);
+    } catch (const Error& e) {
+      throw Error(e.what() + std::string(states.any() ? "; the state of the last save stands in " : "; nothing was saved yet in ") +
+                  s_.output);
+    }
+    if (complete) return;
+    say("bert: stopped by a signal after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps) +
+        " and saved; go on with\n  " + command_line);
+    throw Stopped{stop_signal};
   }
 
  private:
-  std::string folder_, title_, line_;
+  std::string title_, line_, log_;  // log_: log.jsonl
   RunSettings s_;
+  FolderLock lock_;
   Progress progress_;
-  About fixed_;            // settings, data and machine: what a resumed run must share
-  std::vector<Json> log_;  // the objects of log.jsonl
+  Named settings_;
+  About fixed_;  // settings, data and machine: what a resumed run must share
   std::FILE* log_file_ = nullptr;
   double earlier_seconds_ = 0, begun_ = 0, saved_at_ = 0, window_began_ = 0;
   int64_t earlier_tokens_ = 0, tokens_ = 0, first_ = 0, window_first_ = 0, saved_ = -1;
@@ -1091,25 +1048,22 @@ class Run {
   void add(const std::string& object);
 };
 
-About Run::take_up(Trainer& trainer, const Named& taken, const std::string& data_fingerprint) {
-  settings = taken;
-  fixed_ = {{"data", data_fingerprint}, {"backend", backend_description()}};
+About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data_fingerprint) {
+  settings_ = taken;
+  fixed_ = {{"data", to_string(data_fingerprint.state)}, {"backend", backend_description()}};
   for (const auto& [name, value] : taken)
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
-  About stored;
-  if (s_.resume)
-    stored = states.load(trainer);
-  else
-    states.remove_all();
+  if (!s_.resume) states.remove_all();
+  About stored = s_.resume ? states.load(trainer) : About();
   if (!stored.empty()) {
     check(stored);
     fixed_["backend"] = stored["backend"];
     trainer.set_steps(stored_number(stored, "steps"));
     saved_ = trainer.done();
   }
-  if (s_.resume && !s_.quiet)
-    say(stored.empty() ? "bert: nothing was saved yet in " + folder_ + "; beginning with the first step"
-                       : "going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
+  if (s_.resume)
+    note(stored.empty() ? "bert: nothing was saved yet in " + s_.output + "; beginning with the first step"
+                        : "going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
   open_log(trainer.done());
   begun_ = saved_at_ = window_began_ = now(), first_ = window_first_ = trainer.done();
   return stored;
@@ -1118,17 +1072,15 @@ About Run::take_up(Trainer& trainer, const Named& taken, const std::string& data
 // A resumed run must be the run that was begun.
 void Run::check(const About& stored) const {
   auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
-  std::set<std::string> keys;
-  for (const About* m : {&fixed_, &stored})
-    for (const auto& [key, value] : *m)
-      if (key.starts_with("--")) keys.insert(key);
+  About all = fixed_;  // the keys of both
+  all.insert(stored.begin(), stored.end());
   Strings differ;
-  for (const std::string& key : keys)
-    if (get(fixed_, key) != get(stored, key))
+  for (const auto& [key, value] : all)
+    if (key.starts_with("--") && get(fixed_, key) != get(stored, key))
       differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(fixed_, key) + ")");
   if (differ.empty() && get(fixed_, "data") != get(stored, "data")) differ = {"other data"};
   if (!differ.empty())
-    throw Error(folder_ + ": --resume with what the run did not begin with: " + join(differ, ", ") +
+    throw Error(s_.output + ": --resume with what the run did not begin with: " + join(differ, ", ") +
                 "; give the same, or begin anew in another folder");
   if (get(fixed_, "backend") != get(stored, "backend"))
     say("bert: the run began on " + get(stored, "backend") + ", here are " + get(fixed_, "backend") +
@@ -1137,25 +1089,24 @@ void Run::check(const About& stored) const {
 
 // Keeps what was logged up to `step` and goes on behind it; 0: begins anew.
 void Run::open_log(int64_t step) {
-  const std::string path = folder_ + "/log.jsonl", old = step && fs::exists(path) ? read_file(path) : "";
-  std::string kept;
-  for (size_t begin = 0, end; (end = old.find('\n', begin)) != old.npos; begin = end + 1) {  // a last line cut short is dropped
-    const Json v = Json::parse(std::string_view(old).substr(begin, end - begin), path);
+  const std::string path = s_.output + "/log.jsonl", old = step && fs::exists(path) ? read_file(path) : "";
+  for (size_t end; (end = old.find('\n', log_.size())) != old.npos;) {  // a last line cut short is dropped
+    const std::string line = old.substr(log_.size(), end + 1 - log_.size());
+    const Json v = Json::parse(line, path);
     if (const Json* s = v.find("step"); !s || s->as_int(path) > step) break;
     if (const Json* s = v.find("seconds")) earlier_seconds_ = s->as_double(path);
     if (const Json* t = v.find("tokens")) earlier_tokens_ = t->as_int(path);
-    kept += old.substr(begin, end + 1 - begin);
-    log_.push_back(v);
+    log_ += line;
   }
-  write_file(path, kept);
+  write_file(path, log_);
   log_file_ = std::fopen(path.c_str(), "ab");  // closed by the end of the process
   if (!log_file_) throw Error(path + ": cannot open: " + std::strerror(errno));
 }
 
 void Run::add(const std::string& object) {
+  log_ += object + "\n";
   if (std::fputs((object + "\n").c_str(), log_file_) < 0 || std::fflush(log_file_))
-    throw Error(folder_ + "/log.jsonl: cannot write: " + std::strerror(errno));
-  log_.push_back(Json::parse(object, "log.jsonl"));
+    throw Error(s_.output + "/log.jsonl: cannot write: " + std::strerror(errno));
 }
 
 void Run::after_step(const StepReport& r) {
@@ -1198,109 +1149,20 @@ void Run::save(const Trainer& trainer) {
   saved_at_ = now(), saved_ = trainer.done();
 }
 
-int Run::stopped(const Trainer& trainer) {
-  save(trainer);
-  say("bert: stopped by a signal after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps) +
-      " and saved; go on with\n  " + command_line);
-  return 128 + (int)stop_signal;
-}
-
 // ==== 8 report.html ===============================================================================================
-// Self-contained: text, tables and SVG, no script and nothing from the network; colours follow the reader's light or dark setting.
-struct Series {
-  std::string name, style;  // style: a class of the sheet below
-  std::vector<std::pair<double, double>> points;
-  bool dots = false;
-};
-
+// Self-contained: nothing from the network; one small script draws the curves from the log that stands in the page, and colours follow
+// the reader's light or dark setting.
 std::string html(std::string_view text) {
   std::string out;
   for (const char c : text) c == '<' ? out += "&lt;" : c == '&' ? out += "&amp;" : c == '"' ? out += "&quot;" : out += c;
   return out;
 }
 
-// At most `most` points: the means of equal stretches.
-std::vector<std::pair<double, double>> thinned(const std::vector<std::pair<double, double>>& p, size_t most) {
-  if (p.size() <= most) return p;
-  std::vector<std::pair<double, double>> out;
-  for (size_t i = 0; i < most; i++) {
-    const size_t begin = i * p.size() / most, end = (i + 1) * p.size() / most;
-    double x = 0, y = 0;
-    for (size_t k = begin; k < end; k++) x += p[k].first, y += p[k].second;
-    out.emplace_back(x / (double)(end - begin), y / (double)(end - begin));
-  }
-  return out;
-}
-
-// A running mean whose memory is a thirtieth of the run.
-std::vector<std::pair<double, double>> smoothed(const std::vector<std::pair<double, double>>& p) {
-  std::vector<std::pair<double, double>> out;
-  const double keep = std::exp(-30.0 / std::max<double>(60, (double)p.size()));
-  double sum = 0, weight = 0;
-  for (const auto& [x, y] : p) {
-    sum = keep * sum + y, weight = keep * weight + 1;
-    out.emplace_back(x, sum / weight);
-  }
-  return out;
-}
-
-// Round numbers that cut [low, high] into about n parts.
-std::vector<double> ticks(double low, double high, int n) {
-  const double raw = (high - low) / n, unit = std::pow(10, std::floor(std::log10(raw)));
-  const double step = unit * (raw / unit < 1.5 ? 1 : raw / unit < 3.5 ? 2 : raw / unit < 7.5 ? 5 : 10);
-  std::vector<double> out;
-  for (double i = std::ceil(low / step); i * step <= high + step * 1e-9; i++) out.push_back(i * step);
-  return out;
-}
-
-std::string tick_text(double v) {
-  char text[40];
-  if (std::fabs(v) >= 10000 && v == std::floor(v)) return grouped((int64_t)v);
-  const auto r = std::to_chars(text, text + sizeof text, std::fabs(v) < 1e-12 ? 0.0 : v, std::chars_format::general, 5);
-  return std::string(text, r.ptr);
-}
-
-std::string chart(const std::string& title, const std::vector<Series>& all) {
-  constexpr double W = 640, H = 260, left = 58, right = 12, top = 12, bottom = 34;
-  double x0 = 1e300, x1 = -1e300, y0 = 1e300, y1 = -1e300;
-  for (const Series& s : all)
-    for (const auto& [x, y] : s.points) x0 = std::min(x0, x), x1 = std::max(x1, x), y0 = std::min(y0, y), y1 = std::max(y1, y);
-  if (x1 < x0) return "";
-  if (x1 == x0) x0 -= 1, x1 += 1;
-  const double margin = y1 > y0 ? (y1 - y0) * 0.06 : std::max(1e-9, std::fabs(y0) * 0.1);
-  y0 = y0 >= 0 ? std::max(0.0, y0 - margin) : y0 - margin, y1 += margin;
-  auto px = [&](double x) { return fixed(left + (x - x0) / (x1 - x0) * (W - left - right), 1); };
-  auto py = [&](double y) { return fixed(H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom), 1); };
-
-  std::string out = "<figure><figcaption><b>" + html(title) + "</b>";
-  for (const Series& s : all)
-    if (!s.name.empty()) out += "<span class=\"key " + s.style + "\">" + html(s.name) + "</span>";
-  out += "</figcaption><svg viewBox=\"0 0 " + fixed(W, 0) + " " + fixed(H, 0) + "\" role=\"img\" aria-label=\"" + html(title) + "\">";
-  for (const double y : ticks(y0, y1, 5))
-    out += "<line class=\"grid\" x1=\"" + fixed(left, 0) + "\" x2=\"" + fixed(W - right, 0) + "\" y1=\"" + py(y) + "\" y2=\"" + py(y) +
-           "\"/><text x=\"" + fixed(left - 8, 0) + "\" y=\"" + py(y) + "\" dy=\".32em\" text-anchor=\"end\">" + tick_text(y) + "</text>";
-  for (const double x : ticks(x0, x1, 6))
-    out += "<text x=\"" + px(x) + "\" y=\"" + fixed(H - bottom + 18, 0) + "\" text-anchor=\"middle\">" + tick_text(x) + "</text>";
-  out += "<text x=\"" + fixed(W - right, 0) + "\" y=\"" + fixed(H - 2, 0) + "\" text-anchor=\"end\">step</text>";
-  out += "<line class=\"axis\" x1=\"" + fixed(left, 0) + "\" x2=\"" + fixed(W - right, 0) + "\" y1=\"" + fixed(H - bottom, 0) + "\" y2=\"" +
-         fixed(H - bottom, 0) + "\"/>";
-  for (const Series& s : all) {
-    out += "<polyline class=\"" + s.style + "\" points=\"";
-    for (const auto& [x, y] : s.points) out += px(x) + "," + py(y) + " ";
-    out += "\"/>";
-    if (s.dots)
-      for (const auto& [x, y] : s.points)
-        out += "<circle class=\"" + s.style + "\" r=\"3.5\" cx=\"" + px(x) + "\" cy=\"" + py(y) + "\"><title>" + html(s.name) + ", step " +
-               tick_text(x) + ": " + format_number(std::round(y * 1e5) / 1e5) + "</title></circle>";
-  }
-  return out + "</svg></figure>\n";
-}
-
 std::string html_table(const std::string& title, const Named& rows) {
   std::string out;
   for (const auto& [name, value] : rows)
     if (!value.empty()) out += "<tr><th>" + html(name) + "</th><td>" + html(value) + "</td></tr>";
-  return out.empty() ? "" : "<section><h2>" + html(title) + "</h2><table>" + out + "</table></section>\n";
+  return "<section><h2>" + html(title) + "</h2><table>" + out + "</table></section>\n";
 }
 
 const char* const kReportHead =
@@ -1310,119 +1172,121 @@ const char* const kReportHead =
 @media(prefers-color-scheme:dark){:root{--ground:#14171c;--card:#1d2129;--ink:#e6e9ee;--soft:#9aa4b2;--line:#333a45;--train:#6ea8ff;--dev:#ff9d66;--third:#63c995}}
 *{box-sizing:border-box}body{margin:0;background:var(--ground);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:28px 20px 48px}h1{font-size:24px;margin:0}h2{font-size:15px;margin:0 0 8px}
-p.sub{color:var(--soft);margin:2px 0 20px}.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:16px;margin:0 0 16px}
+.sub{color:var(--soft);margin:2px 0 20px}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:16px;margin:0 0 16px}
 figure,section,.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;margin:0;min-width:0}
 .tiles{display:flex;flex-wrap:wrap;gap:12px;margin:0 0 16px}.tile b{display:block;font-size:21px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
-figcaption{display:flex;flex-wrap:wrap;gap:4px 16px;align-items:center;margin:0 0 6px}.key{color:var(--soft);font-size:13px}
-.key::before{content:"";display:inline-block;width:18px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;background:currentColor}
-svg{width:100%;height:auto;display:block;overflow:visible}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
-.grid{stroke:var(--line)}.axis{stroke:var(--soft)}polyline{fill:none;stroke-width:2;stroke-linejoin:round}
-polyline.raw{stroke:var(--train);opacity:.28;stroke-width:1.2}polyline.train{stroke:var(--train)}polyline.dev{stroke:var(--dev)}polyline.third{stroke:var(--third)}
-circle.dev{fill:var(--dev)}circle.third{fill:var(--third)}.key.raw::before{background:var(--train);opacity:.35}.key.train::before{background:var(--train)}.key.dev::before{background:var(--dev)}
-main>.tables{align-items:start}.tables>div{display:grid;gap:16px}.key.third::before{background:var(--third)}table{border-collapse:collapse;width:100%;font-size:14px}th{text-align:left;font-weight:400;color:var(--soft);white-space:nowrap;vertical-align:top}
-th,td{padding:3px 12px 3px 0;border-top:1px solid var(--line)}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}tr:first-child>*{border-top:0}
+figcaption{display:flex;flex-wrap:wrap;gap:4px 16px;align-items:center;margin:0 0 6px}figcaption span{color:var(--soft);font-size:13px}
+i{display:inline-block;width:18px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;background:var(--c)}
+svg{width:100%;height:auto;display:block;overflow:visible}text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
+path{fill:none;stroke:var(--line)}path.curve{stroke:var(--c);stroke-width:2;stroke-linejoin:round}path.raw{opacity:.28;stroke-width:1.2}circle{fill:var(--c)}
+.tables{align-items:start}.tables>div{display:grid;gap:16px}table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{padding:3px 12px 3px 0;border-top:1px solid var(--line);text-align:left;vertical-align:top;font-weight:400}tr:first-child>*{border-top:0}
+th{color:var(--soft);white-space:nowrap}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 </style>)";
 
-// The values of `key` over the steps: of the logged steps, or of the evaluations.
-std::vector<std::pair<double, double>> curve(const std::vector<Json>& records, const std::string& key, bool dev) {
-  std::vector<std::pair<double, double>> points;
-  for (const Json& r : records) {
-    const Json* evaluation = r.find("dev");
-    if ((evaluation != nullptr) != dev) continue;
-    const Json *v = (dev ? evaluation : &r)->find(key), *step = r.find("step");
-    if (v && v->is(Json::number) && step) points.emplace_back(step->as_double("step"), v->as_double(key));
-  }
-  return points;
-}
+const char* const kReportScript = R"js(<script>
+const log = document.getElementById('log').textContent.trim().split('\n').filter(Boolean).map(JSON.parse)
+const steps = log.filter(r => !r.dev), evaluations = log.filter(r => r.dev).map(r => ({step: r.step, ...r.dev}))
+const number = v => +v.toPrecision(5) + '', round = v => Math.abs(v) < 1e4 ? number(v) : v.toLocaleString('en')
+const values = (rows, key) => rows.filter(r => r[key] != null).map(r => [r.step, r[key]])
 
-std::string curves(const std::vector<Json>& log, const std::string& title, const std::string& key, const Strings& dev_keys) {
-  const auto train = thinned(curve(log, key, false), 600);
-  std::vector<Series> all;
-  if (train.size() > 30) all.push_back({"", "raw", train, false});
-  if (!train.empty())
-    all.push_back({train.size() > 30 ? "training, smoothed" : "training", "train", train.size() > 30 ? smoothed(train) : train, false});
-  for (size_t i = 0; i < dev_keys.size() && i < 2; i++)
-    if (const auto dev = curve(log, dev_keys[i], true); !dev.empty())
-      all.push_back({key.empty() ? dev_keys[i] : i ? dev_keys[i] + ", held out" : "held out", i ? "third" : "dev", dev, true});
-  return chart(title, all);
+function thin(p, most = 600) {  // the means of equal stretches
+  if (p.length <= most) return p
+  return Array.from({length: most}, (_, i) => {
+    const part = p.slice(i * p.length / most, (i + 1) * p.length / most), mean = k => part.reduce((s, v) => s + v[k], 0) / part.length
+    return [mean(0), mean(1)]
+  })
 }
+function smooth(p) {  // a running mean whose memory is a thirtieth of the run
+  const keep = Math.exp(-30 / Math.max(60, p.length))
+  let sum = 0, weight = 0
+  return p.map(([x, y]) => (sum = keep * sum + y, weight = keep * weight + 1, [x, sum / weight]))
+}
+function ticks(low, high, n) {
+  const raw = (high - low) / n, unit = 10 ** Math.floor(Math.log10(raw)), step = unit * [1, 2, 5, 10].find(m => raw / unit < m * 1.45 || m == 10)
+  return Array.from({length: Math.floor(high / step + 1e-9) - Math.ceil(low / step) + 1}, (_, i) => (Math.ceil(low / step) + i) * step)
+}
+function chart(title, series) {  // series: [name, colour, points, class]
+  const all = series.flatMap(s => s[2]), range = k => all.reduce(([a, b], p) => [Math.min(a, p[k]), Math.max(b, p[k])], [Infinity, -Infinity])
+  if (!all.length) return
+  let [x0, x1] = range(0), [y0, y1] = range(1)
+  const margin = (y1 - y0) * .06 || Math.abs(y0) * .1 || 1e-9
+  if (x0 == x1) x0--, x1++
+  y0 = y0 >= 0 ? Math.max(0, y0 - margin) : y0 - margin, y1 += margin
+  const px = x => (58 + (x - x0) / (x1 - x0) * 570).toFixed(1), py = y => (226 - (y - y0) / (y1 - y0) * 214).toFixed(1)
+  document.getElementById('curves').innerHTML += `<figure><figcaption><b>${title}</b>` +
+    series.map(([name, colour]) => name && `<span style="--c:var(--${colour})"><i></i>${name}</span>`).join('') +
+    `</figcaption><svg viewBox="0 0 640 260" role="img" aria-label="${title}"><path d="M58 226H628" style="stroke:var(--soft)"/>` +
+    ticks(y0, y1, 5).map(y => `<path d="M58 ${py(y)}H628"/><text x="50" y="${py(y)}" dy=".32em" text-anchor="end">${round(y)}</text>`).join('') +
+    ticks(x0, x1, 6).map(x => `<text x="${px(x)}" y="244" text-anchor="middle">${round(x)}</text>`).join('') +
+    '<text x="628" y="258" text-anchor="end">step</text>' +
+    series.map(([name, colour, points, kind]) => `<g style="--c:var(--${colour})"><path class="curve ${kind}" d="M${points.map(p => px(p[0]) + ' ' + py(p[1])).join('L')}"/>` +
+      (kind == 'dots' ? points.map(p => `<circle r="3.5" cx="${px(p[0])}" cy="${py(p[1])}"><title>${name}, step ${p[0]}: ${number(p[1])}</title></circle>`).join('') : '') + '</g>').join('') +
+    '</svg></figure>'
+}
+function curves(title, key, dev) {
+  const train = thin(values(steps, key)), many = train.length > 30
+  const held = dev.map((k, i) => [k == key ? 'held out' : k.replace('_loss', '') + ', held out', ['dev', 'third'][i], values(evaluations, k), 'dots'])
+  chart(title, [...(many ? [['', 'train', train, 'raw']] : []), [many ? 'training, smoothed' : 'training', 'train', many ? smooth(train) : train, ''], ...held].filter(s => s[2].length))
+}
+const last = steps.at(-1)
+if (last) {
+  document.getElementById('sub').textContent = `step ${last.step.toLocaleString('en')}, ${last.tokens.toLocaleString('en')} tokens, ${(last.seconds / 60).toFixed(1)} minutes, ${Math.round(last.tokens_per_second).toLocaleString('en')} tokens/s at the end`
+  if ('mlm_loss' in last) {
+    curves('Masked-word loss (nats)', 'mlm_loss', ['mlm_loss', 'unigram_loss'])
+    curves('Masked-word accuracy', 'mlm_accuracy', ['mlm_accuracy'])
+    if (last.nsp_loss) curves('Next-sentence loss (nats)', 'nsp_loss', ['nsp_loss']), curves('Next-sentence accuracy', 'nsp_accuracy', ['nsp_accuracy'])
+  } else {
+    const names = Object.keys(evaluations[0] || {}).filter(k => k != 'step' && k != 'loss').slice(0, 2)
+    curves('Loss', 'loss', ['loss']), curves('Held-out ' + names.join(' and '), '', names)
+  }
+  for (const [title, key] of [['Learning rate', 'lr'], ['Gradient norm', 'grad_norm']]) chart(title, [['', 'train', thin(values(steps, key)), '']])
+}
+</script>)js";
 
 std::string cpu_name() {
-  std::string text;
-  try {
-    text = read_file("/proc/cpuinfo");
-  } catch (const Error&) { return ""; }
-  const size_t at = text.find("model name"), colon = text.find(':', at);
-  if (at == text.npos || colon == text.npos) return "";
-  return text.substr(colon + 2, text.find('\n', colon) - colon - 2);
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
+  return "";
 }
 
 void Run::write_report() const {
-  const std::vector<Json>& records = log_;
-  auto last = [&](const char* key) {
-    const auto c = curve(records, key, false);
-    return c.empty() ? 0.0 : c.back().second;
-  };
   std::string page = kReportHead + std::string("<title>") + html(title_) + "</title></head><body><main><h1>" + html(title_) +
-                     "</h1>\n<p class=\"sub\">step " + grouped((int64_t)last("step")) + ", " + grouped((int64_t)last("tokens")) +
-                     " tokens, " + duration(last("seconds")) + "</p>\n";
-  if (!results.empty()) {
-    page += "<div class=\"tiles\">";
-    for (const auto& [name, value] : results)
-      page += "<div class=\"tile\"><b>" + fixed(value, 4) + "</b><span>" + html(name) + "</span></div>";
-    page += "</div>\n";
-  }
-  page += "<div class=\"grid2\">";
-  const bool masked = !curve(records, "mlm_loss", false).empty();
-  if (masked) {
-    page += curves(records, "Masked-word loss (nats)", "mlm_loss", {"mlm_loss", "unigram_loss"}) +
-            curves(records, "Masked-word accuracy", "mlm_accuracy", {"mlm_accuracy"});
-    if (last("nsp_loss") > 0)
-      page += curves(records, "Next-sentence loss (nats)", "nsp_loss", {"nsp_loss"}) +
-              curves(records, "Next-sentence accuracy", "nsp_accuracy", {"nsp_accuracy"});
-  } else {
-    page += curves(records, "Loss", "loss", {"loss"});
-    Strings names;
-    for (const Json& r : records)
-      if (const Json* dev = r.find("dev"); dev && names.empty())
-        for (const auto& member : dev->members())
-          if (member.first != "loss") names.push_back(member.first);
-    if (!names.empty()) page += curves(records, "Held-out " + names[0] + (names.size() > 1 ? " and " + names[1] : ""), "", names);
-  }
-  page += chart("Learning rate", {{"", "train", thinned(curve(records, "lr", false), 600), false}}) +
-          chart("Gradient norm", {{"", "train", thinned(curve(records, "grad_norm", false), 600), false}}) +
-          "</div>\n<div class=\"grid2 tables\"><div>" + html_table("Data", data) +
-          html_table("Machine", {{"processor", cpu_name()},
-                                 {"threads", to_string(threads())},
-                                 {"kernels", backend_description()},
-                                 {"bert", kVersion},
-                                 {"speed", grouped((int64_t)last("tokens_per_second")) + " tokens/s at the end"}}) +
-          "</div>" + html_table("Settings", settings) + "</div></main></body></html>\n";
-  write_file(folder_ + "/report.html", page);
+                     "</h1><p id=\"sub\" class=\"sub\"></p><div class=\"tiles\">";
+  for (const auto& [name, value] : results)
+    page += "<div class=\"tile\"><b>" + fixed(value, 4) + "</b><span>" + html(name) + "</span></div>";
+  page +=
+      "</div><noscript>The curves need a script; their numbers stand in log.jsonl.</noscript><div id=\"curves\" class=\"grid\"></div>\n" +
+      std::string("<div class=\"grid tables\"><div>") + html_table("Data", data) +
+      html_table("Machine",
+                 {{"processor", cpu_name()}, {"threads", to_string(threads())}, {"kernels", backend_description()}, {"bert", kVersion}}) +
+      "</div>" + html_table("Settings", settings_) + "</div></main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ +
+      "</script>\n" + kReportScript + "</body></html>\n";
+  write_file(s_.output + "/report.html", page);
 }
 
 // ==== 9 vocab, tokenize ===========================================================================================
-int cmd_vocab(Args& a) {
+void cmd_vocab(Args& a) {
   Common common(a);
-  Source source = take_source(a, common, "input");
+  Source source = take_source(a);
   source.raw = true;
   const std::string output = a.need("output", "the folder to write vocab.txt to");
-  RunSettings settings_of_run;
-  settings_of_run.overwrite = a.take_switch("overwrite");
+  const bool overwrite = a.take_switch("overwrite");
   VocabTrainer::Options options;
-  options.size = parse_number<int64_t>(a.need("size", "the number of pieces, for example 8000")).value_or(0);
-  if (options.size < 10 || options.size > 10000000) a.fail("--size: a whole number from 10 to 10000000 is wanted");
+  options.size = a.take_int("size", 0, 10, 10000000);
+  if (!options.size) a.fail("--size is missing: the number of pieces, for example 8000");
   options.min_count = a.take_int("min-count", 2, 1, INT32_MAX);
   options.alphabet = a.take_int("alphabet", 0, 0, INT32_MAX);
   TokenizerSettings settings;
   settings.lowercase = !a.take_switch("cased");
-  const int64_t max_memory = a.take_size("max-memory", int64_t(2) << 30);
+  const int64_t max_memory = a.take_size("max-memory", "2G");
   a.done();
 
-  OutputFolder folder(output, settings_of_run);
+  const FolderLock lock = lock_output(output, false, overwrite);
   VocabTrainer trainer(settings, max_memory);
   Rows rows(source);
-  Progress progress(common.quiet);
+  Progress progress;
   for (Row row; rows.next(row);) {
     trainer.add_text(row.text);
     if (rows.count() % 4096 == 0) progress.show(grouped(rows.count()) + " lines, " + grouped(trainer.words()) + " words");
@@ -1433,205 +1297,187 @@ int cmd_vocab(Args& a) {
   const Strings pieces = trainer.train(options);
   write_file(output + "/tokenizer_config.json", tokenizer_config_json(settings, 512));
   write_file(output + "/vocab.txt", join(pieces, "\n") + "\n");
-  common.note(output + "/vocab.txt: " + grouped((int64_t)pieces.size()) + " pieces from " + grouped(trainer.words()) + " words, " +
-              grouped(trainer.distinct_words()) + " of them different");
+  note(output + "/vocab.txt: " + size_of(pieces) + " pieces from " + grouped(trainer.words()) + " words, " +
+       grouped(trainer.distinct_words()) + " of them different");
   if ((int64_t)pieces.size() < options.size)
-    common.note("bert: fewer pieces than --size " + to_string(options.size) + ": nothing else occurs --min-count " +
-                to_string(options.min_count) + " times");
-  return 0;
+    note("bert: fewer pieces than --size " + to_string(options.size) + ": nothing else occurs --min-count " + to_string(options.min_count) +
+         " times");
 }
 
-// What `tokenize` was asked for.
-struct TokenizeOptions {
-  EncodeOptions encode;
-  enum { pieces, ids, jsonl };
-  int to = pieces;
-  bool chars = false, words = false, windows = false, skip_special = false, cleanup = true;
-};
-struct TokenizeCounts {
-  int64_t texts = 0, tokens = 0, words = 0, unknown = 0, longest = 0;
+// What `tokenize` does to a text.
+struct Tokenization {
+  Args& a;
+  enum To { pieces, ids, jsonl };
+  const std::string vocab = a.need("vocab", "a model folder or a vocab.txt");
+  const To to = (To)a.take_choice("to", {"pieces", "ids", "jsonl"});
+  const bool cased = a.take_switch("cased"), words = a.take_switch("split-words"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  const int accents = a.take_choice("strip-accents", {"the folder's", "yes", "no", "auto"});
+  const std::optional<bool> chinese = a.take_yes_no("chinese"), clean = a.take_yes_no("clean");
+  const EncodeOptions encode = {.add_special = !a.take_switch("no-special"),
+                                .parse_special = !a.take_switch("plain-special"),
+                                .max_length = a.take_int("max-length", 0, 1, INT32_MAX),
+                                .truncation = (Truncation)a.take_choice("truncation", {"longest_first", "only_first", "only_second"}),
+                                .from_left = a.take_choice("side", {"right", "left"}) == 1,
+                                .stride = a.take_int("stride", 0, 0, INT32_MAX)};
+  const bool windows = a.given("stride");
+
+  void check() const {
+    if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
+    if (encode.add_special && encode.max_length && encode.max_length < 3)
+      a.fail("--max-length " + to_string(encode.max_length) + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+  }
 };
 
-// Offsets counted in code points; they mostly ascend, so each is counted on from the one before.
+WordPiece tokenizer_of(const Tokenization& o) {
+  const WordPiece t = open_tokenizer(o.vocab);
+  TokenizerSettings s = t.settings();
+  if (o.cased) s.lowercase = false;
+  if (o.accents) s.strip_accents = o.accents == 3 ? std::nullopt : std::optional<bool>(o.accents == 1);
+  s.chinese = o.chinese.value_or(s.chinese), s.clean_text = o.clean.value_or(s.clean_text);
+  return t.with_settings(s);
+}
+
+// Offsets counted in code points of the text, or of each given word.
 void offsets_in_chars(Encoding& e, const Row& row, bool split_words) {
-  const std::string* text = nullptr;
-  int64_t byte = 0, chars = 0;
-  auto begins = [](char c) { return (c & 0xC0) != 0x80; };
-  for (size_t i = 0; i < e.ids.size(); i++) {
-    if (e.special[i]) continue;
-    const std::string* its = split_words     ? &(e.sequence[i] ? row.pair_words : row.words)[e.words[i]]
-                             : e.sequence[i] ? &*row.pair
-                                             : &row.text;
-    if (its != text) text = its, byte = chars = 0;
+  if (!split_words) return void(e.offsets = code_point_offsets(e, row.text, row.pair.value_or("")));
+  for (size_t i = 0; i < e.ids.size(); i++)
     for (int64_t& at : e.offsets[i]) {
-      while (byte < at) chars += begins((*text)[byte++]);
-      while (byte > at) chars -= begins((*text)[--byte]);
-      at = chars;
+      if (e.special[i]) continue;
+      const std::string& word = (e.sequence[i] ? row.pair_words : row.words)[e.words[i]];
+      at = std::count_if(word.begin(), word.begin() + at, [](char c) { return (c & 0xC0) != 0x80; });
     }
-  }
 }
 
 std::string encoding_json(const WordPiece& t, const Encoding& e) {
-  return "{\"tokens\":" + json_list(e.ids, [&](size_t i) { return json_quote(t.piece(e.ids[i])); }) +
-         ",\"ids\":" + json_list(e.ids, [&](size_t i) { return to_string(e.ids[i]); }) +
-         ",\"type_ids\":" + json_list(e.ids, [&](size_t i) { return to_string(e.type_ids[i]); }) +
-         ",\"special\":" + json_list(e.ids, [&](size_t i) { return to_string(e.special[i]); }) + ",\"offsets\":" +
-         json_list(e.ids, [&](size_t i) { return "[" + to_string(e.offsets[i][0]) + "," + to_string(e.offsets[i][1]) + "]"; }) +
-         ",\"words\":" + json_list(e.ids, [&](size_t i) { return e.words[i] < 0 ? std::string("null") : to_string(e.words[i]); }) + "}";
+  Strings tokens, offsets, words;
+  for (size_t i = 0; i < e.ids.size(); i++) {
+    tokens.push_back(json_quote(t.piece(e.ids[i])));
+    offsets.push_back("[" + to_string(e.offsets[i][0]) + "," + to_string(e.offsets[i][1]) + "]");
+    words.push_back(e.words[i] < 0 ? "null" : to_string(e.words[i]));
+  }
+  return json_object({{"tokens", json_list(tokens)},
+                      {"ids", json_list(e.ids)},
+                      {"type_ids", json_list(e.type_ids)},
+                      {"special", json_list(e.special)},
+                      {"offsets", json_list(offsets)},
+                      {"words", json_list(words)}});
 }
 
-void count(const WordPiece& t, const Encoding& e, TokenizeCounts& counts) {
-  int32_t word = -1, sequence = 0;
-  counts.tokens += (int64_t)e.ids.size(), counts.longest = std::max(counts.longest, (int64_t)e.ids.size());
-  for (size_t i = 0; i < e.ids.size(); i++) {
-    counts.unknown += e.ids[i] == t.unk && !e.special[i];
-    if (e.special[i] || (e.words[i] == word && e.sequence[i] == sequence)) continue;
-    counts.words++, word = e.words[i], sequence = e.sequence[i];
+struct TokenCounts {
+  int64_t texts = 0, words = 0, tokens = 0, unknown = 0, longest = 0;
+  void add(const WordPiece& t, const Encoding& e) {
+    int32_t word = -1, sequence = 0;
+    tokens += (int64_t)e.ids.size(), longest = std::max(longest, (int64_t)e.ids.size());
+    for (size_t i = 0; i < e.ids.size(); i++) {
+      unknown += e.ids[i] == t.unk && !e.special[i];
+      if (e.special[i] || (e.words[i] == word && e.sequence[i] == sequence)) continue;
+      words++, word = e.words[i], sequence = e.sequence[i];
+    }
   }
-}
+  void add(const TokenCounts& c) {
+    texts += c.texts, words += c.words, tokens += c.tokens, unknown += c.unknown, longest = std::max(longest, c.longest);
+  }
+};
 
 // The lines of one text's encodings.
-std::string tokenized(const WordPiece& t, const Row& row, const TokenizeOptions& o, TokenizeCounts& counts) {
+std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o, TokenCounts& counts) {
   std::vector<Encoding> windows;
-  std::optional<std::string_view> pair;
-  if (row.pair) pair = *row.pair;
   try {
-    if (o.words)
-      windows = t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode);
-    else
-      windows = t.encode_windows(row.text, pair, o.encode);
-    if (!o.windows) windows.resize(1);
+    const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
+    windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
+                      : t.encode_windows(row.text, pair, o.encode);
   } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
+  if (!o.windows) windows.resize(1);
   std::string out;
   counts.texts++;
   for (Encoding& e : windows) {
-    count(t, e, counts);
+    counts.add(t, e);
     if (o.chars) offsets_in_chars(e, row, o.words);
-    if (o.to == TokenizeOptions::jsonl)
-      out += encoding_json(t, e);
-    else
-      for (size_t i = 0; i < e.ids.size(); i++) {
-        if (i) out += ' ';
-        o.to == TokenizeOptions::ids ? out += to_string(e.ids[i]) : out += t.piece(e.ids[i]);
-      }
+    if (o.to == Tokenization::jsonl) out += encoding_json(t, e);
+    for (size_t i = 0; i < e.ids.size() && o.to != Tokenization::jsonl; i++) {
+      if (i) out += ' ';
+      o.to == Tokenization::ids ? out += to_string(e.ids[i]) : out += t.piece(e.ids[i]);
+    }
     out += '\n';
   }
   return out;
 }
 
-WordPiece take_tokenizer(Args& a, const Common& common) {
-  const std::string vocab = a.need("vocab", "a model folder or a vocab.txt");
-  const bool cased = a.take_switch("cased");
-  const std::string strip = a.take("strip-accents", "");
-  if (!strip.empty() && strip != "auto" && strip != "yes" && strip != "no")
-    a.fail("--strip-accents " + strip + ": auto, yes or no is wanted");
-  const auto chinese = a.take_yes_no("chinese"), clean = a.take_yes_no("clean");
-  WordPiece t = WordPiece::load(vocab);
-  show_warnings(t, common);
-  if (!cased && strip.empty() && !chinese && !clean) return t;
-  TokenizerSettings s = t.settings();
-  if (cased) s.lowercase = false;
-  if (!strip.empty()) s.strip_accents = strip == "auto" ? std::nullopt : std::optional<bool>(strip == "yes");
-  s.chinese = chinese.value_or(s.chinese), s.clean_text = clean.value_or(s.clean_text);
-  return t.with_settings(s);
-}
-
-TokenizeOptions take_tokenize(Args& a) {
-  TokenizeOptions o;
-  o.to = a.take_choice("to", {"pieces", "ids", "jsonl"});
-  o.encode.max_length = a.take_int("max-length", 0, 1, INT32_MAX);
-  o.encode.truncation = (Truncation)a.take_choice("truncation", {"longest_first", "only_first", "only_second"});
-  o.encode.from_left = a.take_choice("side", {"right", "left"});
-  o.encode.stride = a.take_int("stride", 0, 0, INT32_MAX);
-  o.windows = a.given("stride");
-  o.encode.add_special = !a.take_switch("no-special");
-  o.encode.parse_special = !a.take_switch("plain-special");
-  o.words = a.take_switch("split-words");
-  o.chars = a.take_choice("offsets", {"bytes", "chars"});
-  if (o.encode.stride && !o.encode.max_length) a.fail("--stride needs --max-length");
-  if (o.encode.add_special && o.encode.max_length && o.encode.max_length < 3)
-    a.fail("--max-length " + to_string(o.encode.max_length) + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
-  return o;
+// Texts to pieces; the counts of all.
+TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results* out) {
+  TokenCounts total;
+  Rows rows(source);
+  std::vector<Row> chunk;
+  while (read_chunk(rows, chunk, 4096)) {
+    constexpr int64_t kPiece = 32;
+    Strings lines(chunk.size() / kPiece + 1);
+    std::vector<TokenCounts> counts(lines.size());
+    parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) lines[i / kPiece] += tokenized(t, chunk[i], o, counts[i / kPiece]);
+    });
+    for (const TokenCounts& c : counts) total.add(c);
+    if (!out) continue;
+    for (const std::string& text : lines) out->write(text);
+    if (rows.from_terminal()) out->flush();
+  }
+  rows.report();
+  return total;
 }
 
 // Ids to text.
-void decode_rows(const WordPiece& t, Source source, const TokenizeOptions& o, Results& out) {
+void decode_rows(const WordPiece& t, Source source, bool skip_special, bool cleanup, Results& out) {
   source.format = kIds;
   Rows rows(source);
   for (Row row; rows.next(row);) {
     for (const int32_t id : row.ids)
       if (id >= t.size())
         throw Error(row.where + ": token id " + to_string(id) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
-    out.line(t.decode(row.ids, o.skip_special, o.cleanup));
+    out.line(t.decode(row.ids, skip_special, cleanup));
   }
   rows.report();
 }
 
-int cmd_tokenize(Args& a) {
+void cmd_tokenize(Args& a) {
   Common common(a);
-  Source source = take_source(a, common, "input");
+  Source source = take_source(a);
   Results out(a);
-  TokenizeOptions o = take_tokenize(a);
+  const Tokenization o{a};
+  o.check();
   source.word_lists = o.words, source.keep_bytes = true;
   const bool decode = a.take_switch("decode"), stats = a.take_switch("stats");
-  if (decode) o.skip_special = a.take_switch("skip-special"), o.cleanup = a.take_yes_no("cleanup").value_or(true);
-  Args later = a;  // the tokenizer is loaded when every option is known to be right
-  a.need("vocab", "a model folder or a vocab.txt");
-  for (const char* name : {"strip-accents", "chinese", "clean"}) a.take(name);
-  a.take_switch("cased");
+  const bool skip_special = decode && a.take_switch("skip-special"), cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
   a.done();
-  const WordPiece t = take_tokenizer(later, common);
+  const WordPiece t = tokenizer_of(o);
   if (decode) {
-    decode_rows(t, source, o, out);
-    out.finish();
-    return 0;
-  }
-  TokenizeCounts total;
-  Rows rows(source);
-  std::vector<Row> chunk;
-  while (read_chunk(rows, chunk, 4096)) {
-    constexpr int64_t kPiece = 32;
-    const size_t pieces = (chunk.size() + kPiece - 1) / kPiece;
-    Strings lines(pieces);
-    std::vector<TokenizeCounts> counts(pieces);
-    parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) lines[(size_t)(i / kPiece)] += tokenized(t, chunk[i], o, counts[(size_t)(i / kPiece)]);
-    });
-    for (size_t i = 0; i < pieces; i++) {
-      if (!stats) out.write(lines[i]);
-      total.texts += counts[i].texts, total.tokens += counts[i].tokens, total.words += counts[i].words;
-      total.unknown += counts[i].unknown, total.longest = std::max(total.longest, counts[i].longest);
-    }
-    if (rows.from_terminal()) out.flush();
-  }
-  rows.report();
-  if (stats) {
-    const Named lines = {{"texts", to_string(total.texts)},
-                         {"words", to_string(total.words)},
-                         {"tokens", to_string(total.tokens)},
-                         {"tokens_per_text", format_number((double)total.tokens / (double)std::max<int64_t>(1, total.texts))},
-                         {"unknown", to_string(total.unknown)},
-                         {"longest", to_string(total.longest)}};
-    for (const auto& [name, value] : lines) out.line(name + "\t" + value);
+    decode_rows(t, source, skip_special, cleanup, out);
+  } else {
+    const TokenCounts c = tokenize_rows(t, source, o, stats ? nullptr : &out);
+    if (stats)
+      out.write(figures({{"texts", (double)c.texts},
+                         {"words", (double)c.words},
+                         {"tokens", (double)c.tokens},
+                         {"tokens_per_text", (double)c.tokens / (double)std::max<int64_t>(1, c.texts)},
+                         {"unknown", (double)c.unknown},
+                         {"longest", (double)c.longest}}));
   }
   out.finish();
-  return 0;
 }
 
 // ==== 10 pretrain =================================================================================================
 // The options that both kinds of training share.
-TrainSettings take_training(Args& a, const Common& common, double lr) {
+TrainSettings take_training(Args& a, const Common& common, double lr, int64_t steps = 0) {
   TrainSettings t;
+  t.steps = steps;
   t.accumulate = a.take_int("accumulate", 1, 1, 1 << 20);
   if (t.accumulate & (t.accumulate - 1)) a.fail("--accumulate " + to_string(t.accumulate) + ": a power of two is wanted");
-  t.lr = a.take_number("lr", lr, 0, 10);
-  t.warmup = a.take_number("warmup", 0.1, 0, 1);
+  t.lr = a.take_number("lr", lr, 0., 10.);
+  t.warmup = a.take_number("warmup", 0.1, 0., 1.);
   t.schedule = (Schedule)a.take_choice("schedule", {"linear", "cosine", "constant"});
   t.optimizer.google = a.take_choice("optimizer", {"adamw", "google"});
   if (t.optimizer.google) t.optimizer.eps = 1e-6f;
-  t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0, 10);
-  t.clip = a.take_number("clip", 1.0, 0, 1e9);
-  t.dropout = (float)a.take_number("dropout", -1, 0, 0.99);
+  t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0., 10.);
+  t.clip = a.take_number("clip", 1.0, 0., 1e9);
+  t.dropout = (float)a.take_number("dropout", -1., 0., 0.99);
   t.seed = common.seed;
   return t;
 }
@@ -1645,7 +1491,7 @@ Corpus take_dev(Corpus& text, double share, uint64_t seed) {
   for (size_t d = 0; d + 1 < text.documents.size(); d++)
     for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += stretch) cuts.push_back(s);
   std::vector<int64_t> order(cuts.size());
-  for (size_t i = 0; i < cuts.size(); i++) order[i] = (int64_t)i;
+  std::iota(order.begin(), order.end(), 0);
   cuts.push_back((int64_t)text.sentences.size() - 1);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   std::vector<uint8_t> held(order.size(), 0);
@@ -1669,135 +1515,100 @@ Corpus take_dev(Corpus& text, double share, uint64_t seed) {
   return dev;
 }
 
-struct PretrainOptions {
-  Source input;
-  std::string vocab, config, init, output, dump;
-  std::optional<Source> dev;
-  double dev_split = 0, minutes = 0;
-  PretrainSettings data;
-  TrainSettings train;
-  RunSettings run;
-  bool dry_run = false;
-};
-
-PretrainOptions take_pretrain(Args& a, const Common& common) {
-  PretrainOptions o;
-  o.input = take_source(a, common, "input");
-  o.init = a.take("init", "");
-  o.vocab = a.take("vocab", o.init);
-  o.config = a.take("config", "");
-  if (o.vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
-  if (o.config.empty() && o.init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
-  if (!o.config.empty() && !o.init.empty()) a.fail("--config and --init exclude each other");
-  o.output = a.need("output", "the folder to write the model to");
-  o.train = take_training(a, common, 1e-4);
-  o.train.steps = a.take_int("steps", 0, 1, INT32_MAX);
-  o.minutes = a.take_number("minutes", 0, 0.01, 1e6);
-  if ((o.train.steps > 0) == (o.minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
-  o.data.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30);
-  o.data.max_length = a.take_int("max-length", 0, 8, 1 << 20);
-  o.data.mask = a.take_number("mask", 0.15, 0.001, 0.9);
-  o.data.whole_word = a.take_switch("whole-word");
-  o.data.next_sentence = !a.take_switch("no-nsp");
-  if (const auto dev = a.take("dev")) o.dev = o.input, o.dev->files = {*dev};
-  o.dev_split = a.take_number("dev-split", 0.01, 0, 0.5);
-  if (a.given("dev") && a.given("dev-split")) a.fail("--dev and --dev-split exclude each other");
-  o.dump = a.take("dump-batches", "");
-  o.run = take_run(a, common);
-  o.run.save_every = a.take_int("save-every", 0, 1, INT32_MAX);
-  o.run.keep = a.take_int("keep", 2, 1, 100);
-  o.dry_run = a.take_switch("dry-run");
-  return o;
+// What masking needs to know of a vocabulary.
+SpecialIds special_ids(const WordPiece& t) { return {t.cls, t.sep, t.mask}; }
+std::vector<uint8_t> continuations(const WordPiece& t, int64_t vocab_size) {
+  std::vector<uint8_t> continues((size_t)vocab_size, 0);
+  for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[id] = t.continuation(id);
+  return continues;
 }
 
-// What masking needs to know of a vocabulary.
-struct MaskingIds {
-  SpecialIds special;
-  std::vector<uint8_t> continues;
-  MaskingIds(const WordPiece& t, int64_t vocab_size) : special{t.cls, t.sep, t.mask}, continues((size_t)vocab_size, 0) {
-    for (int32_t id = 0; id < (int32_t)t.size(); id++) continues[id] = t.continuation(id);
-  }
-};
-
-// Everything that a pretraining run needs, made from its options.
+// A pretraining run: its options, taken in this order, and what is made from them.
 struct Pretraining {
-  PretrainOptions o;
-  WordPiece tokenizer;
-  Config config;
-  Corpus text, dev;
-  std::vector<int64_t> unigrams;
+  Args& a;
+  const Common& common;
+  const Source input = take_source(a);
+  const std::optional<Source> dev_input = take_like(a, "dev", input);
+  const std::string init = a.take("init"), vocab = a.take("vocab", init), config_name = a.take("config"), dump = a.take("dump-batches");
+  const double dev_split = a.take_number("dev-split", 0.01, 0., 0.5), minutes = a.take_number("minutes", 0., 0.01, 1e6);
+  const bool dry_run = a.take_switch("dry-run");
+  const RunSettings run = take_run(a, true);
+  const TrainSettings train = take_training(a, common, 1e-4, a.take_int("steps", 0, 1, INT32_MAX));
+  PretrainSettings data = {.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30),
+                           .max_length = a.take_int("max-length", 0, 8, 1 << 20),
+                           .mask = a.take_number("mask", 0.15, 0.001, 0.9),
+                           .whole_word = a.take_switch("whole-word"),
+                           .next_sentence = !a.take_switch("no-nsp")};
 
+  WordPiece tokenizer = {};
+  Config config = {};
+  Corpus text = {}, dev = {};
+  std::vector<int64_t> unigrams = {};
+
+  void check() const {
+    if (vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
+    if (config_name.empty() && init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
+    a.exclude("config", "init"), a.exclude("dev", "dev-split");
+    if ((train.steps > 0) == (minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
+  }
+  void read();
   Bert model() const {
-    const Task task = o.data.next_sentence ? Task::pretrain : Task::mlm;
-    return o.init.empty() ? Bert::random(config, task, o.train.seed) : load_folder_for(o.init, task, {}, o.train.seed).bert;
+    const Task task = data.next_sentence ? Task::pretrain : Task::mlm;
+    return init.empty() ? Bert::random(config, task, train.seed) : load_folder_for(init, task, {}, train.seed).bert;
   }
   PretrainSampler sampler() const {
-    const MaskingIds ids(tokenizer, config.vocab_size);
-    return PretrainSampler(text, o.data, ids.special, config.vocab_size, ids.continues, o.train.seed);
+    return PretrainSampler(text, data, special_ids(tokenizer), config.vocab_size, continuations(tokenizer, config.vocab_size), train.seed);
   }
   Numbers scores(const Bert& bert) const {
-    const MaskingIds ids(tokenizer, config.vocab_size);
-    const PretrainScores s = evaluate_pretraining(bert, dev, o.data, ids.special, ids.continues, o.train.seed, unigrams);
+    const PretrainScores s =
+        evaluate_pretraining(bert, dev, data, special_ids(tokenizer), continuations(tokenizer, config.vocab_size), train.seed, unigrams);
     Numbers list = {{"mlm_loss", s.masked_loss}, {"unigram_loss", s.unigram_loss}, {"mlm_accuracy", s.masked_accuracy}};
-    if (o.data.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
+    if (data.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
     return list;
-  }
-  std::string fingerprint() const {
-    Fingerprint f;
-    for (const Corpus* c : {&text, &dev}) f.add(c->ids), f.add(c->sentences), f.add(c->documents);
-    return f.text();
   }
 };
 
-// A vocabulary that can be pretrained with, and a shape that fits it.
-void check_fit(const Pretraining& p) {
-  const WordPiece& t = p.tokenizer;
-  if (t.cls < 0 || t.sep < 0 || t.mask < 0)
-    throw Error(p.o.vocab + ": [CLS], [SEP] or [MASK] is missing in the vocabulary; pretraining needs them");
-  if (p.config.vocab_size < t.size())
-    throw Error(p.o.vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(p.config.vocab_size) +
-                "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
-}
-
 std::string corpus_size(const Corpus& c) {
-  return grouped((int64_t)c.ids.size()) + " tokens, " + grouped((int64_t)c.sentences.size() - 1) + " sentences, " +
+  return size_of(c.ids) + " tokens, " + grouped((int64_t)c.sentences.size() - 1) + " sentences, " +
          grouped((int64_t)c.documents.size() - 1) + " documents";
 }
 
-Pretraining prepare_pretraining(PretrainOptions options, const Common& common) {
-  Pretraining p{std::move(options), {}, {}, {}, {}, {}};
-  const PretrainOptions& o = p.o;
-  p.tokenizer = WordPiece::load(o.vocab);
-  show_warnings(p.tokenizer, common);
-  if (!o.init.empty()) check_model_folder(o.init);
-  const std::string file = o.init.empty() ? o.config : o.init + "/config.json";
-  p.config = fs::exists(file) || file.ends_with(".json") ? Config::parse(read_file(file), file) : Config::named(file, p.tokenizer.size());
-  check_fit(p);
-  p.o.data.max_length = length_limit(o.data.max_length, p.config);
+// Reads vocabulary, shape and text, and sees that they fit together.
+void Pretraining::read() {
+  tokenizer = open_tokenizer(vocab);
+  const WordPiece& t = tokenizer;
+  if (t.cls < 0 || t.sep < 0 || t.mask < 0)
+    throw Error(vocab + ": [CLS], [SEP] or [MASK] is missing in the vocabulary; pretraining needs them");
+  if (!init.empty()) check_model_folder(init);
+  const std::string file = init.empty() ? config_name : init + "/config.json";
+  config = fs::exists(file) || file.ends_with(".json") ? open_config(file) : Config::named(file, t.size());
+  if (config.vocab_size < t.size())
+    throw Error(vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(config.vocab_size) +
+                "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
+  data.max_length = length_limit(data.max_length, config);
   const double began = now();
-  p.text = read_corpus(o.input, p.tokenizer);
-  if (o.dev)
-    p.dev = read_corpus(*o.dev, p.tokenizer);
-  else if (o.dev_split > 0)
-    p.dev = take_dev(p.text, o.dev_split, o.train.seed);
-  if (o.data.next_sentence && p.dev.documents.size() == 2)
-    throw Error((o.dev ? o.dev->files[0] : "--dev-split") +
+  text = read_corpus(input, t);
+  if (dev_input)
+    dev = read_corpus(*dev_input, t);
+  else if (dev_split > 0)
+    dev = take_dev(text, dev_split, train.seed);
+  if (data.next_sentence && dev.documents.size() == 2)
+    throw Error((dev_input ? dev_input->files[0] : "--dev-split") +
                 ": next-sentence pairs need at least two held-out documents (a blank line between them), there is one; or pass --no-nsp");
-  p.unigrams = unigram_counts(p.text, p.config.vocab_size);
-  common.note("text: " + corpus_size(p.text) + "; held out: " + corpus_size(p.dev) + "; read in " + duration(now() - began));
-  return p;
+  unigrams = unigram_counts(text, config.vocab_size);
+  note("text: " + corpus_size(text) + "; held out: " + corpus_size(dev) + "; read in " + duration(now() - began));
 }
 
 std::vector<Batch> step_batches(const Pretraining& p, PretrainSampler& sampler, int64_t step) {
   std::vector<Batch> micro;
-  for (int64_t i = 0; i < p.o.train.accumulate; i++) micro.push_back(sampler.next(step, i));
+  for (int64_t i = 0; i < p.train.accumulate; i++) micro.push_back(sampler.next(step, i));
   return micro;
 }
 
 // The number of steps that fit into the minutes, from the time of the first ones, made on a model of their own.
 int64_t steps_in_minutes(const Pretraining& p) {
-  const double began = now(), seconds = p.o.minutes * 60;
-  TrainSettings settings = p.o.train;
+  const double began = now(), seconds = p.minutes * 60;
+  TrainSettings settings = p.train;
   settings.steps = 1000;
   Trainer trainer(p.model(), settings);
   PretrainSampler sampler = p.sampler();
@@ -1812,78 +1623,81 @@ int64_t steps_in_minutes(const Pretraining& p) {
 }
 
 std::string batch_json(const Batch& b, int64_t step, size_t micro) {
-  auto list = [](const auto& v) { return json_list(v, [&](size_t i) { return to_string(v[i]); }); };
-  return "{\"step\":" + to_string(step) + ",\"micro\":" + to_string(micro) + ",\"ids\":" + list(b.ids) +
-         ",\"segments\":" + list(b.segments) + ",\"offsets\":" + list(b.offsets) + ",\"masked\":" + list(b.masked) +
-         ",\"masked_labels\":" + list(b.masked_labels) + ",\"labels\":" + list(b.labels) + "}\n";
+  return json_object({{"step", to_string(step)},
+                      {"micro", to_string(micro)},
+                      {"ids", json_list(b.ids)},
+                      {"segments", json_list(b.segments)},
+                      {"offsets", json_list(b.offsets)},
+                      {"masked", json_list(b.masked)},
+                      {"masked_labels", json_list(b.masked_labels)},
+                      {"labels", json_list(b.labels)}});
 }
 
 void dry_run(const Pretraining& p) {
-  const int64_t parameters = p.model().parameter_count(), gradients = 1 + std::bit_width((uint64_t)p.o.train.accumulate) - 1;
-  print_numbers({{"parameters", (double)parameters},
-                 {"tokens", (double)p.text.ids.size()},
-                 {"tokens_dev", (double)p.dev.ids.size()},
-                 {"pieces", (double)p.tokenizer.size()},
-                 {"steps", (double)p.o.train.steps},
-                 {"gradients", (double)gradients},
-                 {"state_MiB", (double)(parameters * 4 * (3 + gradients)) / (1 << 20)}});
+  const int64_t parameters = p.model().parameter_count(), gradients = (int64_t)std::bit_width((uint64_t)p.train.accumulate);
+  print({{"parameters", (double)parameters},
+         {"tokens", (double)p.text.ids.size()},
+         {"tokens_dev", (double)p.dev.ids.size()},
+         {"pieces", (double)p.tokenizer.size()},
+         {"steps", (double)p.train.steps},
+         {"gradients", (double)gradients},
+         {"state_MiB", (double)(parameters * 4 * (3 + gradients)) / (1 << 20)}});
 }
 
-// The steps from where the trainer stands to the end; the exit status.
-int pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
+// The steps from where the trainer stands to the end; false when a signal came first.
+bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
   const int64_t steps = trainer.settings().steps;
   // Evaluations: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
-  const double trained = (double)steps * (double)(p.o.data.batch_tokens * p.o.train.accumulate);
+  const double trained = (double)steps * (double)(p.data.batch_tokens * p.train.accumulate);
   const int64_t evaluations = std::clamp<int64_t>((int64_t)(0.15 * trained / std::max<double>(1, (double)p.dev.ids.size())), 1, 20);
   const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations);
   std::ofstream dump;
-  if (!p.o.dump.empty()) dump.open(p.o.dump, trainer.done() ? std::ios::app : std::ios::trunc);
+  if (!p.dump.empty()) dump.open(p.dump, trainer.done() ? std::ios::app : std::ios::trunc);
   Numbers last;  // evaluation
   while (trainer.done() < steps && !stop_signal) {
     const std::vector<Batch> micro = step_batches(p, sampler, trainer.done());
-    for (size_t i = 0; i < micro.size() && !p.o.dump.empty(); i++)
-      if (!(dump << batch_json(micro[i], trainer.done(), i) << std::flush)) throw Error(p.o.dump + ": cannot write");
+    for (size_t i = 0; i < micro.size() && !p.dump.empty(); i++)
+      if (!(dump << batch_json(micro[i], trainer.done(), i) << std::endl)) throw Error(p.dump + ": cannot write");
     run.after_step(trainer.step(micro));
     const int64_t done = trainer.done();
     if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) last = p.scores(trainer.model()), run.evaluated(done, last);
     if (done < steps && run.save_due(done)) run.save(trainer);
   }
-  if (trainer.done() < steps) return run.stopped(trainer);
+  if (trainer.done() < steps) return false;
   if (last.empty() && !p.dev.ids.empty()) last = p.scores(trainer.model());  // the run was complete already
   for (const auto& [name, value] : last)
     run.results.emplace_back((name.starts_with("mlm_") ? name.substr(4) : name) + "_dev", value);  // as evaluate names them
-  return 0;
+  return true;
 }
 
-int cmd_pretrain(Args& a) {
+void cmd_pretrain(Args& a) {
   Common common(a);
-  PretrainOptions options = take_pretrain(a, common);
+  Pretraining p{a, common};
+  p.check();
   a.done();
-  const Pretraining p = prepare_pretraining(std::move(options), common);
-  const PretrainOptions& o = p.o;
-  if (o.dry_run) return dry_run(p), 0;
+  p.read();
+  if (p.dry_run) return dry_run(p);
   PretrainSampler sampler = p.sampler();  // here, so that text that does not do is refused before anything is written
-  OutputFolder folder(o.output, o.run);
-  Run run(o.output, "Pretraining " + (o.config.empty() ? o.init : o.config), o.run);
-  catch_signals();
-  TrainSettings settings = o.train;
-  if (!settings.steps && !(o.run.resume && run.states.any())) settings.steps = steps_in_minutes(p);
+  Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
+  TrainSettings settings = p.train;
+  if (!settings.steps && !(p.run.resume && run.states.any())) settings.steps = steps_in_minutes(p);
   Trainer trainer(p.model(), settings);
-  const auto stored = run.take_up(trainer, a.taken(), p.fingerprint());
+
+  Fingerprint fingerprint;
+  for (const Corpus* c : {&p.text, &p.dev}) fingerprint.add(c->ids), fingerprint.add(c->sentences), fingerprint.add(c->documents);
+  const About stored = run.take_up(trainer, a.taken(), fingerprint);
   if (!stored.empty()) sampler.go_to({stored_number(stored, "epoch"), stored_number(stored, "batch")});
-  run.place = [&]() -> std::map<std::string, std::string> {
-    return {{"epoch", to_string(sampler.place().epoch)}, {"batch", to_string(sampler.place().batch)}};
-  };
-  const auto carried = tokenizer_files(o.vocab, p.tokenizer, p.config.max_position_embeddings);
-  run.save_model = [&] { save_folder(o.output, trainer.model(), carried); };
+  run.place = [&] { return About{{"epoch", to_string(sampler.place().epoch)}, {"batch", to_string(sampler.place().batch)}}; };
+  const auto carried = tokenizer_files(p.vocab, p.tokenizer, p.config.max_position_embeddings);
+  run.save_model = [&] { save_folder(p.run.output, trainer.model(), carried); };
   run.data = {{"training text", corpus_size(p.text)},
               {"held-out text", corpus_size(p.dev)},
               {"vocabulary", grouped(p.tokenizer.size()) + " pieces"},
               {"model", model_size(trainer.model())}};
-  const int status = run.guarded(trainer, [&] { return pretrain_steps(p, trainer, sampler, run); });
-  print_numbers(run.results);
-  if (!status) common.note(o.output + ": the model; curves in " + o.output + "/report.html");
-  return status;
+
+  run.guarded(trainer, [&] { return pretrain_steps(p, trainer, sampler, run); });
+  print(run.results);
+  note(p.run.output + ": the model; curves in " + p.run.output + "/report.html");
 }
 
 // ==== 11 finetune =================================================================================================
@@ -1899,242 +1713,182 @@ double peak_mib() {
 struct Labels {
   Task task = Task::classify;
   Strings names;
-  bool open = false;  // a new name is added
-  std::map<std::string, int32_t> ids;
+  std::map<std::string, int32_t> ids = {};
 
   void set(const Strings& list) {
     names = list, ids.clear();
     for (size_t i = 0; i < list.size(); i++) ids.emplace(list[i], (int32_t)i);
   }
-  int32_t id(const std::string& name) {
-    if (const auto at = ids.find(name); at != ids.end()) return at->second;
-    if (!open) throw BadLine("label '" + name + "', which training never saw (it knows " + some() + "); correct it");
-    names.push_back(name);
-    return ids[name] = (int32_t)names.size() - 1;
-  }
   std::string some() const {
-    Strings first(names.begin(), names.begin() + (int64_t)std::min<size_t>(names.size(), 8));
-    return join(first, ", ") + (names.size() > 8 ? ", …" : "");
+    return join(Strings(names.begin(), names.begin() + (int64_t)std::min<size_t>(names.size(), 8)), ", ") + (names.size() > 8 ? ", …" : "");
+  }
+  // In an order that does not depend on the order of the file: numbers by value, names by their bytes; or as the model has them.
+  void learn(const std::vector<Strings>& answers, const Strings& of_model) {
+    std::set<std::string> seen;
+    for (const Strings& list : answers) seen.insert(list.begin(), list.end());
+    if (seen == std::set<std::string>(of_model.begin(), of_model.end())) return set(of_model);
+    Strings ordered(seen.begin(), seen.end());
+    auto number = [](const std::string& s) { return parse_number<int64_t>(s); };
+    if (std::all_of(ordered.begin(), ordered.end(), [&](const auto& s) { return number(s).has_value(); }))
+      std::stable_sort(ordered.begin(), ordered.end(), [&](const auto& x, const auto& y) { return *number(x) < *number(y); });
+    set(ordered);
   }
 };
 
 struct LabelledSet {
   std::vector<Example> examples;
-  std::vector<std::vector<int32_t>> chosen;  // label numbers of each example
-  int64_t cut = 0;                           // texts longer than the limit
+  int64_t cut = 0;  // texts longer than the limit
 };
 
-// The answer of a row: label numbers, or a number.
-std::vector<int32_t> answer_of(const Row& row, Labels& labels, Example& example) {
-  if (!row.labelled) throw BadLine("no label");
+// The answers of a row that may be used: names of labels, or one number.
+Strings answers_of(const Row& row, const Labels& labels, bool known) {
+  if (row.answers.empty() && !row.listed) throw BadLine("no label");
+  Strings answers = labels.task != Task::classify && !row.listed ? split(row.answers[0], '|') : row.answers;
   if (labels.task == Task::regress) {
-    const auto value = row.listed ? std::nullopt : parse_number<float>(row.answers[0]);
-    if (!value || !std::isfinite(*value)) throw BadLine("'" + join(row.answers, "|") + "' is no number, which --task regress wants");
-    example.targets = {*value};
-    return {};
+    const auto value = answers.size() == 1 ? parse_number<float>(answers[0]) : std::nullopt;
+    if (!value || !std::isfinite(*value)) throw BadLine("'" + join(answers, "|") + "' is no number, which --task regress wants");
+    return answers;
   }
-  std::vector<int32_t> chosen;
-  const Strings answers = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
-  for (const std::string& answer : answers)
-    if (!answer.empty()) chosen.push_back(labels.id(answer));
-  if (labels.task == Task::classify && chosen.size() != 1)
-    throw BadLine(chosen.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
-  return chosen;
+  std::erase(answers, "");
+  if (labels.task == Task::classify && answers.size() != 1)
+    throw BadLine(answers.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
+  for (const std::string& name : answers)
+    if (known && !labels.ids.count(name))
+      throw BadLine("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
+  return answers;
 }
 
-LabelledSet read_labelled(Source source, const WordPiece& tokenizer, Labels& labels, int64_t max_length) {
+// Labelled texts. Training data (`of_model` given) says itself which labels there are.
+LabelledSet read_labelled(Source source, const WordPiece& tokenizer, int64_t limit, Labels& labels, const Strings* of_model = nullptr) {
   source.labels = true;
   LabelledSet set;
   Rows rows(source);
   std::vector<Row> chunk;
   std::vector<uint8_t> cut;
+  std::vector<Strings> answers;
   while (read_chunk(rows, chunk, 4096)) {
-    std::vector<Example> examples = encode_rows(tokenizer, chunk, max_length, false, cut);
+    std::vector<Example> examples = encode_rows(tokenizer, chunk, limit, false, cut);
     for (size_t i = 0; i < chunk.size(); i++) try {
-        set.chosen.push_back(answer_of(chunk[i], labels, examples[i]));
+        answers.push_back(answers_of(chunk[i], labels, !of_model));
         set.examples.push_back(std::move(examples[i]));
         set.cut += cut[i];
       } catch (const BadLine& e) { rows.bad(chunk[i].where, e.what()); }
   }
   rows.report();
   if (set.examples.empty()) throw Error(join(source.files, ", ") + ": no labelled text; give a file with some");
+  if (of_model && labels.task != Task::regress) labels.learn(answers, *of_model);
+  for (size_t i = 0; i < answers.size(); i++) {
+    Example& example = set.examples[i];
+    if (labels.task == Task::regress) example.targets = {*parse_number<float>(answers[i][0])};
+    if (labels.task == Task::classify) example.label = labels.ids.at(answers[i][0]);
+    if (labels.task != Task::multilabel) continue;
+    example.targets.assign(labels.names.size(), 0);
+    for (const std::string& name : answers[i]) example.targets[labels.ids.at(name)] = 1;
+  }
   return set;
 }
 
-// Fills in what the losses and metrics read from the label numbers.
-void finish_labels(LabelledSet& set, const Labels& labels, const std::vector<int32_t>& renumbered = {}) {
-  for (size_t i = 0; i < set.examples.size(); i++) {
-    Example& example = set.examples[i];
-    if (labels.task == Task::multilabel) example.targets.assign(labels.names.size(), 0);
-    for (int32_t id : set.chosen[i]) {
-      if (!renumbered.empty()) id = renumbered[id];
-      labels.task == Task::multilabel ? (void)(example.targets[id] = 1) : (void)(example.label = id);
-    }
-  }
-}
-
-// Labels in an order that does not depend on the order of the file: numbers by value, names by their bytes; or as the model has them.
-std::vector<int32_t> order_labels(Labels& labels, const Strings& of_model) {
-  Strings ordered = labels.names;
-  const bool numbers =
-      std::all_of(ordered.begin(), ordered.end(), [](const std::string& s) { return parse_number<int64_t>(s).has_value(); });
-  std::sort(ordered.begin(), ordered.end(), [&](const std::string& x, const std::string& y) {
-    return numbers && *parse_number<int64_t>(x) != *parse_number<int64_t>(y) ? *parse_number<int64_t>(x) < *parse_number<int64_t>(y)
-                                                                             : x < y;
-  });
-  if (std::set<std::string>(of_model.begin(), of_model.end()) == std::set<std::string>(ordered.begin(), ordered.end())) ordered = of_model;
-  const Strings seen = labels.names;
-  labels.set(ordered);
-  std::vector<int32_t> renumbered;
-  for (const std::string& name : seen) renumbered.push_back(labels.ids.at(name));
-  return renumbered;
-}
-
-struct FinetuneOptions {
-  Task task = Task::classify;
-  std::string model, output, tsv;
-  Source train;
-  std::optional<Source> dev, test;
-  double dev_split = 0, epochs = 3;
-  int64_t batch = 32, max_length = 0, patience = 0, seeds = 1;
-  TrainSettings settings;
-  RunSettings run;
-  bool from_scratch = false;
-};
-
 Task take_task(Args& a) {
   const std::string name = a.need("task", "classify, multilabel or regress");
-  for (const char* later : {"tag", "qa", "choice", "similarity"})
-    if (name == later) throw Error("--task " + name + ": not built yet: " + name);
-  for (const Task task : {Task::classify, Task::multilabel, Task::regress})
-    if (name == head_kind(task).name) return task;
-  a.fail("--task " + name + ": classify, multilabel or regress is wanted");
+  if (a.choice("task", name, {"classify", "multilabel", "regress", "tag", "qa", "choice", "similarity"}) > 2)
+    throw Error("--task " + name + ": not built yet: " + name);
+  return find_head(name)->task;
 }
 
-FinetuneOptions take_finetune(Args& a, const Common& common) {
-  FinetuneOptions o;
-  o.task = take_task(a);
-  o.model = a.need("model", "the folder of the model to start from");
-  o.train = take_source(a, common, "train");
-  if (o.train.files.empty()) a.fail("--train is missing: a file of labelled texts");
-  if (const auto dev = a.take("dev")) o.dev = o.train, o.dev->files = {*dev};
-  if (const auto test = a.take("test")) o.test = o.train, o.test->files = {*test};
-  o.dev_split = a.take_number("dev-split", 0.1, 0, 0.9);
-  if (a.given("dev") && a.given("dev-split")) a.fail("--dev and --dev-split exclude each other");
-  o.output = a.need("output", "the folder to write the model to");
-  o.epochs = a.take_number("epochs", 3, 0.01, 10000);
-  o.batch = a.take_int("batch", 32, 1, 1 << 20);
-  o.settings = take_training(a, common, 2e-5);
-  o.max_length = a.take_int("max-length", 0, 4, 1 << 20);
-  o.patience = a.take_int("patience", 0, 1, 10000);
-  o.seeds = a.take_int("seeds", 1, 1, 1000);
-  o.tsv = a.take("tsv", "");
-  o.from_scratch = a.take_switch("from-scratch");
-  o.run = take_run(a, common);
-  if (o.run.resume && o.seeds > 1) a.fail("--resume and --seeds exclude each other");
-  return o;
-}
+// A fine-tuning run: its options, taken in this order, and its data as ids, the same for every seed but for the split.
+struct Finetuning {
+  Args& a;
+  const Common& common;
+  const Task task = take_task(a);
+  const std::string model = a.need("model", "the folder of the model to start from"), tsv = a.take("tsv");
+  const Source train_input = take_source(a, "train");
+  const std::optional<Source> dev_input = take_like(a, "dev", train_input), test_input = take_like(a, "test", train_input);
+  const double dev_split = a.take_number("dev-split", 0.1, 0., 0.9), epochs = a.take_number("epochs", 3., 0.01, 10000.);
+  const bool from_scratch = a.take_switch("from-scratch");
+  const int64_t batch = a.take_int("batch", 32, 1, 1 << 20), patience = a.take_int("patience", 0, 1, 10000);
+  const int64_t seeds = a.take_int("seeds", 1, 1, 1000);
+  int64_t max_length = a.take_int("max-length", 0, 4, 1 << 20);
+  TrainSettings settings = take_training(a, common, 2e-5);
+  RunSettings run = take_run(a, false);
 
-// Data of a fine-tuning run as ids, the same for every seed but for the split.
-struct FinetuneData {
-  WordPiece tokenizer;
-  Labels labels;
-  LabelledSet train, dev, test;
-  std::string fingerprint;
-  int64_t max_length = 0;
+  WordPiece tokenizer = {};
+  Labels labels = {task, {}, {}};
+  LabelledSet train = {}, dev = {}, test = {};
+
+  void read();
+  void split(uint64_t seed);
+  ModelFolder start() const;
+  int64_t epoch_steps() const { return ((int64_t)train.examples.size() + batch * settings.accumulate - 1) / (batch * settings.accumulate); }
 };
 
-void split_dev(FinetuneData& data, double share, uint64_t seed) {
-  const int64_t n = (int64_t)data.train.examples.size(),
-                take = std::min(n - 1, std::max<int64_t>(1, (int64_t)std::llround((double)n * share)));
+void Finetuning::read() {
+  check_model_folder(model, !from_scratch);
+  const Config config = open_config(model + "/config.json");
+  max_length = length_limit(max_length, config);
+  tokenizer = open_tokenizer(model);
+  if (task == Task::regress) labels.set({"LABEL_0"});
+  train = read_labelled(train_input, tokenizer, max_length, labels, &config.labels);
+  if (task != Task::regress && labels.names.size() < (task == Task::classify ? 2u : 1u))
+    throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
+  if (dev_input) dev = read_labelled(*dev_input, tokenizer, max_length, labels);
+  if (test_input) test = read_labelled(*test_input, tokenizer, max_length, labels);
+}
+
+// Holds out a share of the training data, unless there is --dev.
+void Finetuning::split(uint64_t seed) {
+  if (dev_input || dev_split <= 0) return;
+  const int64_t n = (int64_t)train.examples.size();
   if (n < 2) throw Error("--dev-split: one labelled text cannot be split; give more, or --dev-split 0");
+  const int64_t take = std::min(n - 1, std::max<int64_t>(1, std::llround((double)n * dev_split)));
   std::vector<int64_t> order((size_t)n);
-  for (int64_t i = 0; i < n; i++) order[i] = i;
-  Random random({seed, 0, 0, kSplitStream});
-  random.shuffle(order);
+  std::iota(order.begin(), order.end(), 0);
+  Random({seed, 0, 0, kSplitStream}).shuffle(order);
   std::vector<uint8_t> held((size_t)n, 0);
   for (int64_t i = 0; i < take; i++) held[(size_t)order[i]] = 1;
-  LabelledSet rest;
-  for (int64_t i = 0; i < n; i++) {
-    LabelledSet& to = held[i] ? data.dev : rest;
-    to.examples.push_back(std::move(data.train.examples[i]));
-    to.chosen.push_back(std::move(data.train.chosen[i]));
-  }
-  rest.cut = data.train.cut;
-  data.train = std::move(rest);
-}
-
-FinetuneData read_finetune_data(const FinetuneOptions& o, const Common& common) {
-  FinetuneData d;
-  check_model_folder(o.model, !o.from_scratch);
-  const Config config = Config::parse(read_file(o.model + "/config.json"), o.model + "/config.json");
-  const int64_t limit = d.max_length = length_limit(o.max_length, config);
-  d.tokenizer = WordPiece::load(o.model);
-  show_warnings(d.tokenizer, common);
-  d.labels.task = o.task, d.labels.open = true;
-  d.train = read_labelled(o.train, d.tokenizer, d.labels, limit);
-  d.labels.open = false;
-  if (o.task == Task::regress)
-    d.labels.set({"LABEL_0"});
-  else if (d.labels.names.size() < (o.task == Task::classify ? 2u : 1u))
-    throw Error(join(o.train.files, ", ") + ": only one label (" + d.labels.some() + "); there is nothing to tell apart");
-  const std::vector<int32_t> renumbered = o.task == Task::regress ? std::vector<int32_t>{} : order_labels(d.labels, config.labels);
-  finish_labels(d.train, d.labels, renumbered);
-  for (auto& list : d.train.chosen)
-    for (int32_t& id : list) id = renumbered[id];
-  if (o.dev) d.dev = read_labelled(*o.dev, d.tokenizer, d.labels, limit), finish_labels(d.dev, d.labels);
-  if (o.test) d.test = read_labelled(*o.test, d.tokenizer, d.labels, limit), finish_labels(d.test, d.labels);
-  Fingerprint f;
-  for (const LabelledSet* set : {&d.train, &d.dev})
-    for (const Example& e : set->examples)
-      f.add(e.ids), f.add(e.segments), f.add(std::vector<int64_t>{e.label}),
-          f.add(std::string_view((const char*)e.targets.data(), e.targets.size() * sizeof(float)));
-  for (const std::string& name : d.labels.names) f.add(name);
-  d.fingerprint = f.text();
-  return d;
-}
-
-std::string label_shares(const LabelledSet& set, const Labels& labels) {
-  std::vector<int64_t> counts(labels.names.size(), 0);
-  for (const auto& list : set.chosen)
-    for (const int32_t id : list) counts[id]++;
-  Strings out;
-  for (size_t i = 0; i < counts.size() && i < 12; i++)
-    out.push_back(labels.names[i] + " " + fixed(100.0 * (double)counts[i] / (double)set.examples.size(), 1) + " %");
-  return join(out, ", ") + (counts.size() > 12 ? ", …" : "");
-}
-
-Named finetune_data(const FinetuneData& d, const Bert& bert) {
-  Named rows = {{"training texts", grouped((int64_t)d.train.examples.size())}, {"held-out texts", grouped((int64_t)d.dev.examples.size())}};
-  if (!d.test.examples.empty()) rows.emplace_back("test texts", grouped((int64_t)d.test.examples.size()));
-  if (d.labels.task != Task::regress) rows.emplace_back("labels", label_shares(d.train, d.labels));
-  if (d.train.cut) rows.emplace_back("texts cut to --max-length", grouped(d.train.cut));
-  rows.emplace_back("model", model_size(bert));
-  return rows;
+  std::vector<Example> rest;
+  for (int64_t i = 0; i < n; i++) (held[i] ? dev.examples : rest).push_back(std::move(train.examples[i]));
+  train.examples = std::move(rest);
 }
 
 // The model to start from, and what travels with it.
-ModelFolder finetune_start(const FinetuneOptions& o, const FinetuneData& d, uint64_t seed) {
-  if (!o.from_scratch) return load_folder_for(o.model, o.task, d.labels.names, seed);
+ModelFolder Finetuning::start() const {
+  if (!from_scratch) return load_folder_for(model, task, labels.names, settings.seed);
   ModelFolder folder;
-  folder.config = Config::parse(read_file(o.model + "/config.json"), o.model + "/config.json");
-  folder.config.labels = d.labels.names;
-  folder.config.architecture = head_kind(o.task).architecture, folder.config.problem_type = head_kind(o.task).problem_type;
-  folder.bert = Bert::random(folder.config, o.task, seed);
-  folder.carried = tokenizer_files(o.model, d.tokenizer, folder.config.max_position_embeddings);
+  folder.config = open_config(model + "/config.json");
+  folder.config.labels = labels.names;
+  folder.config.architecture = head_kind(task).architecture, folder.config.problem_type = head_kind(task).problem_type;
+  folder.bert = Bert::random(folder.config, task, settings.seed);
+  folder.carried = tokenizer_files(model, tokenizer, folder.config.max_position_embeddings);
   return folder;
 }
 
-constexpr int64_t kEvaluationTokens = 8192;  // of a batch of held-out rows
-
-std::vector<Metric> scored(const Bert& bert, const LabelledSet& set, uint64_t seed) {
-  const std::vector<float> outputs = head_outputs(bert, set.examples, kEvaluationTokens);
-  return score_outputs(bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), seed);
+std::string label_shares(const LabelledSet& set, const Labels& labels) {
+  std::vector<double> counts(labels.names.size(), 0);
+  for (const Example& e : set.examples)
+    for (size_t c = 0; c < counts.size(); c++) counts[c] += e.targets.empty() ? e.label == (int32_t)c : e.targets[c];
+  Strings out;
+  for (size_t i = 0; i < counts.size() && i < 12; i++)
+    out.push_back(labels.names[i] + " " + fixed(100 * counts[i] / (double)set.examples.size(), 1) + " %");
+  return join(out, ", ") + (counts.size() > 12 ? ", …" : "");
 }
 
-Numbers metric_list(const std::vector<Metric>& metrics, const std::string& ending = "") {
+Named data_facts(const Finetuning& f) {
+  auto some = [](int64_t n) { return n ? grouped(n) : ""; };
+  return {{"training texts", size_of(f.train.examples)},
+          {"held-out texts", size_of(f.dev.examples)},
+          {"test texts", some((int64_t)f.test.examples.size())},
+          {"labels", f.task == Task::regress ? "" : label_shares(f.train, f.labels)},
+          {"texts cut to --max-length", some(f.train.cut)}};
+}
+
+std::vector<Metric> scored(const Bert& bert, const LabelledSet& set, int64_t batch_tokens, uint64_t seed) {
+  const std::vector<float> outputs = head_outputs(bert, set.examples, batch_tokens);
+  return score_outputs(bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), seed);
+}
+Numbers metrics_on(const Bert& bert, const LabelledSet& set, uint64_t seed, const std::string& ending = "") {
   Numbers list;
-  for (const Metric& m : metrics) list.emplace_back(m.name + ending, m.value);
+  if (!set.examples.empty())
+    for (const Metric& m : scored(bert, set, 8192, seed)) list.emplace_back(m.name + ending, m.value);
   return list;
 }
 
@@ -2144,196 +1898,149 @@ struct BestOnDev {
   int64_t since = 0;   // evaluations since it
   bool ended = false;  // by patience
   About about() const { return {{"best", exact(value)}, {"since_best", to_string(since)}, {"ended", to_string(ended)}}; }
-  static BestOnDev from(const About& a) {
-    return a.empty()
-               ? BestOnDev()
-               : BestOnDev{parse_number<double>(a.at("best")).value_or(0), stored_number(a, "since_best"), stored_number(a, "ended") != 0};
+  void set(const About& a) {
+    value = parse_number<double>(a.at("best")).value_or(0), since = stored_number(a, "since_best"), ended = stored_number(a, "ended");
   }
 };
 
-// The steps from where the trainer stands; the exit status.
-int finetune_steps(const FinetuneOptions& o, const FinetuneData& d, Trainer& trainer, Run& run, BestOnDev& best,
-                   const std::map<std::string, std::string>& carried) {
-  const int64_t n = (int64_t)d.train.examples.size(), per_step = o.batch * o.settings.accumulate, per_epoch = (n + per_step - 1) / per_step;
+// The steps from where the trainer stands; false when a signal came first.
+bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& best, const ModelFolder& start) {
+  const int64_t n = (int64_t)f.train.examples.size(), per_step = f.batch * f.settings.accumulate, per_epoch = f.epoch_steps();
   const int64_t steps = trainer.settings().steps;
-  const uint64_t seed = trainer.settings().seed;
   int64_t ordered = -1;
   std::vector<int64_t> order;
   while (trainer.done() < steps && !best.ended && !stop_signal) {
     const int64_t epoch = trainer.done() / per_epoch, first = trainer.done() % per_epoch * per_step;
-    if (epoch != ordered) order = epoch_order(n, seed, epoch), ordered = epoch;
+    if (epoch != ordered) order = epoch_order(n, f.settings.seed, epoch), ordered = epoch;
     std::vector<Batch> micro;
-    for (int64_t at = first; at < std::min(n, first + per_step); at += o.batch)
-      micro.push_back(make_batch(d.train.examples, std::span(order).subspan((size_t)at, (size_t)std::min(o.batch, n - at))));
+    for (int64_t at = first; at < std::min(n, first + per_step); at += f.batch)
+      micro.push_back(make_batch(f.train.examples, std::span(order).subspan((size_t)at, (size_t)std::min(f.batch, n - at))));
     run.after_step(trainer.step(micro));
     const int64_t done = trainer.done();
     if (done % per_epoch && done < steps) continue;
-    if (!d.dev.examples.empty()) {
-      const std::vector<Metric> metrics = scored(trainer.model(), d.dev, seed);
-      run.evaluated(done, metric_list(metrics));
-      if (metrics[0].value > best.value)
-        best.value = metrics[0].value, best.since = 0;
-      else
-        best.ended = ++best.since == o.patience;
-      if (!o.run.quiet)
-        say("epoch " + to_string(epoch + 1) + ": " + metrics[0].name + " " + fixed(metrics[0].value, 4) + " on dev" +
-            (best.since ? "" : ", the best so far"));
+    if (const Numbers metrics = metrics_on(trainer.model(), f.dev, f.settings.seed); !metrics.empty()) {
+      run.evaluated(done, metrics);
+      const auto& [name, value] = metrics[0];
+      best.since = value > best.value ? 0 : best.since + 1;
+      best.value = std::max(best.value, value), best.ended = best.since && best.since == f.patience;
+      note("epoch " + to_string(epoch + 1) + ": " + name + " " + fixed(value, 4) + " on dev" + (best.since ? "" : ", the best so far"));
     }
     // The model first: a state that says "best" has it beside it.
-    if (!best.since) save_folder(run.folder(), trainer.model(), carried);
+    if (!best.since) save_folder(f.run.output, trainer.model(), start.carried);
     if (done < steps) run.save(trainer);
   }
-  return trainer.done() < steps && !best.ended ? run.stopped(trainer) : 0;
+  return trainer.done() >= steps || best.ended;
 }
 
-// One run with one seed into one folder: its metrics, and the exit status.
-std::pair<Numbers, int> finetune_once(const FinetuneOptions& o, const FinetuneData& d, uint64_t seed, const std::string& output,
-                                      const Named& taken) {
-  OutputFolder folder(output, o.run);
-  Run run(output, "Fine-tuning " + o.model + " to " + task_name(o.task), o.run);
-  ModelFolder start = finetune_start(o, d, seed);
-  const int64_t n = (int64_t)d.train.examples.size(), per_step = o.batch * o.settings.accumulate;
-  TrainSettings settings = o.settings;
-  settings.seed = seed;
-  settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(o.epochs * (double)((n + per_step - 1) / per_step)));
+// One run with one seed into one folder: its metrics.
+Numbers finetune_once(const Finetuning& f, const Named& taken) {
+  Run run("Fine-tuning " + f.model + " to " + head_kind(f.task).name, f.run);
+  ModelFolder start = f.start();
+  TrainSettings settings = f.settings;
+  settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)f.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
-  BestOnDev best = BestOnDev::from(run.take_up(trainer, taken, d.fingerprint));
+  Fingerprint fingerprint;
+  for (const LabelledSet* set : {&f.train, &f.dev})
+    for (const Example& e : set->examples)
+      fingerprint.add(e.ids), fingerprint.add(e.segments), fingerprint.add(e.targets), fingerprint.number((uint64_t)e.label);
+  for (const std::string& name : f.labels.names) fingerprint.add(name);
+  BestOnDev best;
+  if (const About stored = run.take_up(trainer, taken, fingerprint); !stored.empty()) best.set(stored);
   run.place = [&] { return best.about(); };
-  run.data = finetune_data(d, trainer.model());
-  const int status = run.guarded(trainer, [&] {
-    if (const int stopped = finetune_steps(o, d, trainer, run, best, start.carried)) return stopped;
-    const ModelFolder saved = load_folder(output);  // the best one, as everybody else will read it
-    if (!d.dev.examples.empty()) run.results = metric_list(scored(saved.bert, d.dev, seed), "_dev");
-    if (!d.test.examples.empty())
-      for (const auto& m : metric_list(scored(saved.bert, d.test, seed), "_test")) run.results.push_back(m);
-    return 0;
+  run.data = data_facts(f);
+  run.data.emplace_back("model", model_size(trainer.model()));
+  run.guarded(trainer, [&] {
+    if (!finetune_steps(f, trainer, run, best, start)) return false;
+    const ModelFolder saved = load_folder(f.run.output);  // the best one, as everybody else will read it
+    run.results = metrics_on(saved.bert, f.dev, settings.seed, "_dev");
+    for (const auto& m : metrics_on(saved.bert, f.test, settings.seed, "_test")) run.results.push_back(m);
+    return true;
   });
-  return {run.results, status};
+  return run.results;
 }
 
-int cmd_finetune(Args& a) {
+void cmd_finetune(Args& a) {
   Common common(a);
   const double began = now();
-  const FinetuneOptions o = take_finetune(a, common);
+  Finetuning f{a, common};
+  if (f.train_input.files.empty()) a.fail("--train is missing: a file of labelled texts");
+  a.exclude("dev", "dev-split"), a.exclude("resume", "seeds");
   a.done();
-  FinetuneData read = read_finetune_data(o, common);
-  catch_signals();
-  std::vector<std::pair<std::string, std::vector<double>>> results;
-  for (int64_t i = 0; i < o.seeds; i++) {
-    FinetuneData data = read;
-    const uint64_t seed = o.settings.seed + (uint64_t)i;
-    if (!o.dev && o.dev_split > 0) split_dev(data, o.dev_split, seed);
-    if (!i) {
-      common.note(grouped((int64_t)data.train.examples.size()) + " texts to train on, " + grouped((int64_t)data.dev.examples.size()) +
-                  " held out" + (o.task == Task::regress ? "" : "; " + label_shares(data.train, data.labels)) +
-                  (data.train.cut ? "; " + grouped(data.train.cut) + " cut to " + to_string(data.max_length) + " tokens" : ""));
-    }
-    const auto [metrics, status] = finetune_once(o, data, seed, o.seeds > 1 ? o.output + "/seed-" + to_string(seed) : o.output, a.taken());
-    if (status) return status;
-    for (const auto& [name, value] : metrics) {
-      size_t at = 0;
-      while (at < results.size() && results[at].first != name) at++;
-      if (at == results.size()) results.push_back({name, {}});
-      results[at].second.push_back(value);
-    }
+  f.read();
+  std::vector<Numbers> results;  // of each seed
+  for (int64_t i = 0; i < f.seeds; i++) {
+    Finetuning one = f;
+    one.settings.seed += (uint64_t)i;
+    if (f.seeds > 1) one.run.output += "/seed-" + to_string(one.settings.seed);
+    one.split(one.settings.seed);
+    for (const auto& [name, value] : data_facts(one))
+      if (!i && !value.empty()) note(name + ": " + value);
+    results.push_back(finetune_once(one, a.taken()));
   }
-  auto row = [&](const std::string& name, double value) {
-    std::printf("%s%s\t%s\n", o.tsv.empty() ? "" : ("finetune\tours-f32\t" + o.tsv + "\t").c_str(), name.c_str(),
-                format_number(value).c_str());
-  };
-  for (const auto& [name, values] : results) {
+  Numbers lines;
+  for (size_t k = 0; k < results[0].size(); k++) {
+    const double n = (double)results.size();
     double mean = 0, square = 0;
-    for (const double v : values) mean += v / (double)values.size();
-    for (const double v : values) square += (v - mean) * (v - mean);
-    row(name, mean);
-    if (values.size() > 1) row(name + "_std", std::sqrt(square / (double)(values.size() - 1)));
+    for (const Numbers& r : results) mean += r[k].second / n;
+    for (const Numbers& r : results) square += (r[k].second - mean) * (r[k].second - mean);
+    lines.emplace_back(results[0][k].first, mean);
+    if (n > 1) lines.emplace_back(results[0][k].first + "_std", std::sqrt(square / (n - 1)));
   }
-  if (!o.tsv.empty()) row("s", now() - began), row("MiB", peak_mib());
-  common.note(o.output + ": the model" + (o.seeds > 1 ? "s, one a seed" : "; curves in " + o.output + "/report.html"));
-  return 0;
+  if (!f.tsv.empty()) lines.insert(lines.end(), {{"s", now() - began}, {"MiB", peak_mib()}});
+  for (auto& line : lines)
+    if (!f.tsv.empty()) line.first = "finetune\tours-f32\t" + f.tsv + "\t" + line.first;
+  print(lines);
+  note(f.run.output + ": the model" + (f.seeds > 1 ? "s, one a seed" : "; curves in " + f.run.output + "/report.html"));
 }
 
 // ==== 12 evaluate, predict, fill-mask, embed ======================================================================
-int64_t take_batch_tokens(Args& a) { return a.take_int("batch-tokens", 8192, 1, 1 << 30); }
+// What these four share: a model's folder, rows in, results out.
+struct Answering {
+  Common common;
+  std::string model;
+  Source source;
+  int64_t batch_tokens;
+  Results out;
+  ModelFolder folder;  // by open(), when every option is taken
 
-void write_metrics(Results& out, const std::vector<Metric>& metrics) {
-  for (const Metric& m : metrics) {
-    out.line(m.name + "\t" + format_number(m.value));
-    if (m.low == m.high && m.low == 0) continue;
-    out.line(m.name + "_low\t" + format_number(m.low));
-    out.line(m.name + "_high\t" + format_number(m.high));
+  Answering(Args& a, const std::string& which)
+      : common(a),
+        model(a.need("model", which)),
+        source(take_source(a)),
+        batch_tokens(a.take_int("batch-tokens", 8192, 1, 1 << 30)),
+        out(a) {}
+  void open() { folder = open_model(model); }
+  const HeadKind& head() const { return head_kind(folder.bert.task); }
+  [[noreturn]] void wrong_model(const std::string& wanted) const {
+    throw Error(model + ": a model for " + head().name + ", but this command wants one for " + wanted);
   }
-}
-
-void evaluate_text(const ModelFolder& folder, const Source& source, uint64_t seed, Results& out) {
-  const WordPiece& t = folder.tokenizer;
-  const Corpus text = read_corpus(source, t);
-  const MaskingIds ids(t, folder.config.vocab_size);
-  PretrainSettings settings;
-  settings.max_length = std::min(length_limit(0, folder.config), folder.max_length);
-  settings.next_sentence = folder.bert.task == Task::pretrain;
-  const PretrainScores s = evaluate_pretraining(folder.bert, text, settings, ids.special, ids.continues, seed, {});
-  Named lines = {{"loss", format_number(s.masked_loss)},
-                 {"perplexity", format_number(std::exp(s.masked_loss))},
-                 {"accuracy", format_number(s.masked_accuracy)}};
-  if (settings.next_sentence)
-    lines.insert(lines.end(), {{"nsp_loss", format_number(s.next_loss)}, {"nsp_accuracy", format_number(s.next_accuracy)}});
-  lines.emplace_back("masked", to_string(s.masked));
-  for (const auto& [name, value] : lines) out.line(name + "\t" + value);
-}
-
-int cmd_evaluate(Args& a) {
-  Common common(a);
-  const std::string model = a.need("model", "a model's folder");
-  const Source source = take_source(a, common, "input");
-  const int64_t batch_tokens = take_batch_tokens(a);
-  Results out(a);
-  a.done();
-  const ModelFolder folder = open_model(model, common);
-  const HeadKind& head = head_kind(folder.bert.task);
-  if (head.masked_words) {
-    evaluate_text(folder, source, common.seed, out);
-  } else if (head.classifier) {
-    Labels labels;
-    labels.task = folder.bert.task;
-    labels.set(folder.config.labels);
-    LabelledSet set = read_labelled(source, folder.tokenizer, labels, folder.max_length);
-    finish_labels(set, labels);
-    if (set.cut)
-      common.note("bert: " + grouped(set.cut) + " texts were longer than " + to_string(folder.max_length) + " tokens and were cut");
-    const std::vector<float> outputs = head_outputs(folder.bert, set.examples, batch_tokens);
-    write_metrics(
-        out, score_outputs(folder.bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), common.seed));
-  } else {
-    wrong_model(model, folder.bert.task, "classify, multilabel, regress or masked words");
-  }
-  out.finish();
-  return 0;
-}
-
-// Runs `answer(rows, examples)` over the input, a chunk at a time, and says how many texts were cut.
-template <class F>
-void each_chunk(Rows& rows, const ModelFolder& folder, int64_t limit, bool parse_special, bool refuse_long, const Common& common,
-                F&& answer) {
-  std::vector<Row> chunk;
-  std::vector<uint8_t> cut;
-  int64_t were_cut = 0;
-  while (read_chunk(rows, chunk, 2048)) {
-    for (const Row& row : chunk) check_ids(row, folder.config);
-    const std::vector<Example> examples = encode_rows(folder.tokenizer, chunk, limit, parse_special, cut);
-    for (size_t i = 0; i < chunk.size(); i++) {
-      were_cut += cut[i] && chunk[i].ids.empty();
-      if (cut[i] && refuse_long)
-        throw Error(chunk[i].where + ": longer than the model's " + to_string(limit) +
-                    " tokens; shorten it, or cut it with --long truncate");
+  // Runs `answer(rows, examples)` over the input, a chunk at a time, and says how many texts were cut; returns the number of texts.
+  template <class F>
+  int64_t each_chunk(int64_t limit, bool parse_special, bool refuse_long, const std::string& prompt, F&& answer) {
+    Rows rows(source);
+    rows.prompt = prompt;
+    std::vector<Row> chunk;
+    std::vector<uint8_t> cut;
+    int64_t were_cut = 0;
+    while (read_chunk(rows, chunk, 2048)) {
+      for (const Row& row : chunk) check_ids(row, folder.config);
+      const std::vector<Example> examples = encode_rows(folder.tokenizer, chunk, limit, parse_special, cut);
+      for (size_t i = 0; i < chunk.size(); i++) {
+        were_cut += cut[i] && chunk[i].ids.empty();
+        if (cut[i] && refuse_long)
+          throw Error(chunk[i].where + ": longer than the model's " + to_string(limit) +
+                      " tokens; shorten it, or cut it with --long truncate");
+      }
+      answer(chunk, examples);
+      if (rows.from_terminal()) out.flush();
     }
-    answer(chunk, examples);
+    rows.report();
+    if (were_cut)
+      note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(limit) +
+           " tokens and were cut");
+    return rows.count();
   }
-  rows.report();
-  if (were_cut)
-    common.note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(limit) +
-                " tokens and were cut");
-}
+};
 
 // Whether a text that is too long is an error.
 bool take_refuse_long(Args& a, const Strings& ways) {
@@ -2342,119 +2049,145 @@ bool take_refuse_long(Args& a, const Strings& ways) {
   return how == "error";
 }
 
-// What `predict` prints of one row: raw outputs, or what the task's answer is.
+Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t seed) {
+  PretrainSettings settings;
+  settings.max_length = std::min(length_limit(0, folder.config), folder.max_length);
+  settings.next_sentence = folder.bert.task == Task::pretrain;
+  const PretrainScores s = evaluate_pretraining(folder.bert, read_corpus(source, folder.tokenizer), settings, special_ids(folder.tokenizer),
+                                                continuations(folder.tokenizer, folder.config.vocab_size), seed, {});
+  Numbers list = {{"loss", s.masked_loss}, {"perplexity", std::exp(s.masked_loss)}, {"accuracy", s.masked_accuracy}};
+  if (settings.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
+  list.emplace_back("masked", (double)s.masked);
+  return list;
+}
+
+Numbers label_scores(const Answering& s) {
+  Labels labels{s.folder.bert.task, {}, {}};
+  labels.set(s.folder.config.labels);
+  const LabelledSet set = read_labelled(s.source, s.folder.tokenizer, s.folder.max_length, labels);
+  if (set.cut) note("bert: " + grouped(set.cut) + " texts were longer than " + to_string(s.folder.max_length) + " tokens and were cut");
+  Numbers list;
+  for (const Metric& m : scored(s.folder.bert, set, s.batch_tokens, s.common.seed)) {
+    list.emplace_back(m.name, m.value);
+    if (m.low != m.high || m.low != 0) list.insert(list.end(), {{m.name + "_low", m.low}, {m.name + "_high", m.high}});
+  }
+  return list;
+}
+
+void cmd_evaluate(Args& a) {
+  Answering s(a, "a model's folder");
+  a.done();
+  s.open();
+  if (!s.head().masked_words && !s.head().classifier) s.wrong_model("classify, multilabel, regress or masked words");
+  s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
+  s.out.finish();
+}
+
+// Vectors and raw outputs, for reading back as the same floats.
+std::string numbers(std::span<const float> values, bool json = false) {
+  std::string out = json ? "[" : "";
+  char text[40];
+  for (size_t i = 0; i < values.size(); i++) {
+    if (i) out += json ? ',' : '\t';
+    out.append(text, std::to_chars(text, text + sizeof text, (double)values[i], std::chars_format::general, 9).ptr);
+  }
+  return json ? out + "]" : out;
+}
+
+// What `predict` prints of one row by its task.
 struct Prediction {
   Task task;
-  const Strings& labels;
-  bool json, logits;
+  Strings labels;
+  bool json;
   int64_t top;
 
-  std::string number(float v) const { return format_number(v); }
-  std::string line(std::span<const float> raw, std::span<const float> p) const {
-    if (logits) {
-      std::string out;
-      for (size_t i = 0; i < raw.size(); i++) out += (i ? "\t" : "") + number(raw[i]);
-      return out;
-    }
-    if (task == Task::regress) return json ? "{\"score\":" + number(p[0]) + "}" : number(p[0]);
+  std::string line(std::span<const float> p) const {
+    if (task == Task::regress) return json ? json_object(Numbers{{"score", p[0]}}) : format_number(p[0]);
     std::vector<size_t> order(p.size());
-    for (size_t i = 0; i < order.size(); i++) order[i] = i;
+    std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return p[x] > p[y]; });
-    return task == Task::multilabel ? several(p, order) : one(p, order);
-  }
-  std::string one(std::span<const float> p, const std::vector<size_t>& order) const {
-    if (json)
-      return "{\"label\":" + json_quote(labels[order[0]]) + ",\"score\":" + number(p[order[0]]) + ",\"scores\":" + scores(p, order) + "}";
-    std::string out;
-    for (size_t k = 0; k < std::min(order.size(), (size_t)top); k++) out += (k ? "\t" : "") + labels[order[k]] + "\t" + number(p[order[k]]);
-    return out;
-  }
-  std::string several(std::span<const float> p, const std::vector<size_t>& order) const {
-    Strings names, values, quoted;
-    for (const size_t i : order)
-      if (p[i] >= 0.5f) names.push_back(labels[i]), values.push_back(number(p[i])), quoted.push_back(json_quote(labels[i]));
-    return json ? "{\"labels\":[" + join(quoted, ",") + "],\"scores\":" + scores(p, order) + "}"
-                : join(names, "|") + "\t" + join(values, "|");
-  }
-  std::string scores(std::span<const float> p, const std::vector<size_t>& order) const {
-    Numbers list;
-    for (const size_t i : order) list.emplace_back(labels[i], p[i]);
-    return json_object(list);
+    Numbers scores;
+    Strings best, chosen, quoted, values;  // best: label TAB probability; chosen: those of several that hold
+    for (const size_t i : order) {
+      scores.emplace_back(labels[i], p[i]);
+      if ((int64_t)best.size() < top) best.push_back(labels[i] + "\t" + format_number(p[i]));
+      if (p[i] >= 0.5f) chosen.push_back(labels[i]), quoted.push_back(json_quote(labels[i])), values.push_back(format_number(p[i]));
+    }
+    const bool several = task == Task::multilabel;
+    if (!json) return several ? join(chosen, "|") + "\t" + join(values, "|") : join(best, "\t");
+    Named record = {{"scores", json_object(scores)}};
+    if (several) record.insert(record.begin(), {"labels", json_list(quoted)});
+    if (!several) record.insert(record.begin(), {{"label", json_quote(labels[order[0]])}, {"score", format_number(p[order[0]])}});
+    return json_object(record);
   }
 };
 
-int cmd_predict(Args& a) {
-  Common common(a);
-  const std::string model = a.need("model", "the folder of a task model, as bert finetune writes it");
-  Rows rows(take_source(a, common, "input"));
-  const int64_t batch_tokens = take_batch_tokens(a), top = a.take_int("top", 1, 1, 1 << 20);
+void cmd_predict(Args& a) {
+  Answering s(a, "the folder of a task model, as bert finetune writes it");
+  const int64_t top = a.take_int("top", 1, 1, 1 << 20);
   const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits");
-  if (json && logits) a.fail("--jsonl and --logits exclude each other");
+  a.exclude("jsonl", "logits");
   const bool refuse_long = take_refuse_long(a, {"error", "truncate", "window"});
-  Results out(a);
   a.done();
-  const ModelFolder folder = open_model(model, common);
-  const HeadKind& head = head_kind(folder.bert.task);
-  if (!head.classifier && !head.next_sentence)
-    wrong_model(model, folder.bert.task, "classify, multilabel, regress or next sentences; make one with bert finetune");
-  const Strings labels = head.classifier ? folder.config.labels : Strings{"follows", "random"};
-  const Prediction prediction{folder.bert.task, labels, json, logits, top};
-  each_chunk(rows, folder, folder.max_length, false, refuse_long, common,
-             [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-               for (const Row& row : chunk)
-                 if (!head.classifier && !row.pair && row.ids.empty())
-                   throw Error(row.where + ": one text, but a model for next sentences wants two, joined by a TAB");
-               const std::vector<float> raw = head_outputs(folder.bert, examples, batch_tokens);
-               const size_t classes = raw.size() / chunk.size();
-               const std::vector<float> p = probabilities(folder.bert.task, raw, (int64_t)classes);
-               for (size_t i = 0; i < chunk.size(); i++)
-                 out.line(prediction.line(std::span(raw).subspan(i * classes, classes), std::span(p).subspan(i * classes, classes)));
-               if (rows.from_terminal()) out.flush();
-             });
-  out.finish();
-  return 0;
+  s.open();
+  const bool pairs = !s.head().classifier;
+  if (pairs && !s.head().next_sentence) s.wrong_model("classify, multilabel, regress or next sentences; make one with bert finetune");
+  const Task task = s.folder.bert.task;
+  const Prediction prediction{task, pairs ? Strings{"follows", "random"} : s.folder.config.labels, json, top};
+  s.each_chunk(s.folder.max_length, false, refuse_long, "", [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
+    for (const Row& row : chunk)
+      if (pairs && !row.pair && row.ids.empty())
+        throw Error(row.where + ": one text, but a model for next sentences wants two, joined by a TAB");
+    const std::vector<float> raw = head_outputs(s.folder.bert, examples, s.batch_tokens);
+    const size_t classes = raw.size() / chunk.size();
+    const std::vector<float> p = logits ? raw : probabilities(task, raw, (int64_t)classes);
+    for (size_t i = 0; i < chunk.size(); i++) {
+      const std::span<const float> row = std::span(p).subspan(i * classes, classes);
+      s.out.line(logits ? numbers(row) : prediction.line(row));
+    }
+  });
+  s.out.finish();
 }
 
-int cmd_fill_mask(Args& a) {
-  Common common(a);
-  const std::string model = a.need("model", "the folder of a masked-word model");
-  Rows rows(take_source(a, common, "input"));
-  const int64_t batch_tokens = take_batch_tokens(a), top = a.take_int("top", 5, 1, 1 << 20);
+void cmd_fill_mask(Args& a) {
+  Answering s(a, "the folder of a masked-word model");
+  const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool score = a.take_switch("score");
-  Results out(a);
   a.done();
-  const ModelFolder folder = open_model(model, common);
-  if (!head_kind(folder.bert.task).masked_words) wrong_model(model, folder.bert.task, "masked words");
-  each_chunk(rows, folder, folder.max_length, true, true, common, [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-    if (score) {
-      const std::vector<TextScore> scores = score_texts(folder, examples, batch_tokens);
-      for (size_t i = 0; i < chunk.size(); i++)
-        out.line(to_string(chunk[i].number) + "\t" + format_number(scores[i].log_likelihood) + "\t" + to_string(scores[i].tokens));
-      return;
-    }
+  s.open();
+  if (!s.head().masked_words) s.wrong_model("masked words");
+  const WordPiece& t = s.folder.tokenizer;
+  s.each_chunk(s.folder.max_length, true, true, "", [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
+    const auto scores = score ? score_texts(s.folder, examples, s.batch_tokens) : std::vector<TextScore>();
+    for (size_t i = 0; i < scores.size(); i++)
+      s.out.line(to_string(chunk[i].number) + "\t" + format_number(scores[i].log_likelihood) + "\t" + to_string(scores[i].tokens));
+    if (score) return;
     for (size_t i = 0; i < chunk.size(); i++)
-      if (std::find(examples[i].ids.begin(), examples[i].ids.end(), folder.tokenizer.mask) == examples[i].ids.end())
-        throw Error(chunk[i].where + ": no " + std::string(folder.tokenizer.piece(folder.tokenizer.mask)) +
-                    " in this text; write it where a word is to be guessed");
-    const auto guesses = guess_masks(folder, examples, top, batch_tokens);
+      if (std::find(examples[i].ids.begin(), examples[i].ids.end(), t.mask) == examples[i].ids.end())
+        throw Error(chunk[i].where + ": no " + std::string(t.piece(t.mask)) + " in this text; write it where a word is to be guessed");
+    const auto guesses = guess_masks(s.folder, examples, top, s.batch_tokens);
     for (size_t i = 0; i < chunk.size(); i++) {
       int64_t rank = 0, mask = -1;
       for (const MaskGuess& g : guesses[i]) {
         rank = g.mask == mask ? rank + 1 : 1, mask = g.mask;
-        out.line(to_string(chunk[i].number) + "\t" + to_string(mask + 1) + "\t" + to_string(rank) + "\t" + g.token + "\t" +
-                 format_number(g.probability));
+        s.out.line(to_string(chunk[i].number) + "\t" + to_string(mask + 1) + "\t" + to_string(rank) + "\t" + g.token + "\t" +
+                   format_number(g.probability));
       }
     }
-    if (rows.from_terminal()) out.flush();
   });
-  out.finish();
-  return 0;
+  s.out.finish();
 }
 
 struct EmbedOptions {
-  Pooling pooling;
-  int64_t batch_tokens = 8192, layer = -1;
-  bool tokens = false, json = false;
+  Args& a;
+  enum To { tsv, jsonl, npy };
+  const To to = (To)a.take_choice("to", {"tsv", "jsonl", "npy"});
+  const bool tokens = a.take_switch("tokens"), refuse_long = take_refuse_long(a, {"truncate", "error", "window"});
+  const int64_t layer = a.take_int("layer", -1, 0, 1000), max_length = a.take_int("max-length", 0, 3, 1 << 30);
+  const std::string prompt = a.take("prompt");
+  const std::optional<bool> normalize = a.take_yes_no("normalize");
+  const int kind = a.take_choice("pooling", {"the folder's", "mean", "cls", "max", "pooler"});
+  Pooling pooling = {};
 };
 
 // The output of one layer, 0 being the embeddings; negative: the last.
@@ -2468,42 +2201,34 @@ Tensor layer_output(const Bert& bert, const Batch& batch, int64_t layer) {
   return wanted;
 }
 
-std::string numbers(const float* v, int64_t n, bool json) {
-  std::string out = json ? "[" : "";
-  char text[40];
-  for (int64_t i = 0; i < n; i++) {
-    if (i) out += json ? ',' : '\t';
-    out.append(text, std::to_chars(text, text + sizeof text, (double)v[i], std::chars_format::general, 9).ptr);
-  }
-  return json ? out + "]" : out;
-}
-
-// The lines of a chunk's texts, in their order.
-Strings embed_chunk(const ModelFolder& folder, const EmbedOptions& o, const std::vector<Row>& chunk, const std::vector<Example>& examples,
-                    std::string* raw) {
+// The output of a chunk's texts, in their order.
+Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector<Row>& chunk, const std::vector<Example>& examples) {
   std::vector<int64_t> lengths;
   for (const Example& e : examples) lengths.push_back((int64_t)e.ids.size());
-  Strings lines(chunk.size());
-  std::vector<float> vectors(raw ? chunk.size() * (size_t)folder.config.hidden_size : 0);
-  for (const std::vector<int64_t>& which : batches_by_tokens(lengths, o.batch_tokens)) {
+  Strings out(chunk.size());
+  const bool json = o.to == EmbedOptions::jsonl;
+  for (const std::vector<int64_t>& which : batches_by_tokens(lengths, s.batch_tokens)) {
     const Batch batch = make_batch(examples, which);
-    const Tensor hidden = layer_output(folder.bert, batch, o.layer);
-    const int64_t H = hidden.cols();
-    const Tensor pooled = o.tokens ? Tensor() : pool_rows(folder.bert, hidden, batch, o.pooling);
+    const Tensor hidden = layer_output(s.folder.bert, batch, o.layer);
+    const Tensor vectors = o.tokens ? hidden : pool_rows(s.folder.bert, hidden, batch, o.pooling);
+    const size_t H = (size_t)hidden.cols();
     parallel_for((int64_t)which.size(), [&](int64_t k) {
-      const size_t row = (size_t)which[k];
-      if (raw) return void(std::copy_n(pooled.data() + k * H, H, vectors.begin() + (int64_t)row * H));
-      if (!o.tokens) return void(lines[row] = numbers(pooled.data() + k * H, H, o.json) + "\n");
-      for (int64_t t = batch.offsets[k]; t < batch.offsets[(size_t)k + 1]; t++) {
-        const std::string piece(folder.tokenizer.piece(batch.ids[t])), line = to_string(chunk[row].number),
-                                                                       v = numbers(hidden.data() + t * H, H, o.json);
-        lines[row] += o.json ? "{\"line\":" + line + ",\"token\":" + json_quote(piece) + ",\"vector\":" + v + "}\n"
-                             : line + "\t" + piece + "\t" + v + "\n";
+      std::string& text = out[(size_t)which[k]];
+      const float* v = vectors.data();
+      if (o.to == EmbedOptions::npy)
+        text.assign((const char*)(v + (size_t)k * H), H * sizeof(float));
+      else if (!o.tokens)
+        text = numbers({v + (size_t)k * H, H}, json) + "\n";
+      const std::string line = to_string(chunk[(size_t)which[k]].number);
+      for (int64_t t = batch.offsets[k]; o.tokens && t < batch.offsets[(size_t)k + 1]; t++) {
+        const std::string piece(s.folder.tokenizer.piece(batch.ids[t])), vector = numbers({v + (size_t)t * H, H}, json);
+        text +=
+            (json ? json_object({{"line", line}, {"token", json_quote(piece)}, {"vector", vector}}) : line + "\t" + piece + "\t" + vector) +
+            "\n";
       }
     });
   }
-  if (raw) raw->append((const char*)vectors.data(), vectors.size() * sizeof(float));
-  return lines;
+  return out;
 }
 
 // NumPy's file format 1.0: a header of a multiple of 64 bytes, then the numbers.
@@ -2514,8 +2239,20 @@ std::string npy_header(int64_t rows, int64_t columns) {
   return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
 }
 
+// npy's header holds the number of rows: of files it is counted first; negative: the input can be read only once.
+int64_t count_rows(const Source& source) {
+  for (const std::string& file : source.files)
+    if (!fs::is_regular_file(file)) return -1;
+  const bool was_quiet = std::exchange(quiet, true);
+  Rows rows(source);
+  for (Row row; rows.next(row);) continue;
+  quiet = was_quiet;
+  return rows.count();
+}
+
 // The text that a sentence-transformers folder names so, to go in front of every text.
 std::string prompt(const std::string& model, const std::string& name) {
+  if (name.empty()) return "";
   const std::string path = model + "/config_sentence_transformers.json";
   if (!fs::exists(path)) throw Error(path + ": missing, so the model has no prompts; leave --prompt out");
   const Json json = Json::parse(read_file(path), path);
@@ -2528,116 +2265,89 @@ std::string prompt(const std::string& model, const std::string& name) {
   throw Error(path + ": no prompt '" + name + "'; there " + (names.empty() ? "is none" : "are " + join(names, ", ")));
 }
 
-int cmd_embed(Args& a) {
-  Common common(a);
-  const std::string model = a.need("model", "a model's folder");
-  Rows rows(take_source(a, common, "input"));
-  EmbedOptions o;
-  o.batch_tokens = take_batch_tokens(a);
-  const int to = a.take_choice("to", {"tsv", "jsonl", "npy"});
-  const bool npy = to == 2;
-  o.json = to == 1;
-  const auto normalize = a.take_yes_no("normalize");
-  o.tokens = a.take_switch("tokens");
-  o.layer = a.take_int("layer", -1, 0, 1000);
-  const int64_t max_length = a.take_int("max-length", 0, 3, 1 << 30);
-  const std::string prompt_name = a.take("prompt", "");
-  const bool refuse_long = take_refuse_long(a, {"truncate", "error", "window"});
-  Results out(a);
+void cmd_embed(Args& a) {
+  Answering s(a, "a model's folder");
+  EmbedOptions o{a};
+  const bool npy = o.to == EmbedOptions::npy;
   if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
-  const int pooling = a.take_choice("pooling", {"the folder's", "mean", "cls", "max", "pooler"});
-  if (o.tokens && (pooling || normalize)) a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
+  if (o.tokens && (o.kind || o.normalize)) a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
   a.done();
+  s.open();
 
-  const ModelFolder folder = open_model(model, common);
-  o.pooling = folder.pooling;
-  if (pooling) o.pooling.kind = (Pooling::Kind)(pooling - 1);
-  o.pooling.normalize = normalize.value_or(o.pooling.normalize);
-  if (o.pooling.kind == Pooling::pooler && !folder.bert.pooler.weight)
-    throw Error(model + ": no pooler in this model; --pooling mean, cls or max");
-  if (o.layer > folder.config.num_hidden_layers)
-    throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(folder.config.num_hidden_layers));
-  length_limit(max_length, folder.config);
-  const std::string in_front = prompt_name.empty() ? "" : prompt(model, prompt_name);
-  rows.set_prompt(in_front);
-  std::string raw;  // npy's header holds the number of rows: the vectors wait for it
-  each_chunk(rows, folder, max_length ? max_length : folder.max_length, false, refuse_long, common,
-             [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-               for (const std::string& line : embed_chunk(folder, o, chunk, examples, npy ? &raw : nullptr)) out.write(line);
-               if (rows.from_terminal()) out.flush();
-             });
-  if (npy) out.write(npy_header(rows.count(), folder.config.hidden_size)), out.write(raw);
-  out.finish();
-  return 0;
+  const Config& config = s.folder.config;
+  o.pooling = s.folder.pooling;
+  if (o.kind) o.pooling.kind = (Pooling::Kind)(o.kind - 1);
+  o.pooling.normalize = o.normalize.value_or(o.pooling.normalize);
+  if (o.pooling.kind == Pooling::pooler && !s.folder.bert.pooler.weight)
+    throw Error(s.model + ": no pooler in this model; --pooling mean, cls or max");
+  if (o.layer > config.num_hidden_layers)
+    throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(config.num_hidden_layers));
+  const int64_t limit = o.max_length ? length_limit(o.max_length, config) : s.folder.max_length;
+  const int64_t rows = npy ? count_rows(s.source) : 0;
+  if (npy && rows >= 0) s.out.write(npy_header(rows, config.hidden_size));
+  std::string waiting;  // for the header
+  const int64_t written = s.each_chunk(limit, false, o.refuse_long, prompt(s.model, o.prompt),
+                                       [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
+                                         for (const std::string& text : embed_chunk(s, o, chunk, examples))
+                                           rows < 0 ? (void)(waiting += text) : s.out.write(text);
+                                       });
+  if (npy && rows >= 0 && rows != written) throw Error(join(s.source.files, ", ") + ": changed while it was read; run it again");
+  if (rows < 0) s.out.write(npy_header(written, config.hidden_size)), s.out.write(waiting);
+  s.out.finish();
 }
 
 // ==== 13 info =====================================================================================================
-void info_machine(Named& lines) {
+Named machine_facts() {
   Strings all;
   for (const Kernels* k : usable_kernels()) all.push_back(k->name);
-  lines.insert(lines.end(), {{"version", kVersion},
-                             {"processor", cpu_name()},
-                             {"threads", to_string(threads())},
-                             {"kernels", kernels().name},
-                             {"kernels_usable", join(all, " ")},
-                             {"backend", backend_description()},
-                             {"devices", "cpu"}});
+  return {{"version", kVersion},       {"processor", cpu_name()},          {"threads", to_string(threads())},
+          {"kernels", kernels().name}, {"kernels_usable", join(all, " ")}, {"backend", backend_description()},
+          {"devices", "cpu"}};
 }
 
-void info_model(const std::string& path, const ModelFolder& f, Named& lines) {
+Named model_facts(const std::string& path) {
+  const ModelFolder f = open_model(path, false);
   const Config& c = f.config;
-  const char* const pooling[] = {"mean", "cls", "max", "pooler"};
-  lines.insert(lines.end(), {{"model", path},
-                             {"task", task_name(f.bert.task)},
-                             {"architecture", c.architecture},
-                             {"parameters", to_string(f.bert.parameter_count())},
-                             {"layers", to_string(c.num_hidden_layers)},
-                             {"hidden_size", to_string(c.hidden_size)},
-                             {"heads", to_string(c.num_attention_heads)},
-                             {"intermediate_size", to_string(c.intermediate_size)},
-                             {"vocab_size", to_string(c.vocab_size)},
-                             {"pieces", to_string(f.tokenizer.size())},
-                             {"lowercase", f.tokenizer.settings().lowercase ? "yes" : "no"},
-                             {"max_length", to_string(f.max_length)},
-                             {"max_position_embeddings", to_string(c.max_position_embeddings)},
-                             {"labels", join(c.labels, "|")},
-                             {"pooling", pooling[f.pooling.kind]},
-                             {"normalize", f.pooling.normalize ? "yes" : "no"}});
-  const std::pair<const char*, const Strings*> lists[] = {{"loaded", &f.report.loaded},
-                                                          {"tied", &f.report.tied},
-                                                          {"newly_initialised", &f.report.newly_initialised},
-                                                          {"ignored", &f.report.ignored},
-                                                          {"unexpected", &f.report.unexpected}};
-  for (const auto& [name, list] : lists) {
-    lines.emplace_back(std::string("tensors_") + name, to_string(list->size()));
-    if (name != lists[0].first && !list->empty()) lines.emplace_back(name, join(*list, " "));
+  Named facts = {{"model", path},
+                 {"task", head_kind(f.bert.task).name},
+                 {"architecture", c.architecture},
+                 {"parameters", to_string(f.bert.parameter_count())},
+                 {"layers", to_string(c.num_hidden_layers)},
+                 {"hidden_size", to_string(c.hidden_size)},
+                 {"heads", to_string(c.num_attention_heads)},
+                 {"intermediate_size", to_string(c.intermediate_size)},
+                 {"vocab_size", to_string(c.vocab_size)},
+                 {"pieces", to_string(f.tokenizer.size())},
+                 {"lowercase", f.tokenizer.settings().lowercase ? "yes" : "no"},
+                 {"max_length", to_string(f.max_length)},
+                 {"max_position_embeddings", to_string(c.max_position_embeddings)},
+                 {"labels", join(c.labels, "|")},
+                 {"pooling", std::array{"mean", "cls", "max", "pooler"}[f.pooling.kind]},
+                 {"normalize", f.pooling.normalize ? "yes" : "no"},
+                 {"tensors_loaded", to_string(f.report.loaded.size())}};
+  for (const auto& [name, list] : {std::pair("tied", &f.report.tied),
+                                   {"newly_initialised", &f.report.newly_initialised},
+                                   {"ignored", &f.report.ignored},
+                                   {"unexpected", &f.report.unexpected}}) {
+    facts.emplace_back(std::string("tensors_") + name, to_string(list->size()));
+    if (!list->empty()) facts.emplace_back(name, join(*list, " "));
   }
+  return facts;
 }
 
-int cmd_info(Args& a) {
+void cmd_info(Args& a) {
   Common common(a);
-  const std::string model = a.take("model", "");
+  const std::string model = a.take("model");
   const bool json = a.take_switch("json");
   Results out(a);
   a.done();
-  Named lines;
-  if (model.empty()) info_machine(lines);
-  if (!model.empty()) {
-    check_model_folder(model);
-    const ModelFolder folder = load_folder(model, false);
-    show_warnings(folder.tokenizer, common);
-    info_model(model, folder, lines);
+  Named facts = model.empty() ? machine_facts() : model_facts(model);
+  for (auto& [name, value] : facts) {
+    if (!json) out.line(name + "\t" + value);
+    if (!parse_number<int64_t>(value)) value = json_quote(value);
   }
-  std::string object;
-  for (const auto& [name, value] : lines) {
-    if (!json)
-      out.line(name + "\t" + value);
-    else
-      object += (object.empty() ? "{" : ",") + json_quote(name) + ":" + (parse_number<int64_t>(value) ? value : json_quote(value));
-  }
-  if (json) out.line(object + "}");
+  if (json) out.line(json_object(facts));
   out.finish();
-  return 0;
 }
 
 // ==== 14 bench ====================================================================================================
@@ -2657,51 +2367,50 @@ double median_seconds(double seconds, F&& call) {
 
 // Rows `what engine config metric value`: as TSV, or aligned for people.
 struct BenchTable {
-  std::string what;
+  std::string what, config;
   bool tsv;
-  void row(const std::string& engine, const std::string& config, const std::string& metric, double value) const {
+  void row(const std::string& engine, const std::string& of, const std::string& metric, double value) const {
     if (tsv)
-      std::printf("%s\t%s\t%s\t%s\t%s\n", what.c_str(), engine.c_str(), config.c_str(), metric.c_str(), format_number(value).c_str());
+      std::printf("%s\t%s\t%s\t%s\t%s\n", what.c_str(), engine.c_str(), of.c_str(), metric.c_str(), format_number(value).c_str());
     else
-      std::printf("%-9s %-14s %-24s %12s %s\n", what.c_str(), engine.c_str(), config.c_str(), fixed(value, value < 10 ? 3 : 1).c_str(),
+      std::printf("%-9s %-18s %-24s %12s %s\n", what.c_str(), engine.c_str(), of.c_str(), fixed(value, value < 10 ? 3 : 1).c_str(),
                   metric.c_str());
     std::fflush(stdout);
   }
+  void model(double seconds, double tokens, double gflop, double peak) const;
 };
 
-// y [m,n] = x [m,k] w [n,k]^T by one engine: its GFLOP/s.
-struct Product {
-  int64_t m, n, k;
-  Tensor x, w, y;
-  PackedWeights packed;
-
-  Product(int64_t m, int64_t n, int64_t k) : m(m), n(n), k(k), x({m, k}, 0.5f), w({n, k}, 0.25f), y({m, n}, 0.f), packed(w.data(), n, k) {}
-  double gflops(double seconds) const { return 2e-9 * (double)m * (double)n * (double)k / seconds; }
-  double with_packed() const {
-    return gflops(median_seconds(0.04, [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); }));
-  }
-  double with(Backend backend) const {
+// y [m,n] = x [m,k] w [n,k]^T by each engine: name and GFLOP/s.
+Numbers product_speeds(int64_t m, int64_t n, int64_t k) {
+  const Tensor x({m, k}, 0.5f), w({n, k}, 0.25f), y({m, n}, 0.f);
+  const PackedWeights packed(w.data(), n, k);
+  Numbers speeds;
+  auto measure = [&](const char* engine, auto&& call) {
+    speeds.emplace_back(engine, 2e-9 * (double)m * (double)n * (double)k / median_seconds(0.04, call));
+  };
+  auto plain = [&](Backend backend) {
     Gemm how;
     how.b_transposed = true, how.backend = backend;
-    return gflops(median_seconds(0.04, [&] { gemm(how, m, n, k, x.data(), k, w.data(), k, y.data(), n); }));
-  }
-};
+    gemm(how, m, n, k, x.data(), k, w.data(), k, y.data(), n);
+  };
+  measure("ours-f32", [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); });
+  measure("ours-unpacked-f32", [&] { plain(Backend::own); });
+  if (has_openblas()) measure("openblas-f32", [&] { plain(Backend::openblas); });
+  return speeds;
+}
 
-void bench_gemm(const BenchTable& table, int most_threads) {
+void bench_gemm(const BenchTable& table) {
   const std::pair<int64_t, int64_t> layers[] = {{128, 128}, {512, 128},  {128, 512},  {256, 256}, {1024, 256}, {256, 1024},
                                                 {384, 384}, {1536, 384}, {384, 1536}, {768, 768}, {3072, 768}, {768, 3072}};
-  for (const int t : most_threads > 1 ? std::vector<int>{1, most_threads} : std::vector<int>{1}) {
+  for (const int t : std::set<int>{1, threads()}) {
     const UseThreads use(t);
     double peak = 0;
     for (const auto& [n, k] : layers)
-      for (const int64_t m : {32, 512, 4096}) {
-        const Product p(m, n, k);
-        const std::string config = "M" + to_string(m) + "-N" + to_string(n) + "-K" + to_string(k) + "-t" + to_string(t);
-        auto row = [&](const char* engine, double v) { table.row(engine, config, "GFLOP/s", v), peak = std::max(peak, v); };
-        row("ours-f32", p.with_packed());
-        row("ours-unpacked-f32", p.with(Backend::own));
-        if (has_openblas()) row("openblas-f32", p.with(Backend::openblas));
-      }
+      for (const int64_t m : {32, 512, 4096})
+        for (const auto& [engine, speed] : product_speeds(m, n, k)) {
+          table.row(engine, "M" + to_string(m) + "-N" + to_string(n) + "-K" + to_string(k) + "-t" + to_string(t), "GFLOP/s", speed);
+          peak = std::max(peak, speed);
+        }
     table.row("peak", "best-of-these-t" + to_string(t), "GFLOP/s", peak);
   }
 }
@@ -2709,11 +2418,18 @@ void bench_gemm(const BenchTable& table, int most_threads) {
 // The best product of this machine, now: what a model's GFLOP/s is held against.
 double gemm_peak() {
   double best = 0;
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{768, 768}, {3072, 768}, {1536, 384}}) {
-    const Product p(1024, n, k);
-    best = std::max({best, p.with_packed(), has_openblas() ? p.with(Backend::openblas) : 0});
-  }
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{768, 768}, {3072, 768}, {1536, 384}})
+    for (const auto& speed : product_speeds(1024, n, k)) best = std::max(best, speed.second);
   return best;
+}
+
+// One batch's seconds; people see this machine's own multiply beside it.
+void BenchTable::model(double seconds, double tokens, double gflop, double peak) const {
+  row("ours-f32", config, "ms", seconds * 1e3);
+  row("ours-f32", config, "tok/s", tokens / seconds);
+  row("ours-f32", config, "GFLOP/s", gflop / seconds);
+  row("ours-f32", config, "MiB", peak_mib());
+  if (peak > 0) row("ours-f32", config, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflop / seconds / peak);
 }
 
 // minilm-B8T128, or with -dense or -real behind it.
@@ -2722,15 +2438,11 @@ struct BenchShape {
   int64_t rows = 0, tokens = 0;
 };
 BenchShape parse_shape(Args& a, const std::string& config) {
-  BenchShape s;
-  const size_t b = config.find("-B"), t = config.find('T', b == config.npos ? b : b + 2), kind = config.find('-', t);
-  if (b != config.npos && t != config.npos) {
-    s.name = config.substr(0, b);
-    s.rows = parse_number<int64_t>(config.substr(b + 2, t - b - 2)).value_or(0);
-    s.tokens = parse_number<int64_t>(config.substr(t + 1, kind == config.npos ? kind : kind - t - 1)).value_or(0);
-    s.kind = kind == config.npos ? "" : config.substr(kind + 1);
-  }
-  if (s.rows < 1 || s.tokens < 8 || s.tokens > 512 || (!s.kind.empty() && s.kind != "dense" && s.kind != "real"))
+  char name[16] = "";
+  int end = 0, rows = 0, tokens = 0;
+  const int found = std::sscanf(config.c_str(), "%15[a-z]-B%6dT%6d%n", name, &rows, &tokens, &end);
+  const BenchShape s{name, config.substr((size_t)end), rows, tokens};
+  if (found < 3 || rows < 1 || tokens < 8 || tokens > 512 || !among(s.kind, {"", "-dense", "-real"}))
     a.fail("'" + config + "': MODEL-BrowsTtokens is wanted, as in minilm-B8T128, or for train mini-B32T128-dense or -real");
   return s;
 }
@@ -2747,26 +2459,19 @@ Batch random_batch(const BenchShape& s, Random& random) {
   return batch;
 }
 
-// Two a multiply-add: the six products of a layer, and attention's two.
-double forward_flops(const Config& c, const BenchShape& s) {
-  const double h = (double)c.hidden_size, f = (double)c.intermediate_size;
-  return (double)(s.rows * s.tokens * c.num_hidden_layers) * (2 * (4 * h * h + 2 * h * f) + 4 * (double)s.tokens * h);
+// A batch's forward, 2 a multiply-add: the six products of a layer, and attention's two.
+double forward_gflop(const Config& c, const Batch& b) {
+  const double h = (double)c.hidden_size, f = (double)c.intermediate_size, t = (double)b.tokens() / (double)b.rows();
+  return 1e-9 * (double)(b.tokens() * c.num_hidden_layers) * (2 * (4 * h * h + 2 * h * f) + 4 * t * h);
 }
 
-void bench_infer(const BenchTable& table, const BenchShape& s, const std::string& config, uint64_t seed) {
+void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   Bert bert = Bert::random(Config::named(s.name, kBenchVocab), Task::embed, seed);
   bert.pack();
   Random random({seed, 0, 0, kOrderStream});
   const Batch batch = random_batch(s, random);
-  const double seconds = median_seconds(1.0, [&] { bert.forward(batch); }), gflops = forward_flops(bert.config, s) / seconds / 1e9;
-  table.row("ours-f32", config, "ms", seconds * 1e3);
-  table.row("ours-f32", config, "tok/s", (double)batch.tokens() / seconds);
-  table.row("ours-f32", config, "GFLOP/s", gflops);
-  table.row("ours-f32", config, "MiB", peak_mib());
-  if (table.tsv) return;
-  const double peak = gemm_peak();
-  table.row("peak", "gemm, best of three", "GFLOP/s", peak);
-  table.row("ours-f32", config, "% of that", 100 * gflops / peak);
+  const double seconds = median_seconds(1.0, [&] { bert.forward(batch); });
+  table.model(seconds, (double)batch.tokens(), forward_gflop(bert.config, batch), table.tsv ? 0 : gemm_peak());
 }
 
 // Real pairs, a TAB b, as rows of one batch a step.
@@ -2776,76 +2481,56 @@ std::vector<Batch> real_batches(const BenchShape& s, const Source& source, const
   std::vector<Row> chunk;
   std::vector<uint8_t> cut;
   while (read_chunk(rows, chunk, (size_t)s.rows)) {
-    const std::vector<Example> examples = encode_rows(t, chunk, s.tokens, false, cut);
     batches.emplace_back();
-    for (const Example& e : examples) batches.back().add_row(e.ids, e.segments);
+    for (const Example& e : encode_rows(t, chunk, s.tokens, false, cut)) batches.back().add_row(e.ids, e.segments);
   }
   if (batches.empty()) throw Error("bench train: no texts in --input");
   return batches;
 }
 
-void bench_train(const BenchTable& table, const BenchShape& s, const std::string& config, const Source& source, const std::string& vocab,
-                 uint64_t seed) {
-  const bool real = s.kind == "real";
+void bench_train(const BenchTable& table, const BenchShape& s, const Source& source, const std::string& vocab, uint64_t seed) {
+  const bool real = s.kind == "-real";
   if (real && (vocab.empty() || source.files.empty()))
-    throw Usage("bench train " + config + ": --input with pairs, and --vocab or --model are wanted");
-  SpecialIds special{101, 102, 103};
+    throw Usage("bench train " + table.config + ": --input with pairs, and --vocab or --model are wanted");
+  const std::optional<WordPiece> t = real ? std::optional(WordPiece::load(vocab)) : std::nullopt;
   Random random({seed, 0, 0, kOrderStream});
-  std::vector<Batch> batches;
-  if (real) {
-    const WordPiece t = WordPiece::load(vocab);
-    special = {t.cls, t.sep, t.mask};
-    batches = real_batches(s, source, t);
-  } else {
-    batches = {random_batch(s, random)};
-  }
+  std::vector<Batch> batches = real ? real_batches(s, source, *t) : std::vector{random_batch(s, random)};
   for (Batch& b : batches) {
     for (int64_t r = 0; r < b.rows(); r++) b.labels.push_back((int32_t)random.below(2));
-    mask_tokens(b, special, kBenchVocab, 0.15, nullptr, {seed, 0, 0, kMaskStream});
+    mask_tokens(b, t ? special_ids(*t) : SpecialIds{101, 102, 103}, kBenchVocab, 0.15, nullptr, {seed, 0, 0, kMaskStream});
   }
   TrainSettings settings;
   settings.steps = 1000000, settings.warmup = 0, settings.seed = seed;
   Trainer trainer(Bert::random(Config::named(s.name, kBenchVocab), Task::pretrain, seed), settings);
-  int64_t tokens = 0;
-  for (const Batch& b : batches) tokens += b.tokens();
+  const double n = (double)batches.size();
+  double tokens = 0, gflop = 0;  // backward is twice the forward's products; the heads are not counted
+  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 3 * forward_gflop(trainer.model().config, b) / n;
   const double seconds = median_seconds(2.0, [&] {
     for (const Batch& b : batches) trainer.step({&b, 1});
   });
-  table.row("ours-f32", config, "tok/s", (double)tokens / seconds);
-  table.row("ours-f32", config, "ms", seconds / (double)batches.size() * 1e3);
-  table.row("ours-f32", config, "MiB", peak_mib());
-  if (table.tsv) return;
-  // Backward is twice the forward's products.
-  BenchShape mean = s;
-  mean.rows = 1, mean.tokens = tokens / std::max<int64_t>(1, (int64_t)batches.size());
-  const double gflops = 3 * forward_flops(trainer.model().config, real ? mean : s) * (real ? (double)batches.size() : 1) / seconds / 1e9,
-               peak = gemm_peak();
-  table.row("peak", "gemm, best of three", "GFLOP/s", peak);
-  table.row("ours-f32", config, "% of that, the layers alone", 100 * gflops / peak);
+  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak());
 }
 
-int cmd_bench(Args& a) {
+void cmd_bench(Args& a) {
   a.empty_is_absent = true;
-  const std::string part = a.take_word().value_or(""), config = a.take_word().value_or("");
+  const std::string part = a.take_word(), config = a.take_word();
   Common common(a);
-  const std::string model = a.take("model", ""), vocab = a.take("vocab", model);
+  const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input");
-  source.quiet = true;
-  const BenchTable table{part, a.take_switch("tsv")};
+  const BenchTable table{part, config, a.take_switch("tsv")};
   a.done();
-  for (const char* later : {"attention", "sentences", "tokenize", "vocab"})
-    if (part == later) throw Error("bench " + part + ": not built yet");
-  if (part == "gemm") return bench_gemm(table, threads()), 0;
-  if (part == "infer") return bench_infer(table, parse_shape(a, config), config, common.seed), 0;
-  if (part == "train") return bench_train(table, parse_shape(a, config), config, source, vocab, common.seed), 0;
+  if (part == "gemm") return bench_gemm(table);
+  if (part == "infer") return bench_infer(table, parse_shape(a, config), common.seed);
+  if (part == "train") return bench_train(table, parse_shape(a, config), source, vocab, common.seed);
   a.fail("'" + part + "': gemm, infer or train is wanted");
 }
 
 // ==== 15 the table of commands, main ==============================================================================
 struct Command {
-  const char *name, *what, *usage;
-  int (*run)(Args&);
+  const char *name, *what;
+  void (*run)(Args&);
+  const char* usage;
 };
 
 const char* const kCommonHelp = R"(
@@ -2866,24 +2551,20 @@ reading
 
 const Command kCommands[] = {
     // in the order of the help
-    {"vocab", "train a WordPiece vocabulary from text", R"(bert vocab --input FILE… --size N --output DIR
+    {"vocab", "train a WordPiece vocabulary from text", cmd_vocab, R"(bert vocab --input FILE… --size N --output DIR
   --cased          keep upper case
   --min-count N    a piece must occur so often (default 2)
   --alphabet N     at most so many characters (default: all seen min-count times, at most half of --size)
-  --overwrite      write into a folder that holds files
-)",
-     cmd_vocab},
-    {"tokenize", "text to word pieces or ids, or back", R"(bert tokenize --vocab DIR-or-FILE [--input FILE…] [--output FILE]
+  --overwrite      write into a folder that holds files)"},
+    {"tokenize", "text to word pieces or ids, or back", cmd_tokenize, R"(bert tokenize --vocab DIR-or-FILE [--input FILE…] [--output FILE]
   --to pieces|ids|jsonl
   --max-length N [--truncation longest_first|only_first|only_second] [--side right|left] [--stride N]
   --no-special     without [CLS] and [SEP]        --plain-special   [MASK] in the text is plain text
   --split-words    the text is a list of words    --offsets bytes|chars
   --cased  --strip-accents auto|yes|no  --chinese yes|no  --clean yes|no    other settings than the folder's
   --decode         ids in, text out: [--skip-special] [--cleanup yes|no]
-  --stats          only counts
-)",
-     cmd_tokenize},
-    {"pretrain", "train a BERT from raw text", R"(bert pretrain --input FILE… --vocab DIR --config NAME --output DIR --steps N
+  --stats          only counts)"},
+    {"pretrain", "train a BERT from raw text", cmd_pretrain, R"(bert pretrain --input FILE… --vocab DIR --config NAME --output DIR --steps N
   --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
   --steps N        or --minutes M: as many steps as fit
   --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
@@ -2896,10 +2577,9 @@ const Command kCommands[] = {
   --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens)
   --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files
-  --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing
-)",
-     cmd_pretrain},
-    {"finetune", "train a model for a task on labelled texts", R"(bert finetune --task TASK --model DIR --train FILE --output DIR
+  --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing)"},
+    {"finetune", "train a model for a task on labelled texts", cmd_finetune,
+     R"(bert finetune --task TASK --model DIR --train FILE --output DIR
   --task           classify, multilabel or regress
   --dev FILE       or --dev-split X of the training data (default 0.1)      --test FILE
   --epochs X       (default 3)                           --batch N          texts of a batch (default 32)
@@ -2909,45 +2589,28 @@ const Command kCommands[] = {
   --weight-decay X --clip X --dropout P                  --patience N       stop after N epochs without a better one
   --from-scratch   random weights: --model gives config.json and the vocabulary
   --seeds N        so many runs, mean and deviation      --tsv TASK         the metrics as rows of the bench scripts
-  --resume         go on with the run in --output        --overwrite        write into a folder that holds files
-)",
-     cmd_finetune},
-    {"evaluate", "score a model on labelled texts, or on plain text", R"(bert evaluate --model DIR --input FILE
+  --resume         go on with the run in --output        --overwrite        write into a folder that holds files)"},
+    {"evaluate", "score a model on labelled texts, or on plain text", cmd_evaluate, R"(bert evaluate --model DIR --input FILE
   --batch-tokens N (default 8192)
-  a task model wants labelled data; a masked-word model wants plain text, masked from --seed
-)",
-     cmd_evaluate},
-    {"predict", "a task model's answers", R"(bert predict --model DIR [--input FILE…] [--output FILE]
+  a task model wants labelled data; a masked-word model wants plain text, masked from --seed)"},
+    {"predict", "a task model's answers", cmd_predict, R"(bert predict --model DIR [--input FILE…] [--output FILE]
   --jsonl          the full record                       --logits           the raw outputs of the head
   --top K          the K best labels                     --long error|truncate
-  --batch-tokens N (default 8192)
-)",
-     cmd_predict},
-    {"fill-mask", "guess the words that [MASK] hides", R"(bert fill-mask --model DIR [--input FILE…] [--output FILE]
+  --batch-tokens N (default 8192))"},
+    {"fill-mask", "guess the words that [MASK] hides", cmd_fill_mask, R"(bert fill-mask --model DIR [--input FILE…] [--output FILE]
   --top K          guesses for each (default 5)          --score            log-likelihood of whole texts instead
-  --batch-tokens N (default 8192)
-)",
-     cmd_fill_mask},
-    {"embed", "one vector a text", R"(bert embed --model DIR [--input FILE…] [--output FILE]
+  --batch-tokens N (default 8192))"},
+    {"embed", "one vector a text", cmd_embed, R"(bert embed --model DIR [--input FILE…] [--output FILE]
   --pooling mean|cls|max|pooler    --normalize yes|no    other than the folder's
   --tokens         one line a token                      --layer N          the output of layer N (0: the embeddings)
   --max-length N   --long truncate|error                 --prompt NAME      a prompt of the folder in front
-  --to tsv|jsonl|npy                                     --batch-tokens N   (default 8192)
-)",
-     cmd_embed},
-    {"info", "what a model folder holds, or what this machine has", R"(bert info [--model DIR] [--json] [--output FILE]
-)",
-     cmd_info},
-    {"bench", "how fast, beside this machine's own multiply",
-     R"(bert bench gemm | infer CONFIG | train CONFIG
+  --to tsv|jsonl|npy (npy of a pipe waits in memory)     --batch-tokens N   (default 8192))"},
+    {"info", "what a model folder holds, or what this machine has", cmd_info, R"(bert info [--model DIR] [--json] [--output FILE])"},
+    {"bench", "how fast, beside this machine's own multiply", cmd_bench, R"(bert bench gemm | infer CONFIG | train CONFIG
   CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real
   --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
-  --tsv            rows: what engine config metric value
-)",
-     cmd_bench},
+  --tsv            rows: what engine config metric value)"},
 };
-
-bool reads_input(const std::string& name) { return name != "info" && name != "bench"; }
 
 void help(std::FILE* to) {
   std::fprintf(to, "bert %s: trains and runs BERT models, from raw text to answers\n\n", kVersion);
@@ -2966,53 +2629,51 @@ const Command& find_command(const std::string& name) {
   throw Usage("no command '" + name + "'; did you mean bert " + nearest(name, names) + "? (bert help lists all)");
 }
 
-int help_command(const std::string& name) {
+void run_command(const std::string& name, const Strings& words) {
+  Args args(name, Strings(words.begin() + 1, words.end()));
+  find_command(name).run(args);
+}
+
+void help_command(const std::string& name) {
   const Command& c = find_command(name);
-  std::printf("%s: %s\n\n%s%s%s", c.name, c.what, c.usage, reads_input(name) ? kInputHelp : "", kCommonHelp);
-  return 0;
+  std::printf("%s: %s\n\n%s\n%s%s", c.name, c.what, c.usage, among(name, {"info", "bench"}) ? "" : kInputHelp, kCommonHelp);
 }
 
 int run(const Strings& words) {
-  if (words.empty()) return help(stderr), 2;
-  const std::string& first = words[0];
-  if (first == "help" || first == "--help" || first == "-h") {
-    if (words.size() > 2) throw Usage("bert help COMMAND: one command is wanted");
-    return words.size() > 1 ? help_command(words[1]) : (help(stdout), 0);
-  }
-  if (first == "--version" || first == "version") {
+  const std::string first = words.empty() ? "" : words[0];
+  if (first.empty()) return help(stderr), 2;
+  if (first == "version" || first == "--version")
     std::printf("bert %s\n%s\n", kVersion, backend_description().c_str());
-    return 0;
-  }
-  const Command& command = find_command(first);
-  if (std::find_if(words.begin(), words.end(), [](const std::string& w) { return w == "--help" || w == "-h"; }) != words.end())
-    return help_command(first);
-  Args args(first, Strings(words.begin() + 1, words.end()));
-  return command.run(args);
+  else if (!among(first, {"help", "--help", "-h"}))
+    among("--help", words) || among("-h", words) ? help_command(first) : run_command(first, words);
+  else if (words.size() > 2)
+    throw Usage("bert help COMMAND: one command is wanted");
+  else
+    words.size() > 1 ? help_command(words[1]) : help(stdout);
+  return 0;
 }
 
 std::string shell_quoted(const std::string& word) {
   if (!word.empty() && word.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=./,:@%+") == word.npos)
     return word;
-  std::string out = "'";
-  for (const char c : word) c == '\'' ? out += "'\\''" : out += c;
-  return out + "'";
+  return "'" + join(split(word, '\''), "'\\''") + "'";
 }
 
 }  // namespace
 
-int run_main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is seen where it is written to
-  bool resumes = false;
-  for (int i = 0; i < argc; i++) command_line += (i ? " " : "") + shell_quoted(argv[i]), resumes |= !std::strcmp(argv[i], "--resume");
-  if (!resumes) command_line += " --resume";
-  int status = 1;
+int run_main(const Strings& words) {
+  std::signal(SIGPIPE, SIG_IGN);     // a closed pipe is seen where it is written to
+  std::ios::sync_with_stdio(false);  // std::cin with a buffer of its own
+  std::setvbuf(stdout, nullptr, _IOFBF, 1 << 16);
+  for (const std::string& word : words) command_line += shell_quoted(word) + " ";
+  command_line += among("--resume", words) ? "" : "--resume";
   try {
-    status = run(Strings(argv + 1, argv + argc));
-    if (std::fflush(stdout) || std::ferror(stdout)) {
-      if (errno != EPIPE) throw Error(std::string("standard output: cannot write: ") + std::strerror(errno));
-    }
+    const int status = run(Strings(words.begin() + 1, words.end()));
+    if (std::fflush(stdout) && errno != EPIPE) throw Error(std::string("standard output: cannot write: ") + std::strerror(errno));
     return status;
-  } catch (const ClosedPipe&) { return 0; } catch (const Usage& e) {
+  } catch (const ClosedPipe&) { return 0; } catch (const Stopped& s) {
+    return 128 + s.signal;
+  } catch (const Usage& e) {
     say(std::string("bert: ") + e.what());
     return 2;
   } catch (const std::bad_alloc&) {
@@ -3023,4 +2684,4 @@ int run_main(int argc, char** argv) {
 
 }  // namespace bert
 
-int main(int argc, char** argv) { return bert::run_main(argc, argv); }
+int main(int argc, char** argv) { return bert::run_main({argv, argv + argc}); }

@@ -10,14 +10,13 @@ cd "$folder"
 head -c 200000 "$here/../data/english.txt" > text
 case "$bert" in /*) ;; *) bert="$here/../$bert" ;; esac
 "$bert" vocab --input text --size 1000 --output vocab --quiet
-train() {
-  "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --max-length 64 --save-every 7 --quiet "${@:2}"
-}
-train whole 2>/dev/null
+run() { exec "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --max-length 64 --save-every 7 --quiet "${@:2}"; }
+train() { (run "$@") > /dev/null; }
+train whole
 saved=0 nothing=0
 for i in $(seq "$times"); do
   rm -rf cut
-  train cut 2>/dev/null &
+  run cut > /dev/null 2>&1 &   # in the background `run` is bert itself: the pid to kill
   pid=$!
   sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 0.05 + rand() * 4 }')"
   kill -9 $pid 2>/dev/null || true
@@ -25,10 +24,10 @@ for i in $(seq "$times"); do
   if [ -e cut/training_state.safetensors ]; then
     saved=$((saved + 1))
     "$bert" info --model cut > /dev/null || { echo "kill_resume: the folder does not load after a kill"; exit 1; }
-    train cut --resume 2>/dev/null
+    train cut --resume
   else
     nothing=$((nothing + 1))
-    if train cut --resume 2> message; then :; else grep -q "nothing was saved" message || { echo "kill_resume: $(cat message)"; exit 1; }; rm -rf cut; train cut 2>/dev/null; fi
+    if train cut --resume 2> message; then :; else grep -q "nothing was saved" message || { echo "kill_resume: $(cat message)"; exit 1; }; rm -rf cut; train cut; fi
   fi
   for f in model.safetensors training_state.safetensors; do
     cmp -s whole/$f cut/$f || { echo "kill_resume: $f differs after kill $i"; exit 1; }

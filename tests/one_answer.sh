@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 # Sentences of the repository's own data; a real model where there is one beside the repository, else the golden one.
-head -n 400 "$here/../data/english.txt" | grep -v '^$' | cut -c1-400 | head -n 200 > "$folder/texts"
+awk 'NF && ++n <= 200 { print substr($0, 1, 400) }' "$here/../data/english.txt" > "$folder/texts"
 models="$here/golden/models/heads/sequence-classification"
 real="$here/../../shared/models/all-MiniLM-L6-v2"
 [ ! -d "$real" ] || models="$models $real"

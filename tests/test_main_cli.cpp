@@ -144,7 +144,8 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"pretrain --input t --vocab v --config tiny --output o --steps 5 --accumulate 3", "a power of two"},
       {"pretrain --input t --vocab v --config tiny --output o --steps 5 --dev d --dev-split 0.1", "exclude each other"},
       {"pretrain --input t --vocab v --config tiny --output o --steps 5 --cache c", "no option --cache"},
-      {"finetune --task clasify --model m --train t --output o", "classify, multilabel or regress"},
+      {"finetune --task clasify --model m --train t --output o", "did you mean classify?"},
+      {"finetune --model m --train t --output o", "--task is missing: classify, multilabel or regress"},
       {"finetune --task classify --model m --output o", "--train is missing"},
       {"predict --model m --jsonl --logits", "exclude each other"},
       {"bench foo", "gemm"},
@@ -311,7 +312,9 @@ TEST_CASE("training: from raw text to a classifier, a regressor and a multi-labe
   const std::string log = bert::read_file(model + "/log.jsonl");
   for (const char* key : {"\"step\":60", "\"mlm_loss\"", "\"nsp_accuracy\"", "\"tokens_per_second\"", "\"dev\""})
     CHECK_MESSAGE(has(log, key), key);
-  CHECK(has(bert::read_file(model + "/report.html"), "<svg"));
+  const std::string report = bert::read_file(model + "/report.html");
+  for (const std::string& part : {std::string("<svg"), log, std::string("</html>")}) CHECK(has(report, part));
+  for (const char* remote : {"http:", "https:", " src=", "@import"}) CHECK(!has(report, remote));
   const Ran scores = bert_run("evaluate --model " + model + " --input " + (small().folder / "text.txt"));
   REQUIRE_MESSAGE(scores.status == 0, scores.err);
   CHECK(has(scores.out, "loss\t"));
@@ -348,7 +351,24 @@ TEST_CASE("training: from raw text to a classifier, a regressor and a multi-labe
   CHECK(lines_in(vectors.out) == 2);
   CHECK(std::count(vectors.out.begin(), vectors.out.end(), '\t') == 62);
   CHECK(testing::run("printf 'the dog\\nthe bird\\n' | ./bert embed --to npy --model " + model).out.size() == 128 + 2 * 32 * 4);
+  put(small().folder / "two.txt", "the dog\nthe bird\n");  // from a file the rows are counted first, from a pipe at the end
+  CHECK(bert_run("embed --to npy --model " + model + " --input " + (small().folder / "two.txt")).out ==
+        testing::run("printf 'the dog\nthe bird\n' | ./bert embed --to npy --model " + model).out);
   CHECK(has(bert_run("info --model " + out).out, "labels\tpet|wild"));
+}
+
+TEST_CASE("pretrain: sentences end at . ! ? before white space, but not after Mr. and its like or an initial") {
+  const std::pair<const char*, int> cases[] = {
+      {"The dog barks. The bird sings! Who swims? The fish", 4}, {"Mr. Smith met J. R. Jones in St. Louis. They left.", 2},
+      {"(Dr. No said \"no.\" It rained.) The end.", 3},          {"Pi is 3.14, see example.org for more.", 1},
+      {"Hm. Ms. Lee saw Mrs. Poe... Then she left.", 3},         {"The dog barks\xE3\x80\x82The bird sings.", 2}};
+  for (const auto& [text, sentences] : cases) {
+    CAPTURE(text);
+    put(small().folder / "sentences.txt", text);
+    const Ran r = bert_run("pretrain --dry-run --steps 1 --no-nsp --dev-split 0 --config tiny --vocab " + (small().folder / "vocab") +
+                           " --input " + (small().folder / "sentences.txt") + " --output none");
+    CHECK_MESSAGE(has(r.err, " " + std::to_string(sentences) + " sentences"), r.err);
+  }
 }
 
 TEST_CASE("training: bad labelled data is named with its line") {
@@ -422,6 +442,22 @@ TEST_CASE("training: fine-tuning resumed ends with the same bytes; --seeds gives
                "/log.jsonl; do sleep 0.005; done; kill -INT $p; wait $p");
   REQUIRE(testing::run(command + " --resume").status == 0);
   same_run(whole, parts);
+
+  // Stopped before the first epoch's end: no model yet, which the folder says, and the same end.
+  const std::string early = small().folder / "tuned-early", early_whole = early + "-whole";
+  std::string few = small().finetune(pretrained(), "");
+  few = few.substr(0, few.find(" --batch 8")) + " --batch 2 --epochs 1 --output ";
+  const Ran stopped = testing::run("./bert " + few + early + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":3,' " + early +
+                                   "/log.jsonl; do sleep 0.002; done; kill -INT $p; wait $p");
+  CHECK(stopped.status == 130);
+  CHECK(has(stopped.err, "--resume"));
+  CHECK(!std::filesystem::exists(early + "/model.safetensors"));
+  CHECK(has(bert_run("predict --model " + early + " < /dev/null").err, "no model yet; go on with its own command and --resume"));
+  CHECK(has(bert_run(few + early).err, "--resume"));
+  CHECK(bert_run(few + early + " --resume").status == 0);
+  CHECK(bert_run(few + early_whole).status == 0);
+  same_run(early_whole, early);
+
   const Ran seeds = bert_run(small().finetune(pretrained(), small().folder / "seeds") + "--epochs 1 --seeds 2");
   REQUIRE_MESSAGE(seeds.status == 0, seeds.err);
   CHECK(has(seeds.out, "accuracy_dev_std\t"));
