@@ -19,7 +19,7 @@ stage "1. A vocabulary of 4,000 word pieces from 1.5 MB of novels" \
   vocab --input "$data/english.txt" --size 4000 --output "$out/vocab" --overwrite
 stage "2. Pretraining: masked words and next sentences. loss_dev is on other books; unigram_loss_dev is what guessing by frequency gets" \
   pretrain --input "$data/english.txt" --dev "$data/english-heldout.txt" --vocab "$out/vocab" --config tiny --output "$out/pretrained" \
-  --steps 1800 --batch-tokens 2048 --lr 2e-3 --dropout 0 --overwrite
+  --steps 2000 --batch-tokens 2048 --lr 3e-3 --dropout 0 --overwrite
 printf 'She [MASK] not know what to say.\nHe took her [MASK] and they went out of the house.\n' > "$out/masked.txt"
 stage "3. What may stand at [MASK]? (line, mask, rank, word, probability)" \
   fill-mask --model "$out/pretrained" --top 3 --input "$out/masked.txt"

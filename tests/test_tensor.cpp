@@ -239,9 +239,9 @@ static void check_functions(uint32_t step) {
   auto gate = [](double x) { return 1 / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))); };
   CHECK(largest_error(step, -87, 88.72283f, exp_f32, [](double x) { return std::exp(x); }).ulp < 0.9);
   CHECK(largest_error(step, 1.2e-38f, 3e38f, log_f32, [](double x) { return std::log(x); }).ulp < 0.8);
-  CHECK(largest_error(step, -30, 30, tanh_f32, [](double x) { return std::tanh(x); }).ulp < 1.3);
+  CHECK(largest_error(step, -30, 30, tanh_f32, [](double x) { return std::tanh(x); }).ulp < 1.4);
   CHECK(largest_error(step, -1, inf, normal_cdf_f32, normal).ulp < 3);
-  CHECK(largest_error(step, -8, -1, normal_cdf_f32, normal).ulp < 100);  // of a value down to 6e-16: relative 1e-5
+  CHECK(largest_error(step, -8, -1, normal_cdf_f32, normal).ulp < 120);  // of a value down to 6e-16: relative 1e-5
   CHECK(largest_error(step, -3e38f, inf, normal_cdf_f32, normal).absolute < 6e-8);
   auto gelu = [](float x) { return act(Activation::gelu, x); };
   CHECK(largest_error(step, -1, 100, gelu, [&](double x) { return x * normal(x); }).ulp < 2.5);
