@@ -2517,7 +2517,7 @@ void cmd_bench(Args& a) {
   Common common(a);
   const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
-  source.files = a.take_all("input"), source.format = Format::lines;  // whatever the file's ending: a text a line, or text TAB pair
+  source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
   const BenchTable table{part, config, a.take_switch("tsv")};
   a.done();
   if (part == "gemm") return bench_gemm(table);
