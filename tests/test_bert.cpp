@@ -247,6 +247,9 @@ TEST_CASE("parameters: counts of the published sizes, each name once") {
 
 TEST_CASE("initialisation: cut at two deviations, biases 0, norms 1, the same at any number of threads") {
   Config c = Config::named("tiny", 500);
+  CHECK(c.initializer_range == 0.049);
+  CHECK(Config::named("base", 500).initializer_range == 0.02);
+  c.initializer_range = 0.02;
   const Bert model = Bert::random(c, Task::pretrain, 3);
   double sum = 0, squares = 0, largest = 0;
   const auto n = (double)model.word.size();
