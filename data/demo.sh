@@ -19,16 +19,16 @@ stage "1. A vocabulary of 4,000 word pieces from 1.5 MB of novels" \
   vocab --input "$data/english.txt" --size 4000 --output "$out/vocab" --overwrite
 stage "2. Pretraining: masked words and next sentences. loss_dev is on other books; unigram_loss_dev is what guessing by frequency gets" \
   pretrain --input "$data/english.txt" --dev "$data/english-heldout.txt" --vocab "$out/vocab" --config tiny --output "$out/pretrained" \
-  --steps 2000 --batch-tokens 2048 --lr 3e-3 --dropout 0 --overwrite
+  --steps 7000 --batch-tokens 512 --max-length 64 --lr 1e-3 --dropout 0 --overwrite
 printf 'She [MASK] not know what to say.\nHe took her [MASK] and they went out of the house.\n' > "$out/masked.txt"
 stage "3. What may stand at [MASK]? (line, mask, rank, word, probability)" \
   fill-mask --model "$out/pretrained" --top 3 --input "$out/masked.txt"
 stage "4. Fine-tuning: who wrote this? Five authors, 2,000 sentences; dev and test are from other books" \
   finetune --task classify --model "$out/pretrained" --train "$data/authors/train.tsv" --dev "$data/authors/dev.tsv" \
-  --output "$out/classifier" --epochs 4 --lr 5e-4 --overwrite
+  --output "$out/classifier" --epochs 3 --lr 2e-4 --overwrite
 stage "5. The same from random weights, for comparison" \
   finetune --task classify --model "$out/pretrained" --from-scratch --train "$data/authors/train.tsv" --dev "$data/authors/dev.tsv" \
-  --output "$out/from-scratch" --epochs 4 --lr 5e-4 --overwrite
+  --output "$out/from-scratch" --epochs 3 --lr 2e-4 --overwrite
 stage "6. Both on the held-out test set (guessing the commonest author gets 0.2)" \
   evaluate --model "$out/classifier" --input "$data/authors/test.tsv"
 stage "   from random weights:" \
