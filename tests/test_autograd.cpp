@@ -67,16 +67,19 @@ TEST_CASE("linear: what does not fit is named with its shapes") {
 }
 
 TEST_CASE("attention: gradients, with rows of length 1, odd heads, and dropout") {
-  for (const auto& [rows, heads, D] :
-       {std::tuple{Offsets{0, 1}, 1, 4}, {Offsets{0, 3, 4, 9}, 2, 3}, {Offsets{0, 7}, 3, 1}, {Offsets{0, 0, 5}, 1, 5}})
+  struct Case {
+    Offsets rows;
+    int64_t heads, D;
+  };
+  for (const Case& c : {Case{{0, 1}, 1, 4}, Case{{0, 3, 4, 9}, 2, 3}, Case{{0, 7}, 3, 1}, Case{{0, 0, 5}, 1, 5}})
     for (const float p : {0.f, 0.3f}) {
-      CAPTURE(heads);
-      CAPTURE(D);
+      CAPTURE(c.heads);
+      CAPTURE(c.D);
       CAPTURE(p);
-      Tensor qkv = random_tensor({rows.back(), 3 * heads * D}, 4);
-      CHECK(grad_error({qkv}, [&, rows = rows, heads = heads] {
+      Tensor qkv = random_tensor({c.rows.back(), 3 * c.heads * c.D}, 4);
+      CHECK(grad_error({qkv}, [&] {
               Dropout drop = dropping(p);
-              return attention(qkv, rows, heads, 16, drop);
+              return attention(qkv, c.rows, c.heads, 16, drop);
             }) < kTolerance);
     }
 }

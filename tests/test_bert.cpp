@@ -71,10 +71,6 @@ void check_gradients(const Bert& model, const SafeTensors& golden, double tolera
 
 // Tolerances: four times the float32 error of torch that the golden's README measured.
 TEST_CASE("golden: every output, loss and gradient of a pretraining model, both activations") {
-  struct Case {
-    const char* name;
-    double layer, logits, grad;
-  };
   for (const char* name : {"tiny-pretrain", "tiny-pretrain-gelu-new"}) {
     CAPTURE(name);
     const std::string folder = kGolden + name;
@@ -298,7 +294,7 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
   const PretrainSettings settings = tiny_settings();
   PretrainSampler sampler(corpus, settings, kSpecial, 200, {}, 1);
   const int64_t batches = sampler.epoch_batches();
-  int64_t rows = 0, random = 0, masked = 0, tokens = 0, kept = 0, replaced = 0;
+  int64_t rows = 0, random = 0, masked = 0, kept = 0, replaced = 0;
   for (int64_t b = 0; b < batches; b++) {
     const Batch batch = sampler.next(b, 0);
     CHECK(batch.tokens() <= settings.batch_tokens);
@@ -322,7 +318,6 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
       CHECK(was >= 5);
       masked++, kept += now == was, replaced += now == kSpecial.mask;
     }
-    tokens += batch.tokens();
   }
   CHECK((double)replaced / (double)masked == doctest::Approx(0.8).epsilon(0.06));
   CHECK((double)kept / (double)masked == doctest::Approx(0.1).epsilon(0.35));

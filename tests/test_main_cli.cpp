@@ -152,7 +152,8 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"bench infer minilm", "minilm-B8T128"},
   };
   for (const auto& [arguments, message] : cases) {
-    CAPTURE(arguments);
+    const std::string shown = arguments;  // clang 14 captures no structured binding in a lambda
+    CAPTURE(shown);
     const Ran r = bert_run(std::string(arguments) + " < /dev/null");
     CHECK(r.status == 2);
     CHECK_MESSAGE(has(r.err, message), r.err);
@@ -363,7 +364,8 @@ TEST_CASE("pretrain: sentences end at . ! ? before white space, but not after Mr
       {"(Dr. No said \"no.\" It rained.) The end.", 3},          {"Pi is 3.14, see example.org for more.", 1},
       {"Hm. Ms. Lee saw Mrs. Poe... Then she left.", 3},         {"The dog barks\xE3\x80\x82The bird sings.", 2}};
   for (const auto& [text, sentences] : cases) {
-    CAPTURE(text);
+    const std::string shown = text;
+    CAPTURE(shown);
     put(small().folder / "sentences.txt", text);
     const Ran r = bert_run("pretrain --dry-run --steps 1 --no-nsp --dev-split 0 --config tiny --vocab " + (small().folder / "vocab") +
                            " --input " + (small().folder / "sentences.txt") + " --output none");
