@@ -12,13 +12,15 @@ case "$bert" in /*) ;; *) bert="$here/../$bert" ;; esac
 "$bert" vocab --input text --size 1000 --output vocab --quiet
 run() { exec "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --max-length 64 --save-every 7 --quiet "${@:2}"; }
 train() { (run "$@") > /dev/null; }
+began=$(date +%s.%N)
 train whole
+took=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN { print b - a }')
 saved=0 nothing=0
 for i in $(seq "$times"); do
   rm -rf cut
   run cut > /dev/null 2>&1 &   # in the background `run` is bert itself: the pid to kill
   pid=$!
-  sleep "$(awk -v seed="$RANDOM" 'BEGIN { srand(seed); print 0.05 + rand() * 4 }')"
+  sleep "$(awk -v seed="$RANDOM" -v took="$took" 'BEGIN { srand(seed); print rand() * took }')"
   kill -9 $pid 2>/dev/null || true
   wait $pid 2>/dev/null || true
   if [ -e cut/training_state.safetensors ]; then
@@ -27,7 +29,7 @@ for i in $(seq "$times"); do
     train cut --resume
   else
     nothing=$((nothing + 1))
-    if train cut --resume 2> message; then :; else grep -q "nothing was saved" message || { echo "kill_resume: $(cat message)"; exit 1; }; rm -rf cut; train cut; fi
+    if train cut --resume 2> message; then :; else grep -qE "nothing was saved|no such folder" message || { echo "kill_resume: $(cat message)"; exit 1; }; rm -rf cut; train cut; fi
   fi
   for f in model.safetensors training_state.safetensors; do
     cmp -s whole/$f cut/$f || { echo "kill_resume: $f differs after kill $i"; exit 1; }
