@@ -66,10 +66,13 @@ class WordPiece {
   Encoding encode(std::string_view text, const EncodeOptions& options = {}) const;
   Encoding encode(std::string_view text, std::string_view pair, const EncodeOptions& options = {}) const;
   // The encoding and, where it was cut, the windows that hold the rest, `stride` tokens of each repeated in the next.
-  std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair, const EncodeOptions& options) const;
+  std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair,
+                                       const EncodeOptions& options) const;
   // Texts that are split into words already: Encoding::words counts the given words, offsets are in each word's bytes.
-  Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair, const EncodeOptions& options = {}) const;
-  std::vector<Encoding> encode_words_windows(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair, const EncodeOptions& options) const;
+  Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
+                        const EncodeOptions& options = {}) const;
+  std::vector<Encoding> encode_words_windows(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
+                                             const EncodeOptions& options) const;
   WordPiece with_settings(const TokenizerSettings& settings) const;   // the same vocabulary under other settings
   // Appends the ids of the text's pieces and nothing else; [MASK] and its like are plain text.
   void append_ids(std::string_view text, std::vector<int32_t>& ids) const;
@@ -281,7 +284,8 @@ struct PretrainSettings {
 };
 // Replaces tokens of each row by [MASK] (80 %), a random id (10 %) or themselves (10 %) and lists them in batch.masked.
 // Devlin et al. 2019, section 3.1; counts as google-research/bert create_pretraining_data.py. `continues[id]`: the piece begins with ##.
-void mask_tokens(Batch& batch, const SpecialIds& special, int64_t vocab_size, double share, const std::vector<uint8_t>* continues, const PhiloxKey& key);
+void mask_tokens(Batch& batch, const SpecialIds& special, int64_t vocab_size, double share, const std::vector<uint8_t>* continues,
+                 const PhiloxKey& key);
 
 // Batches without end: epoch after epoch, pairs sampled anew, order from the seed.
 class PretrainSampler {
@@ -332,7 +336,8 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
 // ==== 8 metrics ==================================================================================================
 struct Metric { std::string name; double value, low, high; };   // low, high: bootstrap 95 % interval from the seed
 // The task's official metrics of outputs [n,C] against the examples' labels, the main one first.
-std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t classes, uint64_t seed);
+std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t classes,
+                                  uint64_t seed);
 double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
 double pearson(std::span<const double> x, std::span<const double> y);
 double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
@@ -379,7 +384,8 @@ std::vector<float> probabilities(Task task, std::span<const float> outputs, int6
 struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
 
 // For each row the guesses of each [MASK] in it, mask by mask, best first.
-std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::span<const Example> examples, int64_t top, int64_t batch_tokens);
+std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::span<const Example> examples, int64_t top,
+                                                int64_t batch_tokens);
 // Pseudo-log-likelihood (Salazar et al. 2020): each token that is not added around the text masked alone, its log-probability summed.
 struct TextScore { double log_likelihood = 0; int64_t tokens = 0; };
 std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Example> examples, int64_t batch_tokens);
@@ -391,7 +397,8 @@ class Model {
   const ModelFolder& folder() const { return *folder_; }
   std::vector<float> embed(std::string_view text) const;                        // by the folder's pooling recipe
   std::vector<MaskGuess> fill_mask(std::string_view text, int64_t top = 5) const;
-  std::vector<float> classify(std::string_view text) const;                     // probability of each label (classify, multilabel), or the value
+  // probability of each label (classify, multilabel), or the value
+  std::vector<float> classify(std::string_view text) const;
   std::vector<float> classify(std::string_view text, std::string_view pair) const;
 
  private:

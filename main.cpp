@@ -483,7 +483,7 @@ class Rows {
     const int last = std::max({text_, pair_, label_});
     if ((int)parts.size() <= last)
       throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
-                    " (from 0) is wanted; is a separator missing?");
+                    " (from 0) is wanted; check the separators");
     row.text = parts[text_];
     if (pair_ >= 0) row.pair = parts[pair_];
     if (label_ >= 0) row.answers = {parts[label_]};

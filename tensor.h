@@ -249,7 +249,8 @@ inline bool Json::as_bool(const std::string& where) const {
 }
 inline double Json::as_double(const std::string& where) const {
   double v = 0;
-  if (kind_ != number || std::from_chars(text_.data(), text_.data() + text_.size(), v).ec != std::errc()) throw Error(where + ": not a number");
+  if (kind_ != number || std::from_chars(text_.data(), text_.data() + text_.size(), v).ec != std::errc())
+    throw Error(where + ": not a number");
   return v;
 }
 inline int64_t Json::as_int(const std::string& where) const {
@@ -392,7 +393,8 @@ void parallel_for_each(int64_t n, void (*task)(void* context, int64_t i), void* 
 template <class F>
 void parallel_for(int64_t n, F&& f) {
   using Task = std::remove_reference_t<F>;
-  parallel_for_each(n, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); }, const_cast<void*>(static_cast<const void*>(&f)));
+  parallel_for_each(n, [](void* context, int64_t i) { (*static_cast<Task*>(context))(i); },
+                    const_cast<void*>(static_cast<const void*>(&f)));
 }
 // f(begin, end) over [0, n) in pieces of `piece`: for loops whose single step is too small to be a task.
 template <class F>
@@ -421,7 +423,8 @@ struct PhiloxKey {
 std::array<uint32_t, 4> philox(const PhiloxKey& key, uint32_t block);
 
 // Op numbers of draws that are no op of a forward pass. Ops count from 0.
-enum RandomStream : uint32_t { kInitStream = 0x80000000u, kMaskStream = 0xA0000000u, kOrderStream = 0xC0000000u, kSplitStream = 0xE0000000u };
+enum RandomStream : uint32_t { kInitStream = 0x80000000u, kMaskStream = 0xA0000000u, kOrderStream = 0xC0000000u,
+    kSplitStream = 0xE0000000u };
 
 // A sequence of draws from one key, for shuffles and choices.
 class Random {
@@ -479,7 +482,8 @@ void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::
 
 // ==== 6 differentiable ops ========================================================== [autograd.cpp, one section each]
 // All return a new Tensor that shares no storage with the inputs, and throw Error naming the op and the shapes that do not fit.
-enum class Activation { none, gelu, gelu_tanh, tanh, relu };   // gelu: x Phi(x) by erf; gelu_tanh: Hendrycks and Gimpel 2016, eq. 2's approximation
+// gelu: x Phi(x) by erf; gelu_tanh: Hendrycks and Gimpel 2016, eq. 2's approximation
+enum class Activation { none, gelu, gelu_tanh, tanh, relu };
 using Offsets = std::vector<int64_t>;                          // [R+1]: row r is tokens offsets[r] .. offsets[r+1] of a packed batch
 
 // y = act(x w^T + b):   x [...,I]   w [O,I], plain or packed   b [O] or empty   ->   [...,O].   One gemm, bias and activation in it.
@@ -608,7 +612,8 @@ struct NamedTensor {
   const float* data;
 };
 // F32, in name order, atomically; the same tensors and metadata give the same bytes.
-void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors, const std::vector<std::pair<std::string, std::string>>& metadata);
+void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
+                      const std::vector<std::pair<std::string, std::string>>& metadata);
 
 // ==== 9 kernels and products ======================================================================================
 // One table of kernels for each instruction set; all give the same bytes (design: sums along a row in 16 lanes, element i in lane
@@ -619,14 +624,17 @@ struct Kernels {
   int mr, nr;              // rows and columns of one tile
   // c[i][j] for i < rows <= mr, j < cols <= nr:  the chain acc = fma(a[i,k], b[k][j], acc) from 0 over ascending k < depth, then
   // stored, or added to what is there. a[i,k] = a[i * a_row + k * a_step]; b is a panel [depth][nr].
-  void (*tile)(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols, bool add);
+  void (*tile)(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
+        bool add);
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
   void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
   float (*sum)(const float* x, int64_t n);
   float (*dot)(const float* x, const float* y, int64_t n);               // lane = fma(x, y, lane)
-  float (*max)(const float* x, int64_t n);                               // -inf for n = 0; NaN is passed over (see exp_sum: it comes out there)
+  // -inf for n = 0; NaN is passed over (see exp_sum: it comes out there)
+  float (*max)(const float* x, int64_t n);
   float (*squares_about)(const float* x, float mean, int64_t n);         // sum of (x - mean)^2, fused
-  float (*exp_sum)(const float* x, float scale, float shift, float* y, int64_t n);   // y = exp(x * scale - shift), two roundings; returns the sum
+  // y = exp(x * scale - shift), two roundings; returns the sum
+  float (*exp_sum)(const float* x, float scale, float shift, float* y, int64_t n);
   void (*add)(const float* x, float* y, int64_t n);                      // y += x
   void (*axpy)(float a, const float* x, float* y, int64_t n);            // y = fma(a, x, y)
   void (*scale)(float a, const float* x, float* y, int64_t n);           // y = a * x
@@ -637,13 +645,16 @@ struct Kernels {
   void (*norm)(const float* x, float mean, float rstd, const float* gamma, const float* beta, float* y, int64_t n);
   // xhat = (x - mean) * rstd, g = dy * gamma, dx = rstd * (g - <g> - xhat * <g xhat>), <.> the mean; and, where dgamma is not null,
   // dgamma = fma(dy, xhat, dgamma), dbeta += dy
-  void (*norm_grad)(const float* x, float mean, float rstd, const float* gamma, const float* dy, float* dx, float* dgamma, float* dbeta, int64_t n);
+  void (*norm_grad)(const float* x, float mean, float rstd, const float* gamma, const float* dy, float* dx, float* dgamma, float* dbeta,
+        int64_t n);
   void (*softmax_grad)(const float* p, const float* dp, float delta, float scale, float* ds, int64_t n);   // ds = p * (dp - delta) * scale
   // out[8 b + 2 w], out[8 b + 2 w + 1] = low, high half of word w of Philox block first + b, for b < blocks
   void (*draws)(const PhiloxKey& key, uint32_t first, int64_t blocks, uint16_t* out);
-  void (*drop)(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n);   // y = draw >= threshold ? x * scale : 0
+  // y = draw >= threshold ? x * scale : 0
+  void (*drop)(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n);
   // One AdamW update of n parameters: g = grad * factor; see AdamW::step for the order of operations.
-  void (*adamw)(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p, float* m, float* v, int64_t n);
+  void (*adamw)(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p,
+        float* m, float* v, int64_t n);
 };
 std::vector<const Kernels*> usable_kernels();   // [0] is scalar, the reference; the last is the best this CPU has
 const Kernels& kernels();                       // chosen once: BERT_KERNELS=name, else the best
@@ -672,9 +683,11 @@ struct Gemm {
   Backend backend = Backend::automatic;   // automatic: by the table of shapes in tensor.cpp, or what BERT_GEMM says
   Epilogue epilogue{};
 };
-void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc);
+void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+          int64_t ldc);
 // The same on the calling thread alone, by the own kernels: for ops that hand out rows and heads as tasks.
-void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc);
+void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+               int64_t ldc);
 
 // Weights [n,k] laid out in the kernel's panels once: c [m,n] = a [m,k] w^T. Always the own kernels.
 class PackedWeights {
