@@ -523,21 +523,52 @@ Tensor add(const Tensor& a, const Tensor& b) {
   return y;
 }
 
+// y = x f        dx += dy f
+Tensor scale(const Tensor& x, float factor) {
+  DefaultFloatMode mode;
+  Tensor y(x.shape());
+  for (int64_t i = 0; i < y.size(); i++) y.data()[i] = x.data()[i] * factor;
+  record("scale", y, {x}, [=] { kernels().axpy(factor, y.grad(), x.grad(), y.size()); });
+  return y;
+}
+
+// y[r] = <a_r, b_r>        a, b [R,H] -> y [R,1]        da_r += dy[r] b_r        db_r += dy[r] a_r
+Tensor row_dots(const Tensor& a, const Tensor& b) {
+  if (!(a.shape() == b.shape())) throw Error("row_dots: shapes differ, " + shape_of(a) + " and " + shape_of(b));
+  const int64_t R = a.rows(), H = a.cols();
+  Tensor y(Shape{R, 1});
+  const Kernels& k = kernels();
+  for (int64_t r = 0; r < R; r++) y.data()[r] = k.dot(a.data() + r * H, b.data() + r * H, H);
+  record("row_dots", y, {a, b}, [=] {
+    for (int64_t r = 0; r < R; r++) {
+      if (a.needs_grad()) k.axpy(y.grad()[r], b.data() + r * H, a.grad() + r * H, H);
+      if (b.needs_grad()) k.axpy(y.grad()[r], a.data() + r * H, b.grad() + r * H, H);
+    }
+  });
+  return y;
+}
+
 // ==== losses ======================================================================================================
 // Each is a sum over its elements in double, divided once. `divisor` lets several micro-batches share one mean.
 
-// loss = sum over rows of (log sum exp(x) - x[label]) / divisor        x [M,C]        kept: lse [M]
-Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double divisor, int64_t* right) {
+// With e = smoothing and w the class weights:
+//   loss = sum over rows of ((1 - e) w_label (lse - x_label) + e/C sum_c w_c (lse - x_c)) / divisor,  lse = log sum exp(x)
+//   x [M,C]        kept: lse [M]
+Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double divisor, int64_t* right, const ClassRule& rule) {
   const int64_t M = x.rows(), C = x.cols();
   if ((int64_t)labels.size() != M)
     throw Error("cross_entropy: logits " + shape_of(x) + " and " + std::to_string(labels.size()) + " labels");
-  int64_t counted = 0;
+  if (!rule.weights.empty() && (int64_t)rule.weights.size() != C)
+    throw Error("cross_entropy: " + std::to_string(rule.weights.size()) + " class weights for " + std::to_string(C) + " classes");
+  double counted = 0, all_weights = 0;
   for (const int32_t label : labels) {
     if (label != kIgnored && (label < 0 || label >= C))
       throw Error("cross_entropy: label " + std::to_string(label) + " is not among the " + std::to_string(C) + " classes");
-    counted += label != kIgnored;
+    if (label != kIgnored) counted += (double)rule.weight(label);
   }
-  if (!divisor) divisor = (double)std::max<int64_t>(counted, 1);
+  if (!divisor) divisor = counted > 0 ? counted : 1;
+  for (int32_t c = 0; c < C; c++) all_weights += (double)rule.weight(c);
+  const float sure = 1 - rule.smoothing, shared = rule.smoothing / (float)C;
   Tensor lse(Shape{M});
   std::vector<double> loss((size_t)M);
   std::vector<uint8_t> best((size_t)M);
@@ -547,7 +578,9 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
     if (label == kIgnored) return;
     const float *row = x.data() + r * C, top = k.max(row, C);
     lse.data()[r] = top + log_f32(k.exp_sum(row, 1, top, scratch(0, C), C));
-    loss[(size_t)r] = (double)lse.data()[r] - (double)row[label];
+    const double total = (double)lse.data()[r];
+    loss[(size_t)r] = (double)(sure * rule.weight(label)) * (total - (double)row[label]);
+    for (int32_t c = 0; shared > 0 && c < C; c++) loss[(size_t)r] += (double)(shared * rule.weight(c)) * (total - (double)row[c]);
     best[(size_t)r] = row[label] == top;
   });
   double sum = 0;
@@ -557,7 +590,7 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
   }
   Tensor y(Shape{1}, (float)(sum / divisor));
 
-  // dx += (softmax(x) - onehot(label)) * dy / divisor
+  // dx += (softmax(x) ((1 - e) w_label + e/C sum_c w_c) - (1 - e) w_label onehot(label) - e/C w) * dy / divisor
   record("cross_entropy", y, {x}, [=] {
     bool add;
     float* dx = x.grad_to_add(add);
@@ -569,11 +602,64 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
         if (!add) std::fill_n(to, C, 0.f);
         return;
       }
+      const float own = sure * rule.weight(label), mass = own + shared * (float)all_weights;
       k.exp_sum(x.data() + r * C, 1, lse.data()[r], d, C);
-      d[label] -= 1;
+      if (mass != 1) k.scale(mass, d, d, C);
+      d[label] -= own;
+      for (int32_t c = 0; shared > 0 && c < C; c++) d[c] -= shared * rule.weight(c);
       k.scale(scale, d, d, C);
       if (add) k.add(d, to, C);
     });
+  });
+  return y;
+}
+
+// For row r and column c, over the row's tokens t:   loss = sum over r, c of (log sum exp(x[t,c]) - x[label,c]) / (divisor C)
+//   x [N,C]        kept: lse [R,C]        dx[t,c] += (softmax over t - onehot(label)) * dy / (divisor C)        all in double: it is small
+Tensor position_cross_entropy(const Tensor& x, const Offsets& offsets, const std::vector<int32_t>& labels, double divisor, int64_t* right) {
+  check_offsets("position_cross_entropy", offsets, x.rows());
+  const int64_t R = (int64_t)offsets.size() - 1, C = x.cols();
+  if ((int64_t)labels.size() != R * C)
+    throw Error("position_cross_entropy: " + std::to_string(labels.size()) + " labels for " + std::to_string(R) + " rows of " +
+                std::to_string(C) + " columns");
+  int64_t counted = 0;
+  for (int64_t i = 0; i < R * C; i++) {
+    const int64_t length = offsets[(size_t)(i / C) + 1] - offsets[(size_t)(i / C)];
+    if (labels[(size_t)i] != kIgnored && (labels[(size_t)i] < 0 || labels[(size_t)i] >= length))
+      throw Error("position_cross_entropy: position " + std::to_string(labels[(size_t)i]) + " is not in a row of " +
+                  std::to_string(length));
+    counted += labels[(size_t)i] != kIgnored && i % C == 0;
+  }
+  if (!divisor) divisor = (double)std::max<int64_t>(counted, 1);
+  const double share = 1 / (divisor * (double)C);
+  // each(t, x) for the tokens of row i / C, column i % C
+  auto column = [=, rows = offsets](int64_t i, auto each) {
+    for (int64_t t = rows[(size_t)(i / C)]; t < rows[(size_t)(i / C) + 1]; t++) each(t * C + i % C, (double)x.data()[t * C + i % C]);
+  };
+  std::vector<double> lse((size_t)(R * C));
+  double sum = 0;
+  for (int64_t i = 0, all = 1; i < R * C; i++) {
+    const int32_t label = labels[(size_t)i];
+    if (i % C == 0) all = label != kIgnored;
+    if (label == kIgnored) continue;
+    const auto own = (double)x.data()[(offsets[(size_t)(i / C)] + label) * C + i % C];
+    double top = own, total = 0;
+    column(i, [&](int64_t, double v) { top = std::max(top, v); });
+    column(i, [&](int64_t, double v) { total += std::exp(v - top); });
+    lse[(size_t)i] = top + std::log(total);
+    sum += lse[(size_t)i] - own;
+    all &= own == top;
+    if (right && i % C == C - 1) *right += all;
+  }
+  Tensor y(Shape{1}, (float)(sum * share));
+
+  record("position_cross_entropy", y, {x}, [=, rows = offsets] {
+    const double scale = (double)y.grad()[0] * share;
+    for (int64_t i = 0; i < R * C; i++) {
+      if (labels[(size_t)i] == kIgnored) continue;
+      column(i, [&](int64_t at, double v) { x.grad()[at] += (float)(scale * std::exp(v - lse[(size_t)i])); });
+      x.grad()[(rows[(size_t)(i / C)] + labels[(size_t)i]) * C + i % C] -= (float)scale;
+    }
   });
   return y;
 }
@@ -604,6 +690,50 @@ Tensor bce_with_logits(const Tensor& logits, const Tensor& targets, double divis
 // term = (x - t)^2        slope = 2 (x - t)
 Tensor mse_loss(const Tensor& x, const Tensor& target, double divisor) {
   return elementwise_loss("mse_loss", x, target, divisor, [](double v, double t) { return std::pair{(v - t) * (v - t), 2 * (v - t)}; });
+}
+
+// With d = 1 - x:   term = d^2 / 2 where t is 1,  max(0, margin - d)^2 / 2 where it is 0        slope = -d,  max(0, margin - d)
+Tensor contrastive_loss(const Tensor& x, const Tensor& target, float margin, double divisor) {
+  return elementwise_loss("contrastive_loss", x, target, divisor, [margin](double v, double t) {
+    const double d = 1 - v, lacks = std::max(0.0, (double)margin - d);
+    return std::pair{(t * d * d + (1 - t) * lacks * lacks) / 2, (1 - t) * lacks - t * d};
+  });
+}
+
+// loss = sum over rows of max(0, |a - p| - |a - n| + margin) / divisor        kept: both distances, >= 1e-6 each
+Tensor triplet_loss(const Tensor& a, const Tensor& p, const Tensor& n, float margin, double divisor) {
+  if (!(a.shape() == p.shape()) || !(a.shape() == n.shape()))
+    throw Error("triplet_loss: shapes differ, " + shape_of(a) + ", " + shape_of(p) + " and " + shape_of(n));
+  const int64_t R = a.rows(), H = a.cols();
+  if (!divisor) divisor = (double)std::max<int64_t>(R, 1);
+  std::vector<double> near((size_t)R), far((size_t)R);
+  double sum = 0;
+  for (int64_t r = 0; r < R; r++) {
+    double to_p = 0, to_n = 0;
+    for (int64_t i = r * H; i < (r + 1) * H; i++) {
+      const double dp = (double)a.data()[i] - (double)p.data()[i], dn = (double)a.data()[i] - (double)n.data()[i];
+      to_p += dp * dp, to_n += dn * dn;
+    }
+    near[(size_t)r] = std::max(std::sqrt(to_p), 1e-6), far[(size_t)r] = std::max(std::sqrt(to_n), 1e-6);
+    sum += std::max(0.0, near[(size_t)r] - far[(size_t)r] + (double)margin);
+  }
+  Tensor y(Shape{1}, (float)(sum / divisor));
+
+  // where the term is above 0, with u = (a - p) / |a - p| and v = (a - n) / |a - n|, times dy / divisor:  da += u - v,  dp -= u,  dn += v
+  record("triplet_loss", y, {a, p, n}, [=] {
+    const double scale = (double)y.grad()[0] / divisor;
+    for (int64_t r = 0; r < R; r++) {
+      if (near[(size_t)r] - far[(size_t)r] + (double)margin <= 0) continue;
+      for (int64_t i = r * H; i < (r + 1) * H; i++) {
+        const double dp = ((double)a.data()[i] - (double)p.data()[i]) / near[(size_t)r] * scale;
+        const double dn = ((double)a.data()[i] - (double)n.data()[i]) / far[(size_t)r] * scale;
+        if (a.needs_grad()) a.grad()[i] += (float)(dp - dn);
+        if (p.needs_grad()) p.grad()[i] -= (float)dp;
+        if (n.needs_grad()) n.grad()[i] += (float)dn;
+      }
+    }
+  });
+  return y;
 }
 
 // term = x * w        slope = w

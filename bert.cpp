@@ -26,6 +26,8 @@
 
 namespace bert {
 
+namespace fs = std::filesystem;
+
 // ==== families ====================================================================================================
 // BERT and its cousins: one encoder under several names. What BERT calls as on the left, a cousin calls as on the right; a key "" is
 // one that it has not. Names are replaced in this order, and taken back in the other.
@@ -218,17 +220,20 @@ static const Family& find_family(const std::string& model_type, const std::strin
   throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
 }
 
-// Every head there is. `classifier` has as many rows as the config has labels.
+// Every head there is.
 static const HeadKind head_kinds[] = {
-    // task                name             architecture                      problem_type                    pooler masked next classifier
-    {Task::embed, "embed", "BertModel", "", true, false, false, false},
-    {Task::pretrain, "pretrain", "BertForPreTraining", "", true, true, true, false},
-    {Task::replaced, "replaced", "ElectraForPreTraining", "", false, false, false, false},
-    {Task::mlm, "mlm", "BertForMaskedLM", "", false, true, false, false},
-    {Task::next_sentence, "next_sentence", "BertForNextSentencePrediction", "", true, false, true, false},
-    {Task::classify, "classify", "BertForSequenceClassification", "single_label_classification", true, false, false, true},
-    {Task::multilabel, "multilabel", "BertForSequenceClassification", "multi_label_classification", true, false, false, true},
-    {Task::regress, "regress", "BertForSequenceClassification", "regression", true, false, false, true},
+    // task      name        architecture           problem_type                   pooler masked next   output  outputs  tokens
+    {Task::embed, "embed", "BertModel", "", true, false, false, nullptr, 0, false},
+    {Task::pretrain, "pretrain", "BertForPreTraining", "", true, true, true, nullptr, 0, false},
+    {Task::replaced, "replaced", "ElectraForPreTraining", "", false, false, false, nullptr, 1, true},
+    {Task::mlm, "mlm", "BertForMaskedLM", "", false, true, false, nullptr, 0, false},
+    {Task::next_sentence, "next_sentence", "BertForNextSentencePrediction", "", true, false, true, nullptr, 0, false},
+    {Task::classify, "classify", "BertForSequenceClassification", "single_label_classification", true, false, false, "classifier", 0, false},
+    {Task::multilabel, "multilabel", "BertForSequenceClassification", "multi_label_classification", true, false, false, "classifier", 0, false},
+    {Task::regress, "regress", "BertForSequenceClassification", "regression", true, false, false, "classifier", 0, false},
+    {Task::tag, "tag", "BertForTokenClassification", "", false, false, false, "classifier", 0, true},
+    {Task::qa, "qa", "BertForQuestionAnswering", "", false, false, false, "qa_outputs", 2, true},
+    {Task::choice, "choice", "BertForMultipleChoice", "", true, false, false, "classifier", 1, false},
 };
 
 static const HeadKind* find_architecture(std::string_view name) {
@@ -354,7 +359,8 @@ const HeadKind& head_kind(const Config& config) {
   throw Error(
       "config.json: architecture " + config.class_name() +
       (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
-      " is not built; BertModel, BertForPreTraining, BertForMaskedLM, BertForNextSentencePrediction and BertForSequenceClassification are");
+      " is not built; BertModel, and BertFor with PreTraining, MaskedLM, NextSentencePrediction, SequenceClassification, TokenClassification, "
+      "QuestionAnswering and MultipleChoice are");
 }
 
 // The one table of parameters: visit(name, tensor, shape of the whole tensor, first row, rows) in checkpoint order. Query, key and
@@ -392,13 +398,13 @@ static void visit_parameters(Bert& m, Visit visit) {
     dense(at + "intermediate.dense", layer.up, F, H);
     dense(at + "output.dense", layer.down, H, F), norm(at + "output.LayerNorm", layer.output_norm, H);
   }
-  if (head.pooler && (f.is_bert() || head.classifier)) dense(bert + "pooler.dense", m.pooler, H, H);
+  if (head.pooler && (f.is_bert() || head.output)) dense(bert + "pooler.dense", m.pooler, H, H);
   if (head.masked_words) {
     whole("cls.predictions.bias", m.decoder_bias, {c.vocab_size});
     dense("cls.predictions.transform.dense", m.transform, E, H), norm("cls.predictions.transform.LayerNorm", m.transform_norm, E);
   }
   if (head.next_sentence) dense("cls.seq_relationship", m.next_sentence, 2, H);
-  if (head.classifier) dense("classifier", m.classifier, (int64_t)c.labels.size(), H);
+  if (head.output) dense(head.output, m.classifier, head.classes(c), H);
   if (m.task == Task::replaced) {
     dense("discriminator_predictions.dense", m.transform, H, H);
     dense("discriminator_predictions.dense_prediction", m.classifier, 1, H);
@@ -415,7 +421,7 @@ bool Parameter::decay() const { return !name.ends_with("bias") && name.find("Lay
 
 Bert Bert::empty(const Config& config, Task task) {
   const HeadKind& head = head_kind(task);
-  if (head.classifier && config.labels.empty()) throw Error("a " + std::string(head.name) + " model needs at least one label");
+  if (head.output && !head.classes(config)) throw Error("a " + std::string(head.name) + " model needs at least one label");
   Bert m;
   m.config = config, m.task = task;
   m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
@@ -543,7 +549,66 @@ Tensor Bert::row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop)
   return linear(x, classifier.weight, classifier.bias);  // [R,C]
 }
 
-Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report) {
+// Every token's; only tags are dropped before, as transformers does.
+Tensor Bert::token_logits(const Tensor& hidden, Dropout& drop) const {
+  Dropout head = drop;
+  head.hidden = task == Task::tag ? drop.classifier : 0;
+  const Tensor x = dropout(hidden, head);
+  drop.key = head.key;
+  return linear(x, classifier.weight, classifier.bias);  // [N,C]
+}
+
+// The k-th row of each group.
+static std::vector<int64_t> rows_of_groups(const Batch& batch, int64_t k) {
+  std::vector<int64_t> rows;
+  for (size_t g = 0; g + 1 < batch.groups.size(); g++) {
+    if (batch.groups[g + 1] - batch.groups[g] <= k) throw Error("similarity: this loss compares " + std::to_string(k + 1) + " texts");
+    rows.push_back(batch.groups[g] + k);
+  }
+  return rows;
+}
+
+// Of groups of texts, the first being compared with the others.
+static Tensor pair_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, const LossRule& rule,
+                        Losses& report) {
+  const Pooling::Kind kind = rule.pooling.kinds[0];
+  if (rule.pooling.kinds.size() > 1 || !rule.pooling.layers.empty() || kind > Pooling::pooler || kind == Pooling::max)
+    throw Error("similarity: pooling by " + rule.pooling.name() + " cannot be trained; mean, cls and pooler can, without dense layers");
+  const Tensor v = pool_rows(model, hidden, batch, rule.pooling);  // [R,H]
+  auto text = [&](int64_t k) { return gather_rows(v, rows_of_groups(batch, k)); };  // [G,H]
+  if (rule.pairs == PairLoss::triplet) return triplet_loss(text(0), text(1), text(2), 5.f, counts.rows);
+  const Tensor a = normalize_rows(text(0)), b = normalize_rows(text(1));
+  if (rule.pairs == PairLoss::inbatch) {  // every other text of the batch is wrong for a text, the further ones of its own group too
+    std::vector<int32_t> own;
+    std::vector<int64_t> partners = rows_of_groups(batch, 1);
+    for (size_t g = 0; g < partners.size(); g++) own.push_back((int32_t)g);
+    for (size_t g = 0; g + 1 < batch.groups.size(); g++)
+      for (int64_t r = batch.groups[g] + 2; r < batch.groups[g + 1]; r++) partners.push_back(r);
+    const Tensor cosines = linear(a, normalize_rows(gather_rows(v, partners)));  // [G, partners]
+    return cross_entropy(scale(cosines, (float)(1 / rule.temperature)), own, counts.rows, &report.next_right);
+  }
+  const Tensor cosines = row_dots(a, b), targets(cosines.shape(), batch.targets);
+  return rule.pairs == PairLoss::cosine ? mse_loss(cosines, targets, counts.rows) : contrastive_loss(cosines, targets, 0.5f, counts.rows);
+}
+
+// The loss of the layer that answers.
+static Tensor output_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop,
+                          const LossRule& rule, Losses& report) {
+  const HeadKind& head = head_kind(model.task);
+  const Tensor logits = head.tokens ? model.token_logits(hidden, drop) : model.row_logits(hidden, batch, drop);
+  const double each = counts.rows * (double)logits.cols();
+  switch (model.task) {
+    case Task::classify:
+    case Task::tag: return cross_entropy(logits, batch.labels, counts.rows, &report.next_right, rule.classes);
+    case Task::qa: return position_cross_entropy(logits, batch.offsets, batch.labels, counts.rows, &report.next_right);
+    case Task::choice: return position_cross_entropy(logits, batch.groups, batch.labels, counts.rows, &report.next_right);
+    case Task::multilabel: return bce_with_logits(logits, Tensor(logits.shape(), batch.targets), each);
+    default: return mse_loss(logits, Tensor(logits.shape(), batch.targets), each);
+  }
+}
+
+Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report,
+                  const LossRule& rule) {
   const HeadKind& head = head_kind(model.task);
   std::vector<Tensor> parts;
   if (head.masked_words) {
@@ -554,17 +619,8 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
     parts.push_back(cross_entropy(model.row_logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
     report.next_sentence += parts.back().item();
   }
-  if (head.classifier) {
-    const Tensor logits = model.row_logits(hidden, batch, drop);
-    const double classes = (double)logits.cols();
-    if (model.task == Task::classify)
-      parts.push_back(cross_entropy(logits, batch.labels, counts.rows, &report.next_right));
-    else {
-      const Tensor targets(logits.shape(), batch.targets);
-      parts.push_back(model.task == Task::multilabel ? bce_with_logits(logits, targets, counts.rows * classes)
-                                                     : mse_loss(logits, targets, counts.rows * classes));
-    }
-  }
+  if (head.output) parts.push_back(output_loss(model, hidden, batch, counts, drop, rule, report));
+  if (model.task == Task::embed && batch.groups.size() > 1) parts.push_back(pair_loss(model, hidden, batch, counts, rule, report));
   if (parts.empty()) throw Error("batch_loss: a model for " + std::string(head.name) + " has no loss");
   const Tensor loss = parts.size() == 2 ? add(parts[0], parts[1]) : parts[0];
   report.total += loss.item();
@@ -630,18 +686,30 @@ std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& 
 }
 
 // ==== training ====================================================================================================
-static std::vector<AdamW::Slot> optimizer_slots(const Bert& model) {
+// The layer that a parameter belongs to, from 1; 0: the embeddings; one above the last: a head.
+static int64_t layer_of(const Parameter& p, int64_t layers) {
+  const std::string mark = "encoder.layer.";
+  const size_t at = p.name.find(mark);
+  if (at != p.name.npos) return std::atoll(p.name.c_str() + at + mark.size()) + 1;
+  return p.name.find("embeddings") != p.name.npos ? 0 : layers + 1;
+}
+
+static std::vector<AdamW::Slot> optimizer_slots(const Bert& model, const TrainSettings& settings) {
   std::vector<AdamW::Slot> slots;
-  for (const Parameter& p : model.parameters())
-    if (p.first_row == 0) slots.push_back({p.tensor, {}, {}, p.decay()});  // query, key and value are one tensor
+  const int64_t layers = model.config.num_hidden_layers;
+  for (const Parameter& p : model.parameters()) {
+    const int64_t layer = layer_of(p, layers);
+    if (p.first_row || (settings.freeze && layer <= settings.freeze)) continue;  // query, key and value are one tensor
+    slots.push_back({p.tensor, {}, {}, p.decay(), (float)std::pow(settings.layer_decay, (double)(layers + 1 - layer))});
+  }
   return slots;
 }
 
 Trainer::Trainer(Bert model, const TrainSettings& settings)
-    : model_(std::move(model)), settings_(settings), optimizer_(settings.optimizer, optimizer_slots(model_)) {
+    : model_(std::move(model)), settings_(settings), optimizer_(settings.optimizer, optimizer_slots(model_, settings)) {
   if (settings.accumulate < 1 || (settings.accumulate & (settings.accumulate - 1)))
     throw Error("accumulate: " + std::to_string(settings.accumulate) + " is not a power of two");
-  model_.set_trainable();
+  for (const AdamW::Slot& s : optimizer_.slots()) Tensor(s.parameter).set_needs_grad();
 }
 
 // Leaves in the parameters the gradient of micro-batches [first, first + count), by backward(i) for each: their sum in a binary tree by
@@ -660,14 +728,17 @@ static void sum_gradients(std::vector<Tensor>& parameters, size_t first, size_t 
     }
 }
 
-static LossCounts count_labels(std::span<const Batch> batches) {
+// Rows of the losses: of labels, what their classes weigh; of start and end together one; of texts to compare their groups.
+static LossCounts count_labels(std::span<const Batch> batches, Task task, const ClassRule& rule) {
   LossCounts counts;
+  const double each = task == Task::qa ? 0.5 : 1;
   for (const Batch& b : batches) {
     counts.masked += (double)b.masked_labels.size();
-    counts.rows += b.labels.empty() ? (double)b.rows()
-                                    : (double)std::count_if(b.labels.begin(), b.labels.end(), [](int32_t l) { return l != kIgnored; });
+    for (const int32_t label : b.labels)
+      if (label != kIgnored) counts.rows += task == Task::classify || task == Task::tag ? (double)rule.weight(label) : each;
+    if (b.labels.empty()) counts.rows += (double)(b.groups.size() > 1 ? (int64_t)b.groups.size() - 1 : b.rows());
   }
-  return {std::max(counts.masked, 1.0), std::max(counts.rows, 1.0)};
+  return {counts.masked > 0 ? counts.masked : 1, counts.rows > 0 ? counts.rows : 1};
 }
 
 // The probabilities of a step's dropout, and its draws' key; `micro` is still to be set.
@@ -699,14 +770,14 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   for (const AdamW::Slot& s : optimizer_.slots()) parameters.push_back(s.parameter);
   for (Tensor& p : parameters) p.drop_grad();  // what a step that threw, or a backward of the caller, has left
   StepReport report{done_ + 1, settings_.steps, 0, 0, 0, {}, 0, 0};
-  const LossCounts counts = count_labels(micro_batches);
+  const LossCounts counts = count_labels(micro_batches, model_.task, settings_.loss.classes);
   sum_gradients(parameters, 0, micro_batches.size(), [&](size_t i) {
     const Batch& batch = micro_batches[i];
     Dropout drop = step_dropout(model_.config, settings_, done_);
     drop.key.micro = (uint32_t)i;
     Tape tape;
     const Tensor hidden = model_.forward(batch, drop);
-    tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss));
+    tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
     report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
   });
 
@@ -724,13 +795,14 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   return report;
 }
 
-// The tensors of a training state: each parameter, and its moments under the same name behind "m." and "v.".
+// The tensors of a training state: each parameter, and, where it is trained, its moments under the same name behind "m." and "v.".
 static std::vector<NamedTensor> state_tensors(const Bert& model, const std::vector<AdamW::Slot>& slots) {
   std::vector<NamedTensor> all;
   for (const Parameter& p : model.parameters()) {
     const auto slot = std::find_if(slots.begin(), slots.end(), [&](const AdamW::Slot& s) { return s.parameter.same(p.tensor); });
     const int64_t from = p.data() - p.tensor.data();
     all.push_back({p.name, p.shape(), p.data()});
+    if (slot == slots.end()) continue;  // frozen
     all.push_back({"m." + p.name, p.shape(), slot->m.data() + from});
     all.push_back({"v." + p.name, p.shape(), slot->v.data() + from});
   }
@@ -773,6 +845,45 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
   for (size_t i = 0; i < tensors.size(); i++) std::copy_n(values[i].data(), values[i].size(), const_cast<float*>(tensors[i].data));
   done_ = optimizer_.updates = done, settings_.steps = steps;
   return about;
+}
+
+TrainingStates::TrainingStates(const std::string& folder, int64_t keep) : base_(folder + "/training_state"), keep_(keep) {}
+
+std::string TrainingStates::name(int64_t i) const { return base_ + (i ? "-" + std::to_string(i) : "") + ".safetensors"; }
+
+bool TrainingStates::any() const { return fs::exists(name(0)) || fs::exists(name(1)); }
+
+void TrainingStates::save(const Trainer& trainer, const About& about) const {
+  const std::string fresh = base_ + "-new.safetensors";
+  trainer.save(fresh, about);
+  std::error_code code;  // an older state that is not there, or cannot be linked, is no failure
+  for (int64_t i = keep_ - 1; i > 1; i--) fs::rename(name(i - 1), name(i), code);
+  fs::remove(name(1), code);
+  if (keep_ > 1) fs::create_hard_link(name(0), name(1), code);
+  fs::rename(fresh, name(0));
+}
+
+TrainingStates::About TrainingStates::load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const {
+  for (int64_t i = 0; i < 2; i++) {
+    if (!fs::exists(name(i))) continue;
+    About about;
+    try {
+      const SafeTensors state = SafeTensors::open(name(i));
+      about.insert(state.metadata().begin(), state.metadata().end());
+    } catch (const Error& e) {
+      if (i || !fs::exists(name(1))) throw;
+      remark = e.what() + ("; going on from " + name(1));
+      continue;
+    }
+    check(about);
+    return trainer.load(name(i));
+  }
+  return {};
+}
+
+void TrainingStates::remove_all() const {
+  std::error_code code;
+  for (int64_t i = 0; i < 100; i++) fs::remove(name(i), code);
 }
 
 // ==== pretraining data ============================================================================================
@@ -1015,7 +1126,10 @@ Batch make_batch(std::span<const Example> examples, std::span<const int64_t> whi
   for (const int64_t i : which) {
     const Example& e = examples[(size_t)i];
     batch.add_row(e.ids, e.segments);
-    if (e.targets.empty()) batch.labels.push_back(e.label);
+    for (const Example& other : e.others) batch.add_row(other.ids, other.segments);
+    if (!e.others.empty()) batch.groups.push_back(batch.rows());
+    if (e.targets.empty() && e.labels.empty() && (e.label != kIgnored || e.others.empty())) batch.labels.push_back(e.label);
+    batch.labels.insert(batch.labels.end(), e.labels.begin(), e.labels.end());
     batch.targets.insert(batch.targets.end(), e.targets.begin(), e.targets.end());
   }
   return batch;
@@ -1036,11 +1150,47 @@ std::vector<Example> hold_out(std::vector<Example>& examples, double share, uint
   return dev;
 }
 
-std::vector<int64_t> epoch_order(int64_t examples, uint64_t seed, int64_t epoch) {
-  std::vector<int64_t> order((size_t)examples);
-  std::iota(order.begin(), order.end(), 0);
-  Random({seed, (uint32_t)epoch, 0, kOrderStream}).shuffle(order);
-  return order;
+FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
+    : examples_(examples), batch_(batch), accumulate_(accumulate), seed_(seed), order_(examples.size()) {
+  if (examples.empty() || batch < 1 || accumulate < 1) throw Error("FinetuneSampler: no examples, or batches of none");
+}
+
+int64_t FinetuneSampler::epoch_steps() const {
+  return ((int64_t)examples_.size() + batch_ * accumulate_ - 1) / (batch_ * accumulate_);
+}
+
+// Shuffled; then within stretches of fifty batches by length, so that a batch holds similar ones; then the batches shuffled, but for
+// a last one that is not full.
+void FinetuneSampler::arrange(int64_t epoch) {
+  const int64_t n = (int64_t)order_.size(), whole = n / batch_;
+  Random random({seed_, (uint32_t)epoch, 0, kOrderStream});
+  random.shuffle(order_);
+  auto length = [&](int64_t i) {
+    size_t tokens = examples_[(size_t)i].ids.size();
+    for (const Example& other : examples_[(size_t)i].others) tokens += other.ids.size();
+    return tokens;
+  };
+  for (int64_t at = 0; at < whole * batch_; at += 50 * batch_)
+    std::stable_sort(order_.begin() + at, order_.begin() + std::min(at + 50 * batch_, whole * batch_),
+                     [&](int64_t x, int64_t y) { return length(x) < length(y); });
+  std::vector<int64_t> batches((size_t)whole), arranged;
+  std::iota(batches.begin(), batches.end(), 0);
+  random.shuffle(batches);
+  for (const int64_t b : batches) arranged.insert(arranged.end(), order_.begin() + b * batch_, order_.begin() + (b + 1) * batch_);
+  std::copy(arranged.begin(), arranged.end(), order_.begin());
+}
+
+std::vector<Batch> FinetuneSampler::next(int64_t step) {
+  const int64_t n = (int64_t)examples_.size(), epoch = step / epoch_steps(), first = step % epoch_steps() * batch_ * accumulate_;
+  if (epoch != epoch_) {
+    std::iota(order_.begin(), order_.end(), 0);
+    arrange(epoch);
+    epoch_ = epoch;
+  }
+  std::vector<Batch> micro;
+  for (int64_t at = first; at < std::min(n, first + batch_ * accumulate_); at += batch_)
+    micro.push_back(make_batch(examples_, std::span(order_).subspan((size_t)at, (size_t)std::min(batch_, n - at))));
+  return micro;
 }
 
 // Runs `each(batch, row numbers)` over all examples in batches to a token budget.
@@ -1053,9 +1203,9 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
 
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   const HeadKind& head = head_kind(model.task);
-  if (!head.classifier && !head.next_sentence)
+  if ((!head.output || head.tokens) && !head.next_sentence)
     throw Error("a model for " + std::string(head.name) + " has no output for a whole text; use fill-mask or embed, or fine-tune it");
-  const int64_t C = head.classifier ? (int64_t)model.config.labels.size() : 2;
+  const int64_t C = head.classes(model.config);
   std::vector<float> out(examples.size() * (size_t)C);
   Dropout none;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
@@ -1208,7 +1358,6 @@ std::vector<float> probabilities(Task task, std::span<const float> outputs, int6
 }
 
 // ==== model folders ===============================================================================================
-namespace fs = std::filesystem;
 
 static bool exists(const std::string& path) {
   struct stat s {};
@@ -1292,6 +1441,8 @@ static void architecture_of_tensors(Config& config, const std::map<std::string, 
                         : words                                                    ? "BertForMaskedLM"
                         : next                                                     ? "BertForNextSentencePrediction"
                         : has("classifier.weight") && has("pooler.dense.weight")   ? "BertForSequenceClassification"
+                        : has("classifier.weight")                                 ? "BertForTokenClassification"
+                        : has("qa_outputs.weight")                                 ? "BertForQuestionAnswering"
                         : has("discriminator_predictions.dense_prediction.weight") ? "ElectraForPreTraining"
                                                                                    : "";
   if (!has("classifier.weight") || !config.labels.empty()) return;
@@ -1314,8 +1465,8 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
                    [&](const std::string& name, Tensor&, const Shape&, int64_t, int64_t) { wanted.insert(canonical(families[0], name)); });
   // A checkpoint may hold more than its architecture uses: bert-base-uncased is a BertForMaskedLM with a next-sentence head and a pooler.
   auto no_use = [&](const std::string& name) {
-    if (name == "embeddings.position_ids" || (!plan.classifier && name.starts_with("classifier."))) return true;
-    for (const std::string head : {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions."})
+    if (name == "embeddings.position_ids" || (!plan.classifier && starts_with_any(name, {"classifier.", "qa_outputs."}))) return true;
+    for (const std::string head : {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions.", "qa_outputs."})
       if (name.starts_with(head)) return !wanted.lower_bound(head)->starts_with(head);
     return false;
   };
@@ -1331,7 +1482,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
     if (found == there.end()) {
       if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
-      if (!plan.draw_heads || !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier."}))
+      if (!plan.draw_heads || !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
         return missing.push_back(name_in_file(f, name));
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
@@ -1574,7 +1725,7 @@ ModelFolder load_folder(const std::string& folder, bool pack) {
   ModelFolder m = read_folder(folder, files);
   m.pooling = read_pooling(folder, m.config.hidden_size);
   const Task task = folder_task(folder, m.config);
-  if (head_kind(task).classifier && m.config.labels.empty()) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
+  if (head_kind(task).output && !head_kind(task).classes(m.config)) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
   const bool pooler = task != Task::embed || m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
   load_weights(m, files, task, {.own = !pack, .pooler = pooler});
   if (!m.bert.pooler.weight || !m.bert.pooler.bias) m.bert.pooler = {};
@@ -1638,6 +1789,41 @@ FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
 FolderLock::~FolderLock() {
   unlink(path_.c_str());
   ::close(file_);
+}
+
+// The old pieces that a new one would be read as, longest first.
+static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piece) {
+  std::vector<int32_t> ids;
+  for (size_t at = piece.starts_with("##") ? 2 : 0, n; at < piece.size(); at += n) {
+    int32_t id = -1;
+    for (n = piece.size() - at + 1; id < 0 && --n > 0;) id = t.id((at ? "##" : "") + std::string(piece.substr(at, n)));
+    if (id < 0) n = 1;
+    if (id >= 0) ids.push_back(id);
+  }
+  return ids;
+}
+
+void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>& pieces) {
+  const int64_t before = t.size(), hidden = bert.config.hidden_size;
+  bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
+  std::vector<int32_t> all(before);
+  std::iota(all.begin(), all.end(), 0);
+  auto extended = [&](const Tensor& old, int64_t width) {
+    Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
+    std::copy(old.data(), old.data() + old.size(), rows.data());
+    for (int64_t i = before; i < (int64_t)pieces.size(); i++) {
+      const auto found = old_pieces(t, pieces[i]);
+      const auto& ids = found.empty() ? all : found;
+      for (int64_t c = 0; c < width; c++) {
+        double sum = 0;
+        for (const int32_t id : ids) sum += old.data()[id * width + c];
+        rows.data()[i * width + c] = (float)(sum / (double)ids.size());
+      }
+    }
+    return rows;
+  };
+  bert.word = extended(bert.word, hidden);
+  if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
 }
 
 // ==== Model =======================================================================================================

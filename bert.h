@@ -128,6 +128,9 @@ int64_t repair_utf8(std::string& text);
 // The encoding's offsets counted in code points of the texts it was made of, instead of bytes.
 std::vector<std::array<int64_t, 2>> code_point_offsets(const Encoding& encoding, std::string_view text, std::string_view pair = {});
 const char* unicode_tables();              // what the Unicode tables were made from
+// The code point at s[i], U+FFFD for invalid bytes, and how many bytes it takes.
+char32_t code_point(std::string_view s, size_t i, size_t& bytes);
+const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
 // ==== 2 config =================================================================================================== [bert.cpp]
 struct Config {   // config.json, by the names there
@@ -157,8 +160,10 @@ struct Batch {
   // what a loss asks for, filled in by training only:
   std::vector<int64_t> masked;                     // [M] packed index of each masked token, ascending
   std::vector<int32_t> masked_labels;              // [M] its true id
-  std::vector<int32_t> labels;                     // [R] class, or next-sentence label (0 next, 1 random); kIgnored: none
-  std::vector<float> targets;                      // [R,C] numbers (regression) or zeros and ones (multi-label)
+  std::vector<int32_t> labels;                     // kIgnored: none. By the task: [R] class; [R] next sentence: 0 next, 1 random;
+                                                   // tag [N] each token's; qa [R,2] start and end in the row; choice [G] the right row
+  std::vector<float> targets;                      // [R,C] numbers (regression) or zeros and ones (multi-label); [G] of text pairs
+  Offsets groups{0};                               // [G+1] rows that belong together: one question's choices, texts to compare
 
   int64_t tokens() const { return (int64_t)ids.size(); }
   int64_t rows() const { return (int64_t)offsets.size() - 1; }
@@ -181,13 +186,17 @@ struct Layer {
 
 // What a model ends in. One row of a table in bert.cpp each.
 // (`replaced`: ELECTRA's discriminator, a logit for each token.)
-enum class Task { embed, pretrain, mlm, next_sentence, classify, multilabel, regress, replaced };
+enum class Task { embed, pretrain, mlm, next_sentence, classify, multilabel, regress, tag, qa, choice, replaced };
 struct HeadKind {
   Task task;
   const char* name;                                // of --task, or of what `bert info` prints
   const char* architecture;                        // transformers' class
   const char* problem_type;                        // config.json's, or ""
-  bool pooler, masked_words, next_sentence, classifier;   // which parameters it has beyond the encoder
+  bool pooler, masked_words, next_sentence;        // which parameters it has beyond the encoder
+  const char* output;                              // the name of the layer that the answers come from, or null
+  int64_t outputs;                                 // its rows; 0: one a label
+  bool tokens;                                     // it is asked of every token, not of the row
+  int64_t classes(const Config& config) const { return next_sentence ? 2 : outputs ? outputs : (int64_t)config.labels.size(); }
 };
 const HeadKind& head_kind(Task task);
 const HeadKind* find_head(std::string_view name);   // null when there is none
@@ -215,7 +224,7 @@ struct Bert {
   Norm transform_norm;
   Tensor decoder_bias;                             // [V]
   Dense next_sentence;                             // [2,H]
-  Dense classifier;                                // [C,H]
+  Dense classifier;                                // [C,H]; qa_outputs of question answering
   Tensor decoder;                                  // [V,H] packed copy of `word` for masked words; made by pack()
 
   // Every parameter drawn as Google's BERT does: normal(0, initializer_range) cut at two deviations; biases 0, LayerNorm 1 and 0.
@@ -232,14 +241,40 @@ struct Bert {
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
   Tensor row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;            // classifier or next sentence  [R,C]
+  Tensor token_logits(const Tensor& hidden, Dropout& drop) const;                              // of tags, or of start and end  [N,C]
   Tensor replaced_logits(const Tensor& hidden) const;                                          // above 0: the token was replaced  [N,1]
 };
 
+// How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
+struct Pooling {
+  enum Kind { mean, cls, max, pooler, mean_sqrt, weighted_mean, last };
+  struct Layer { Dense dense; Activation activation; };
+  std::vector<Kind> kinds = {mean};
+  std::vector<Layer> layers;
+  bool normalize = false;
+  bool has(Kind kind) const { return std::find(kinds.begin(), kinds.end(), kind) != kinds.end(); }
+  int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
+  std::string name() const;                        // mean; cls+mean; ...
+};
+// Vectors of a batch's rows from the encoder's output: [R, hidden_size].
+Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
+
+// How texts are compared in training for similarity: the cosine against a number; each text's partner among all partners of the batch
+// (Henderson et al. 2017, section 4.4); alike or not (Hadsell et al. 2006); closer to the second text than to the third (Schroff et al. 2015).
+enum class PairLoss { cosine, inbatch, contrastive, triplet };
+// What a loss may be told beside the model and the batch.
+struct LossRule {
+  ClassRule classes;                               // classify, tag
+  PairLoss pairs = PairLoss::cosine;
+  double temperature = 0.05;                       // inbatch: cosines are divided by it
+  Pooling pooling;                                 // similarity: how a text's vector is made
+};
 // Counts that a whole step's losses are divided by.
 struct LossCounts { double masked = 0, rows = 0; };
 struct Losses { double total = 0, masked = 0, next_sentence = 0; int64_t masked_right = 0, next_right = 0; };
 // The loss of a batch for the model's task, as a Tensor [1] for Tape::backward; its parts are added to `report`.
-Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report);
+Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop, Losses& report,
+                  const LossRule& rule = {});
 
 // ==== 5 training =================================================================================================
 struct TrainSettings {
@@ -250,6 +285,9 @@ struct TrainSettings {
   AdamWSettings optimizer;
   double clip = 1.0;                               // global norm; 0: none
   double dropout = -1;                             // hidden and attention; negative: the config's
+  double layer_decay = 1;                          // each layer's rate is this times that of the one above it; the heads' is lr
+  int64_t freeze = 0;                              // so many layers, and the embeddings, keep their weights
+  LossRule loss;
   uint64_t seed = 1;
 };
 struct StepReport {
@@ -279,6 +317,25 @@ class Trainer {
   TrainSettings settings_;
   AdamW optimizer_;
   int64_t done_ = 0;
+};
+
+// The states of a run in its folder: training_state.safetensors and, before it, training_state-1.safetensors ...: at every moment one whole
+// file bears a name that load looks for.
+class TrainingStates {
+ public:
+  using About = std::map<std::string, std::string>;
+  TrainingStates(const std::string& folder, int64_t keep);   // keep: files, at least 1
+  bool any() const;
+  void save(const Trainer& trainer, const About& about) const;
+  // The newest state that can be read, after `check` of what it is about; empty where there is none. When the newest cannot be read,
+  // `remark` says why and which one was taken.
+  About load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const;
+  void remove_all() const;
+
+ private:
+  std::string base_;
+  int64_t keep_;
+  std::string name(int64_t i) const;
 };
 
 // ==== 6 pretraining data =========================================================================================
@@ -343,14 +400,28 @@ std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size);
 // One labelled text or pair as ids.
 struct Example {
   std::vector<int32_t> ids, segments;
-  int32_t label = kIgnored;                        // classify
-  std::vector<float> targets;                      // regress: one number; multilabel: C zeros and ones
+  int32_t label = kIgnored;                        // classify; choice: the number of the right one
+  std::vector<float> targets;                      // regress: one number; multilabel: C zeros and ones; similarity: none or one number
+  std::vector<int32_t> labels = {};                // tag: one a token, kIgnored where none is asked; qa: start and end, 0 0: no answer
+  std::vector<Example> others = {};                // choice: the further choices; similarity: the texts to compare with
 };
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
 // Takes `share` of the examples out, chosen by the seed, in their order; at least one, and one stays.
 std::vector<Example> hold_out(std::vector<Example>& examples, double share, uint64_t seed);
-// Order of an epoch's examples, from the seed.
-std::vector<int64_t> epoch_order(int64_t examples, uint64_t seed, int64_t epoch);
+// The batches of every step: epoch after epoch, each in an order from the seed; its last step takes what is left.
+class FinetuneSampler {
+ public:
+  FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed);   // keeps the span
+  int64_t epoch_steps() const;
+  std::vector<Batch> next(int64_t step);           // at most `accumulate` batches of at most `batch` examples
+
+ private:
+  void arrange(int64_t epoch);
+  std::span<const Example> examples_;
+  int64_t batch_, accumulate_, epoch_ = -1;        // epoch_: whose order it is
+  uint64_t seed_;
+  std::vector<int64_t> order_;
+};
 // Raw outputs of the head (classifier, or next sentence), [examples, C], computed without tape in batches to a token budget.
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
 
@@ -368,18 +439,6 @@ double spearman(std::span<const double> x, std::span<const double> y);   // aver
 struct LoadReport {
   std::vector<std::string> loaded, tied, newly_initialised, ignored, unexpected;
 };
-// How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
-struct Pooling {
-  enum Kind { mean, cls, max, pooler, mean_sqrt, weighted_mean, last };
-  struct Layer { Dense dense; Activation activation; };
-  std::vector<Kind> kinds = {mean};
-  std::vector<Layer> layers;
-  bool normalize = false;
-  bool has(Kind kind) const { return std::find(kinds.begin(), kinds.end(), kind) != kinds.end(); }
-  int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
-  std::string name() const;                        // mean; cls+mean; ...
-};
-
 // A model folder read: config, tokenizer, weights, and the files that travel with them unchanged.
 struct ModelFolder {
   Config config;
@@ -406,6 +465,10 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
 // Writes config.json, model.safetensors (F32, F16 or BF16) and what the folder carries; every file atomically.
 void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried,
                  const std::string& dtype = "F32");
+
+// Rows for pieces that were added behind the tokenizer's, each the mean of the rows of the pieces that it would be read as (of all,
+// where there is none). `pieces`: the whole new vocabulary.
+void extend_rows(Bert& bert, const WordPiece& tokenizer, const std::vector<std::string>& pieces);
 
 // One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
 class FolderLock {
@@ -448,8 +511,6 @@ class Model {
  private:
   std::shared_ptr<const ModelFolder> folder_;
 };
-// Vectors of a batch's rows from the encoder's output: [R, hidden_size].
-Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
 // Vectors of examples, one each, in their order, computed in batches to a token budget.   [examples, hidden_size]
 Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
 

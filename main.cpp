@@ -29,7 +29,7 @@ using std::to_string;
 using Strings = std::vector<std::string>;
 using Named = std::vector<std::pair<std::string, std::string>>;  // name and value, in order
 using Numbers = std::vector<std::pair<std::string, double>>;
-using About = std::map<std::string, std::string>;  // what a training state holds beside numbers
+using About = TrainingStates::About;
 
 constexpr const char* kVersion = "0.1";
 
@@ -910,50 +910,6 @@ FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
   return FolderLock(path);
 }
 
-// training_state.safetensors and, before it, training_state-1.safetensors ...: at every moment one whole file bears a name that --resume
-// looks for.
-class States {
- public:
-  States(const std::string& folder, int64_t keep) : base_(folder + "/training_state"), keep_(keep) {}
-  bool any() const { return fs::exists(name(0)) || fs::exists(name(1)); }
-  void save(const Trainer& trainer, const About& about) const {
-    const std::string fresh = base_ + "-new.safetensors";
-    trainer.save(fresh, about);
-    std::error_code code;  // an older state that is not there, or cannot be linked, is no failure
-    for (int64_t i = keep_ - 1; i > 1; i--) fs::rename(name(i - 1), name(i), code);
-    fs::remove(name(1), code);
-    if (keep_ > 1) fs::create_hard_link(name(0), name(1), code);
-    fs::rename(fresh, name(0));
-  }
-  // The newest state that can be read, after `check` of what it is about; empty where there is none.
-  About load(Trainer& trainer, const std::function<void(const About&)>& check) const {
-    for (int64_t i = 0; i < 2; i++) {
-      if (!fs::exists(name(i))) continue;
-      About about;
-      try {
-        const SafeTensors state = SafeTensors::open(name(i));
-        about.insert(state.metadata().begin(), state.metadata().end());
-      } catch (const Error& e) {
-        if (i || !fs::exists(name(1))) throw;
-        say(std::string("bert: ") + e.what() + "; going on from " + name(1));
-        continue;
-      }
-      check(about);
-      return trainer.load(name(i));
-    }
-    return {};
-  }
-  void remove_all() const {
-    std::error_code code;
-    for (int64_t i = 0; i < 100; i++) fs::remove(name(i), code);
-  }
-
- private:
-  std::string base_;
-  int64_t keep_;
-  std::string name(int64_t i) const { return base_ + (i ? "-" + to_string(i) : "") + ".safetensors"; }
-};
-
 // One line with step, loss, tokens/s and time left: rewritten on a terminal, otherwise a plain line now and then.
 class Progress {
  public:
@@ -1007,7 +963,7 @@ class Run {
   Numbers results;
   std::function<void()> save_model = [] {};
   std::function<About()> place = [] { return About(); };  // where the caller stands, stored with every state
-  States states;
+  TrainingStates states;
 
   Run(std::string title, const RunSettings& s)
       : states(s.output, s.keep), title_(std::move(title)), s_(s), lock_(lock_output(s.output, s.resume, s.overwrite)) {
@@ -1067,7 +1023,9 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   for (const auto& [name, value] : taken)
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
   if (!s_.resume) states.remove_all();
-  About stored = s_.resume ? states.load(trainer, [&](const About& about) { check(about); }) : About();
+  std::string remark;
+  About stored = s_.resume ? states.load(trainer, [&](const About& about) { check(about); }, remark) : About();
+  if (!remark.empty()) say("bert: " + remark);
   if (!stored.empty()) {
     fixed_["backend"] = stored["backend"];
     trainer.set_steps(stored_number(stored, "steps"));
@@ -1321,42 +1279,6 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
          " when it was full were dropped, so the order of the text matters; give more memory to keep them");
 }
 
-// The old pieces that a new one would be read as, longest first.
-std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piece) {
-  std::vector<int32_t> ids;
-  for (size_t at = piece.starts_with("##") ? 2 : 0, n; at < piece.size(); at += n) {
-    int32_t id = -1;
-    for (n = piece.size() - at + 1; id < 0 && --n > 0;) id = t.id((at ? "##" : "") + std::string(piece.substr(at, n)));
-    if (id < 0) n = 1;
-    if (id >= 0) ids.push_back(id);
-  }
-  return ids;
-}
-
-// Rows for new pieces, each the mean of the rows of the pieces that it would be read as (of all, where there is none).
-void extend_rows(Bert& bert, const WordPiece& t, const Strings& pieces) {
-  const int64_t before = t.size(), hidden = bert.config.hidden_size;
-  bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
-  std::vector<int32_t> all(before);
-  std::iota(all.begin(), all.end(), 0);
-  auto extended = [&](const Tensor& old, int64_t width) {
-    Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
-    std::copy(old.data(), old.data() + old.size(), rows.data());
-    for (int64_t i = before; i < (int64_t)pieces.size(); i++) {
-      const auto found = old_pieces(t, pieces[i]);
-      const auto& ids = found.empty() ? all : found;
-      for (int64_t c = 0; c < width; c++) {
-        double sum = 0;
-        for (const int32_t id : ids) sum += old.data()[id * width + c];
-        rows.data()[i * width + c] = (float)(sum / (double)ids.size());
-      }
-    }
-    return rows;
-  };
-  bert.word = extended(bert.word, hidden);
-  if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
-}
-
 // Writes what `vocab` made: a folder with a vocabulary, or with a model that has rows for the new pieces.
 void write_vocabulary(const std::string& output, const Strings& pieces, const TokenizerSettings& settings, const std::string& extend,
                       bool with_model) {
@@ -1479,34 +1401,6 @@ std::string encoding_json(const WordPiece& t, const Encoding& e) {
                       {"special", json_list(e.special)},
                       {"offsets", json_list(offsets)},
                       {"words", json_list(words)}});
-}
-
-// Scripts as people know them, by the blocks that their letters stand in.
-const std::pair<char32_t, const char*> kScripts[] = {  // from this code point on
-    {0x0, "other"},          {0x30, "digits"},      {0x3A, "other"},      {0x41, "latin"},      {0x5B, "other"},     {0x61, "latin"},
-    {0x7B, "other"},         {0xAA, "latin"},       {0xAB, "other"},      {0xC0, "latin"},      {0x2B0, "other"},    {0x370, "greek"},
-    {0x400, "cyrillic"},     {0x530, "armenian"},   {0x590, "hebrew"},    {0x600, "arabic"},    {0x700, "other"},    {0x900, "devanagari"},
-    {0x980, "bengali"},      {0xA00, "gurmukhi"},   {0xA80, "gujarati"},  {0xB00, "other"},     {0xB80, "tamil"},    {0xC00, "telugu"},
-    {0xC80, "kannada"},      {0xD00, "malayalam"},  {0xD80, "other"},     {0xE00, "thai"},      {0xE80, "lao"},      {0xF00, "tibetan"},
-    {0x1000, "burmese"},     {0x10A0, "georgian"},  {0x1100, "hangul"},   {0x1200, "ethiopic"}, {0x1380, "other"},   {0x1780, "khmer"},
-    {0x1800, "other"},       {0x1E00, "latin"},     {0x1F00, "greek"},    {0x2000, "other"},    {0x3040, "kana"},    {0x3100, "other"},
-    {0x3130, "hangul"},      {0x3190, "other"},     {0x31F0, "kana"},     {0x3200, "other"},    {0x3400, "chinese"}, {0x4DC0, "other"},
-    {0x4E00, "chinese"},     {0xA000, "other"},     {0xAC00, "hangul"},   {0xD7B0, "other"},    {0xF900, "chinese"}, {0xFB00, "latin"},
-    {0xFB07, "other"},       {0xFB1D, "hebrew"},    {0xFB50, "arabic"},   {0xFE00, "other"},    {0xFE70, "arabic"},  {0xFEFF, "other"},
-    {0xFF21, "latin"},       {0xFF3B, "other"},     {0xFF41, "latin"},    {0xFF5B, "other"},    {0xFF66, "kana"},    {0xFFA0, "hangul"},
-    {0xFFE0, "other"},       {0x20000, "chinese"},  {0x32000, "other"},
-};
-const char* script_of(char32_t c) {
-  return std::upper_bound(std::begin(kScripts), std::end(kScripts), c, [](char32_t x, const auto& row) { return x < row.first; })[-1].second;
-}
-// The code point at s[i], and its bytes; an invalid byte is U+FFFD.
-char32_t code_point(std::string_view s, size_t i, size_t& bytes) {
-  const size_t n = utf8_length(s, i);
-  bytes = std::max<size_t>(n, 1);
-  if (!n) return 0xFFFD;
-  char32_t c = (unsigned char)s[i] & (n > 1 ? 0x7F >> n : 0x7F);
-  for (size_t k = 1; k < n; k++) c = c << 6 | ((unsigned char)s[i + k] & 0x3F);
-  return c;
 }
 
 struct TokenCounts {
@@ -2085,17 +1979,10 @@ struct BestOnDev {
 
 // The steps from where the trainer stands; false when a signal came first.
 bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& best, const ModelFolder& start) {
-  const int64_t n = (int64_t)f.train.examples.size(), per_step = f.batch * f.settings.accumulate, per_epoch = f.epoch_steps();
-  const int64_t steps = trainer.settings().steps;
-  int64_t ordered = -1;
-  std::vector<int64_t> order;
+  FinetuneSampler sampler(f.train.examples, f.batch, f.settings.accumulate, f.settings.seed);
+  const int64_t per_epoch = sampler.epoch_steps(), steps = trainer.settings().steps;
   while (trainer.done() < steps && !best.ended && !stop_signal) {
-    const int64_t epoch = trainer.done() / per_epoch, first = trainer.done() % per_epoch * per_step;
-    if (epoch != ordered) order = epoch_order(n, f.settings.seed, epoch), ordered = epoch;
-    std::vector<Batch> micro;
-    for (int64_t at = first; at < std::min(n, first + per_step); at += f.batch)
-      micro.push_back(make_batch(f.train.examples, std::span(order).subspan((size_t)at, (size_t)std::min(f.batch, n - at))));
-    run.after_step(trainer.step(micro));
+    run.after_step(trainer.step(sampler.next(trainer.done())));
     const int64_t done = trainer.done();
     if (done % per_epoch && done < steps) continue;
     if (const Numbers metrics = metrics_on(trainer.model(), f.dev, f.settings.seed); !metrics.empty()) {
@@ -2103,7 +1990,7 @@ bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& 
       const auto& [name, value] = metrics[0];
       best.since = value > best.value ? 0 : best.since + 1;
       best.value = std::max(best.value, value), best.ended = best.since && best.since == f.patience;
-      note("epoch " + to_string(epoch + 1) + ": " + name + " " + fixed(value, 4) + " on dev" + (best.since ? "" : ", the best so far"));
+      note("epoch " + to_string((done - 1) / per_epoch + 1) + ": " + name + " " + fixed(value, 4) + " on dev" + (best.since ? "" : ", the best so far"));
     }
     run.save(trainer);  // the state first: where it says "best", its weights are the best model's, and a resumed run writes them again
     if (!best.since) save_folder(f.run.output, trainer.model(), start.carried);
@@ -2269,7 +2156,7 @@ void cmd_evaluate(Args& a) {
   Answering s(a, "a model's folder");
   a.done();
   s.open();
-  if (!s.head().masked_words && !s.head().classifier) s.wrong_model("classify, multilabel, regress or masked words");
+  if (!s.head().masked_words && !s.head().output) s.wrong_model("classify, multilabel, regress or masked words");
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
   s.out.finish();
 }
@@ -2321,7 +2208,7 @@ void cmd_predict(Args& a) {
   const std::string long_cure = take_long(a, {"error", "truncate", "window"});
   a.done();
   s.open();
-  const bool pairs = !s.head().classifier;
+  const bool pairs = !s.head().output;
   if (pairs && !s.head().next_sentence) s.wrong_model("classify, multilabel, regress or next sentences; make one with bert finetune");
   const Task task = s.folder.bert.task;
   if (a.given("top") && (task == Task::multilabel || task == Task::regress))

@@ -486,10 +486,28 @@ Tensor mean_rows(const Tensor& x, const Offsets& offsets);                      
 Tensor normalize_rows(const Tensor& x);                                               // x / max(|x|_2, 1e-12) by row
 Tensor softmax(const Tensor& x);                                                      // over the last dimension
 Tensor add(const Tensor& a, const Tensor& b);                                         // same shape
+Tensor scale(const Tensor& x, float factor);                                          // x factor
+Tensor row_dots(const Tensor& a, const Tensor& b);                                    // a, b [R,H] -> [R,1]: <a_r, b_r>
 // Losses, each a Tensor [1], summed in double. `divisor` is what the sum is divided by (the whole step's count); 0: the count here.
 constexpr int32_t kIgnored = -100;                                                    // a label that takes no part
-// logits [M,C]. The number of rows whose largest logit is their label's is added to `right`.
-Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0, int64_t* right = nullptr);
+// What a class counts ([C]; empty: each 1), and the share of a label that goes to all classes alike (Szegedy et al. 2016, section 7).
+struct ClassRule {
+  std::vector<float> weights;
+  float smoothing = 0;
+  float weight(int32_t label) const { return weights.empty() ? 1 : weights[(size_t)label]; }
+};
+// logits [M,C]. The number of rows whose largest logit is their label's is added to `right`. The count is the sum of the labels' weights.
+Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0, int64_t* right = nullptr,
+                     const ClassRule& rule = {});
+// Which of its own tokens a row means, asked C times: x [N,C]; labels [R,C], each a position in the row (kIgnored: none); softmax over the
+// row's tokens. The mean over rows and columns; the count is of rows. `right`: rows all of whose labels have their column's largest logit.
+Tensor position_cross_entropy(const Tensor& x, const Offsets& offsets, const std::vector<int32_t>& labels, double divisor = 0,
+                              int64_t* right = nullptr);
+// Of cosines x [R,1], with target 1 (alike) or 0: half the square of the distance 1 - x, or of what it lacks to `margin`.
+// Hadsell et al. 2006, eq. 4
+Tensor contrastive_loss(const Tensor& x, const Tensor& target, float margin, double divisor = 0);
+// max(0, |a - p| - |a - n| + margin) of rows [R,H]: anchor, positive, negative.   Schroff et al. 2015, eq. 3, without the squares
+Tensor triplet_loss(const Tensor& a, const Tensor& p, const Tensor& n, float margin, double divisor = 0);
 Tensor bce_with_logits(const Tensor& logits, const Tensor& targets, double divisor = 0);                  // both [R,C], targets in [0,1]
 Tensor mse_loss(const Tensor& x, const Tensor& target, double divisor = 0);                               // same shape
 Tensor weighted_sum(const Tensor& x, const Tensor& weights);                                              // sum x * weights: for tests

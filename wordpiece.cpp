@@ -58,6 +58,12 @@ BERT_INLINE static size_t decode_utf8(std::string_view s, size_t i, char32_t& c)
   return n;
 }
 
+char32_t code_point(std::string_view s, size_t i, size_t& bytes) {
+  char32_t c;
+  bytes = decode_utf8(s, i, c);
+  return c;
+}
+
 // Writes c's bytes, 1 to 4, and returns how many.
 static inline int encode_utf8(char32_t c, char* out) {
   if (c < 0x80) return out[0] = (char)c, 1;
@@ -592,6 +598,25 @@ struct Normalizer {
   // A code point with these properties is a word by itself, as it stands.
   bool alone(uint8_t properties) const { return properties == kPunctuation || (properties == kChinese && settings.chinese); }
 };
+
+// Scripts as people know them, by the blocks that their letters stand in.
+static const std::pair<char32_t, const char*> kScripts[] = {  // from this code point on
+    {0x0, "other"},          {0x30, "digits"},      {0x3A, "other"},      {0x41, "latin"},      {0x5B, "other"},     {0x61, "latin"},
+    {0x7B, "other"},         {0xAA, "latin"},       {0xAB, "other"},      {0xC0, "latin"},      {0x2B0, "other"},    {0x370, "greek"},
+    {0x400, "cyrillic"},     {0x530, "armenian"},   {0x590, "hebrew"},    {0x600, "arabic"},    {0x700, "other"},    {0x900, "devanagari"},
+    {0x980, "bengali"},      {0xA00, "gurmukhi"},   {0xA80, "gujarati"},  {0xB00, "other"},     {0xB80, "tamil"},    {0xC00, "telugu"},
+    {0xC80, "kannada"},      {0xD00, "malayalam"},  {0xD80, "other"},     {0xE00, "thai"},      {0xE80, "lao"},      {0xF00, "tibetan"},
+    {0x1000, "burmese"},     {0x10A0, "georgian"},  {0x1100, "hangul"},   {0x1200, "ethiopic"}, {0x1380, "other"},   {0x1780, "khmer"},
+    {0x1800, "other"},       {0x1E00, "latin"},     {0x1F00, "greek"},    {0x2000, "other"},    {0x3040, "kana"},    {0x3100, "other"},
+    {0x3130, "hangul"},      {0x3190, "other"},     {0x31F0, "kana"},     {0x3200, "other"},    {0x3400, "chinese"}, {0x4DC0, "other"},
+    {0x4E00, "chinese"},     {0xA000, "other"},     {0xAC00, "hangul"},   {0xD7B0, "other"},    {0xF900, "chinese"}, {0xFB00, "latin"},
+    {0xFB07, "other"},       {0xFB1D, "hebrew"},    {0xFB50, "arabic"},   {0xFE00, "other"},    {0xFE70, "arabic"},  {0xFEFF, "other"},
+    {0xFF21, "latin"},       {0xFF3B, "other"},     {0xFF41, "latin"},    {0xFF5B, "other"},    {0xFF66, "kana"},    {0xFFA0, "hangul"},
+    {0xFFE0, "other"},       {0x20000, "chinese"},  {0x32000, "other"},
+};
+const char* script_of(char32_t c) {
+  return std::upper_bound(std::begin(kScripts), std::end(kScripts), c, [](char32_t x, const auto& row) { return x < row.first; })[-1].second;
+}
 
 // ==== 3 words ====================================================================================================
 // A word: its normalised letters as UTF-8, and the source bytes of each. Of a word longer than any that is looked up the rest is only

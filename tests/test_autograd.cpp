@@ -214,6 +214,12 @@ TEST_CASE("rows, softmax, add: gradients") {
   const Tensor mean = mean_rows(x, {0, 1, 1, 4, 6});
   CHECK(mean.data()[5] == 0);  // a row without tokens
   CHECK(mean.data()[10] == doctest::Approx((x.data()[5] + x.data()[10] + x.data()[15]) / 3));
+  CHECK(grad_error({x}, [&] { return scale(x, -2.5f); }) < kTolerance);
+  CHECK(grad_error({x, y}, [&] { return row_dots(x, y); }) < kTolerance);
+  CHECK(grad_error({x}, [&] { return row_dots(x, x); }) < kTolerance);
+  CHECK(grad_error({one}, [&] { return row_dots(one, one); }) < kTolerance);
+  CHECK(row_dots(x, y).shape() == Shape{6, 1});
+  CHECK_THROWS_AS(row_dots(x, one), Error);
 }
 
 TEST_CASE("losses: values by hand, gradients, ignored labels, divisors") {
@@ -243,6 +249,63 @@ TEST_CASE("losses: values by hand, gradients, ignored labels, divisors") {
   CHECK(grad_error({x}, [&] { return bce_with_logits(x, target); }) < kTolerance);
   CHECK(grad_error({x}, [&] { return mse_loss(x, target, 3); }) < kTolerance);
   CHECK(mse_loss(Tensor({2}, std::vector<float>{1, 3}), Tensor({2}, std::vector<float>{0, 0})).item() == 5);
+}
+
+TEST_CASE("cross entropy by class: weights and smoothing by hand, and their gradients") {
+  Tensor x = random_tensor({5, 4}, 1);
+  const std::vector<int32_t> labels = {3, kIgnored, 0, 1, 0};
+  const ClassRule rule = {{0.5f, 2, 1, 3}, 0.1f};
+  double want = 0, weights = 0;
+  for (int r = 0; r < 5; r++) {
+    const int32_t label = labels[(size_t)r];
+    if (label == kIgnored) continue;
+    double sum = 0;
+    for (int c = 0; c < 4; c++) sum += std::exp((double)x.data()[r * 4 + c]);
+    auto minus_log = [&](int c) { return std::log(sum) - (double)x.data()[r * 4 + c]; };
+    want += 0.9 * (double)rule.weight(label) * minus_log(label), weights += (double)rule.weight(label);
+    for (int c = 0; c < 4; c++) want += 0.1 / 4 * (double)rule.weight(c) * minus_log(c);
+  }
+  CHECK(cross_entropy(x, labels, 0, nullptr, rule).item() == doctest::Approx(want / weights).epsilon(1e-6));
+  for (const ClassRule& r : {rule, ClassRule{{}, 0.2f}, ClassRule{{1, 2, 3, 4}, 0}})
+    CHECK(grad_error({x}, [&] { return cross_entropy(x, labels, 3, nullptr, r); }) < kTolerance);
+  CHECK_THROWS_AS(cross_entropy(x, labels, 0, nullptr, ClassRule{{1, 2}, 0}), Error);
+}
+
+TEST_CASE("position cross entropy: values by hand, gradients, rows of length 1, none asked") {
+  Tensor x = random_tensor({6, 2}, 1), one = random_tensor({6, 1}, 2);
+  const Offsets offsets = {0, 1, 4, 6};
+  const std::vector<int32_t> labels = {0, 0, 2, 1, kIgnored, kIgnored};
+  double want = 0;
+  for (int c = 0; c < 2; c++) {
+    double sum = 0;
+    for (int t = 1; t < 4; t++) sum += std::exp((double)x.data()[2 * t + c]);
+    want += std::log(sum) - (double)x.data()[2 * (1 + labels[(size_t)(2 + c)]) + c];
+  }
+  CHECK(position_cross_entropy(x, offsets, labels).item() == doctest::Approx(want / 4).epsilon(1e-6));  // two rows, two columns
+  CHECK(grad_error({x}, [&] { return position_cross_entropy(x, offsets, labels); }) < kTolerance);
+  CHECK(grad_error({one}, [&] { return position_cross_entropy(one, offsets, {0, 1, 0}, 7); }) < kTolerance);
+  int64_t right = 0;
+  position_cross_entropy(Tensor({3, 2}, std::vector<float>{0, 5, 1, 0, 0, 0}), {0, 3}, {1, 0}, 0, &right);
+  position_cross_entropy(Tensor({3, 2}, std::vector<float>{0, 5, 1, 0, 0, 0}), {0, 3}, {1, 1}, 0, &right);
+  CHECK(right == 1);
+  CHECK_THROWS_AS(position_cross_entropy(x, offsets, {0, 0, 3, 0, 0, 0}), Error);  // beyond its row
+  CHECK_THROWS_AS(position_cross_entropy(x, offsets, {0, 0}), Error);
+  CHECK_THROWS_AS(position_cross_entropy(x, {0, 5}, {0, 0}), Error);
+}
+
+TEST_CASE("losses of pairs: values by hand and gradients") {
+  const Tensor t({3, 1}, std::vector<float>{1, 0, 0});
+  Tensor x({3, 1}, std::vector<float>{0.2f, 0.9f, 0.1f});
+  // 0.8^2/2; (0.5 - 0.1)^2/2; far enough apart
+  CHECK(contrastive_loss(x, t, 0.5f).item() == doctest::Approx((0.64 / 2 + 0.16 / 2) / 3).epsilon(1e-6));
+  CHECK(grad_error({x}, [&] { return contrastive_loss(x, t, 0.5f); }) < kTolerance);
+  Tensor a = random_tensor({4, 7}, 1), p = random_tensor({4, 7}, 2), n = random_tensor({4, 7}, 3);
+  CHECK(grad_error({a, p, n}, [&] { return triplet_loss(a, p, n, 5); }) < kTolerance);
+  CHECK(triplet_loss(a, a, n, 0).item() == 0);  // nearer by more than the margin: nothing to learn
+  CHECK(triplet_loss(Tensor({1, 2}, std::vector<float>{0, 0}), Tensor({1, 2}, std::vector<float>{3, 4}),
+                     Tensor({1, 2}, std::vector<float>{0, 1}), 2)
+            .item() == doctest::Approx(6));
+  CHECK_THROWS_AS(triplet_loss(a, p, x, 1), Error);
 }
 
 TEST_CASE("dropout: the share that stays, its scale, the same draws in backward, no draw twice") {

@@ -23,6 +23,15 @@ std::vector<int32_t> ints(const Json& row, const char* key) {
 Batch read_rows(const std::vector<Json>& rows, bool multilabel, bool regression) {
   Batch batch;
   for (const Json& row : rows) {
+    if (const Json* choices = row.find("choices")) {
+      for (const Json& choice : choices->items("choices")) batch.add_row(ints(choice, "input_ids"), ints(choice, "token_type_ids"));
+      batch.groups.push_back(batch.rows());
+      batch.labels.push_back((int32_t)row.find("label")->as_int("label"));
+      continue;
+    }
+    for (const int32_t label : ints(row, "labels")) batch.labels.push_back(label);
+    for (const char* end : {"start", "end"})
+      if (const Json* at = row.find(end)) batch.labels.push_back((int32_t)at->as_int(end));
     for (const int32_t p : ints(row, "masked_positions")) batch.masked.push_back(batch.tokens() + p);
     for (const int32_t id : ints(row, "masked_labels")) batch.masked_labels.push_back(id);
     batch.add_row(ints(row, "input_ids"), ints(row, "token_type_ids"));
@@ -172,6 +181,9 @@ TEST_CASE("golden: heads, their losses and every gradient") {
   for (const Head& h : {Head{"sequence-classification", Task::classify, 5.82e-7, 4.7e-9, 4.28e-7, 1.3e-8},
                         Head{"multi-label", Task::multilabel, 8.76e-7, 5.5e-8, 2.21e-7, 4.66e-9},
                         Head{"regression", Task::regress, 4.82e-7, 1.8e-6, 8.59e-6, 1.49e-7},
+                        Head{"token-classification", Task::tag, 1.81e-6, 2.2e-7, 2.82e-7, 9.78e-9},
+                        Head{"question-answering", Task::qa, 7.09e-7, 2.4e-7, 4.62e-7, 3.85e-8},
+                        Head{"multiple-choice", Task::choice, 1.14e-6, 9.8e-9, 1.15e-6, 3.35e-8},
                         Head{"masked-lm", Task::mlm, 2.33e-6, 5.3e-7, 3.14e-7, 1.09e-8}}) {
     CAPTURE(h.name);
     const std::string folder = kGolden + "heads/" + h.name;
@@ -183,11 +195,22 @@ TEST_CASE("golden: heads, their losses and every gradient") {
     Losses losses;
     Tape tape;
     const Tensor hidden = m.bert.forward(batch, none);
-    const Tensor logits = h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.row_logits(hidden, batch, none);
-    CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * h.logits);
-    tape.backward(batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), (double)batch.rows()}, none, losses));
-    // a loss near 1 has float32 steps of 1.2e-7: below that the README's own figure is luck
-    CHECK(std::fabs(losses.total - golden_number(folder, "loss")) < std::max(4 * h.loss, 2.4e-7));
+    const Tensor logits = h.task == Task::mlm          ? m.bert.masked_logits(hidden, batch.masked)
+                          : head_kind(h.task).tokens ? m.bert.token_logits(hidden, none)
+                                                     : m.bert.row_logits(hidden, batch, none);
+    if (h.task == Task::qa) {
+      std::vector<float> start, end;
+      for (int64_t i = 0; i < logits.rows(); i++) start.push_back(logits.data()[2 * i]), end.push_back(logits.data()[2 * i + 1]);
+      CHECK(difference(golden, "start_logits", start.data(), batch.tokens()) < 4 * h.logits);
+      CHECK(difference(golden, "end_logits", end.data(), batch.tokens()) < 4 * h.logits);
+    } else {
+      CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * h.logits);
+    }
+    double rows = (double)(h.task == Task::choice ? (int64_t)batch.groups.size() - 1 : batch.rows());
+    if (h.task == Task::tag) rows = (double)std::count_if(batch.labels.begin(), batch.labels.end(), [](int32_t l) { return l != kIgnored; });
+    tape.backward(batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), rows}, none, losses));
+    // a loss moves as far as its logits do: where the README's figure is below their error, it is luck
+    CHECK(std::fabs(losses.total - golden_number(folder, "loss")) < std::max(4 * h.loss, h.logits));
     check_gradients(m.bert, golden, 4 * h.grad, 4 * std::max(h.zero, 1e-8));
   }
 }
