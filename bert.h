@@ -396,7 +396,37 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
                                     const MaskVocabulary& vocabulary, uint64_t seed, const std::vector<int64_t>& unigram_counts);
 std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size);
 
-// ==== 7 fine-tuning ==============================================================================================
+// ==== 7 tasks ====================================================================================================
+// A row of data, in the user's own words.
+struct Item {
+  std::string text;                                // qa: the question; choice: what stands before every choice
+  std::optional<std::string> pair;                 // the second text; qa: the context
+  std::vector<std::string> words = {};             // tag: a text that comes in words; empty: the tokenizer's own
+  std::vector<std::string> others = {};            // choice: the choices; similarity: the text to compare with, and one that is not alike
+};
+// What is right about it.
+struct Gold {
+  int32_t label = kIgnored;                        // classify; choice: the number of the right one
+  std::vector<float> targets = {};                 // regress, similarity: one number; multilabel: C zeros and ones
+  std::vector<int32_t> tags = {};                  // tag: one a word
+  std::vector<std::string> answers = {};           // qa: each of them is right; none: there is no answer in the context
+  std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
+};
+struct Answer {                                    // a part of the context
+  std::string text;
+  int64_t start = 0, end = 0;                      // bytes
+  double score = 0;                                // probability among the best ones
+};
+// What a model says of an item.
+struct Outcome {
+  std::vector<float> outputs = {};                 // classify, multilabel, regress: the head's [C]; choice: one a choice; similarity: the cosine
+  std::vector<int32_t> tags = {};                  // tag: each word's best one ...
+  std::vector<float> scores = {};                  // ... its probability ...
+  std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
+  std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
+  double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
+};
+
 // One labelled text or pair as ids.
 struct Example {
   std::vector<int32_t> ids, segments;
@@ -427,12 +457,39 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
 
 // ==== 8 metrics ==================================================================================================
 struct Metric { std::string name; double value, low, high; };   // low, high: bootstrap 95 % interval from the seed
+// The task's official metrics, an item at a time: it keeps a few numbers of each.
+class Scorer {
+ public:
+  Scorer(Task task, std::vector<std::string> labels);   // similarity: Task::embed
+  void add(const Outcome& said, const Gold& is);   // throws Error when they do not fit each other or the task
+  int64_t size() const;                            // items
+  // The main one first. qa: an item whose null_margin is above null_threshold counts as answered by "no answer".
+  std::vector<Metric> metrics(uint64_t seed, std::optional<double> null_threshold = {}) const;
+  double best_null_threshold() const;              // qa: the one that F1 is largest with
+  std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
+ private:
+  Task task_;
+  std::vector<std::string> labels_;
+  std::vector<float> rows_;                        // a few numbers of each item, by the task
+};
 // The task's official metrics of outputs [n,C] against the examples' labels, the main one first.
 std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t classes,
                                   uint64_t seed);
 double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
 double pearson(std::span<const double> x, std::span<const double> y);
 double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
+// Entities in tags of IOB1, IOB2, BIOES or BILOU (B-PER, I-PER, O ...; a bare PER stands alone), by the rule of conlleval: also I-X after O
+// or after another type begins one.
+struct Entity {
+  std::string type;
+  int64_t begin, end;                              // words
+  friend bool operator==(const Entity&, const Entity&) = default;
+};
+std::vector<Entity> find_entities(std::span<const std::string> tags);
+// SQuAD's official scores of an answer, the best over the right ones: whether it is one of them, and the F1 of their words. An empty list
+// is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
+struct AnswerScore { double exact = 0, f1 = 0; };
+AnswerScore score_answer(const std::string& said, std::span<const std::string> right);
 
 // ==== 9 model folders and Model ==================================================================================
 // Where every tensor of the file and of the model went. Nothing is silent.
