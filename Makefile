@@ -48,14 +48,17 @@ test: bert $(OUT)/run-tests layers
 	$(OUT)/run-tests
 
 # Each drop-in set must link from the files on its line alone: a wrong include or call fails here. Then each program runs.
-LAYERS := $(addprefix $(OUT)/layers-,tensors tokenizer embed)
+LAYERS := $(addprefix $(OUT)/layers-,tensors tokenizer embed finetune)
 layers: $(LAYERS)
 	@for p in $(LAYERS); do $$p > $$p.out || { cat $$p.out; echo "$$p failed"; exit 1; }; done
+	@! grep wrong $(OUT)/layers-finetune.out
 $(OUT)/layers-tensors: $(addprefix $(OUT)/,tests/layers/tensors.o tensor.o autograd.o)
 	$(LINK)
 $(OUT)/layers-tokenizer: $(addprefix $(OUT)/,tests/layers/tokenizer.o wordpiece.o)
 	$(CXX) $(CXXFLAGS) -o $@ $(filter %.o,$^) $(LDFLAGS)
 $(OUT)/layers-embed: $(OUT)/tests/layers/embed.o $(LIB)
+	$(LINK)
+$(OUT)/layers-finetune: $(OUT)/tests/layers/finetune.o $(LIB)
 	$(LINK)
 
 # Arbitrary bytes for every reader: clang's libFuzzer, ten minutes for each (SECONDS=600).

@@ -265,6 +265,7 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
   for (const ConfigNumber& n : config_numbers)
     if (const Json* v = given(f.key(n.key))) c.*n.field = bounded(*v, where + ": " + f.key(n.key), n.least, n.most);
   if (const Json* v = given(f.key("classifier_dropout"))) c.classifier_dropout = bounded(*v, where + ": classifier_dropout", 0, 0.99);
+  if (const Json* v = given("null_threshold")) c.null_threshold = bounded(*v, where + ": null_threshold", -1e9, 1e9);
   if (c.hidden_size % c.num_attention_heads)
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
                 std::to_string(c.num_attention_heads));
@@ -325,6 +326,7 @@ std::string Config::to_json(const std::string& dtype) const {
   for (const ConfigNumber& n : config_numbers) lines[f.key(n.key)] = format_number(this->*n.field);
   if (f.has("embedding_size")) lines["embedding_size"] = std::to_string(embedding());
   if (classifier_dropout) lines[f.key("classifier_dropout")] = format_number(*classifier_dropout);
+  if (null_threshold) lines["null_threshold"] = format_number(*null_threshold);
   lines.erase("");  // what the family has not
   if (!architecture.empty()) lines["architectures"] = "[\n    " + json_quote(class_name()) + "\n  ]";
   if (!problem_type.empty()) lines["problem_type"] = json_quote(problem_type);
@@ -484,6 +486,24 @@ Bert Bert::random(const Config& config, Task task, uint64_t seed) {
   uint32_t index = 0;
   for (const Parameter& p : m.parameters()) draw(p, config.initializer_range, seed, index++);
   return m;
+}
+
+// The layer that a parameter belongs to, from 1; 0: the embeddings; one above the last: a head.
+static int64_t layer_of(const Parameter& p, int64_t layers) {
+  const std::string mark = "encoder.layer.";
+  const size_t at = p.name.find(mark);
+  if (at != p.name.npos) return std::atoll(p.name.c_str() + at + mark.size()) + 1;
+  return p.name.find("embeddings") != p.name.npos ? 0 : layers + 1;
+}
+
+void Bert::draw_again(int64_t top, uint64_t seed) {
+  uint32_t index = 0;
+  for (const Parameter& p : parameters()) {
+    const int64_t layer = layer_of(p, config.num_hidden_layers);
+    if ((layer > config.num_hidden_layers - top && layer <= config.num_hidden_layers) || p.name.find("pooler.") != p.name.npos)
+      draw(p, config.initializer_range, seed, index);
+    index++;
+  }
 }
 
 // ==== the model ===================================================================================================
@@ -686,14 +706,6 @@ std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& 
 }
 
 // ==== training ====================================================================================================
-// The layer that a parameter belongs to, from 1; 0: the embeddings; one above the last: a head.
-static int64_t layer_of(const Parameter& p, int64_t layers) {
-  const std::string mark = "encoder.layer.";
-  const size_t at = p.name.find(mark);
-  if (at != p.name.npos) return std::atoll(p.name.c_str() + at + mark.size()) + 1;
-  return p.name.find("embeddings") != p.name.npos ? 0 : layers + 1;
-}
-
 static std::vector<AdamW::Slot> optimizer_slots(const Bert& model, const TrainSettings& settings) {
   std::vector<AdamW::Slot> slots;
   const int64_t layers = model.config.num_hidden_layers;
@@ -1135,19 +1147,22 @@ Batch make_batch(std::span<const Example> examples, std::span<const int64_t> whi
   return batch;
 }
 
-std::vector<Example> hold_out(std::vector<Example>& examples, double share, uint64_t seed) {
-  const auto n = (int64_t)examples.size();
+std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed) {
+  const auto n = (int64_t)golds.size();
   if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
   const int64_t take = std::clamp<int64_t>(std::llround((double)n * share), 1, n - 1);
   std::vector<int64_t> order((size_t)n);
   std::iota(order.begin(), order.end(), 0);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
+  // Ordered by where each stands among its class's: of every class the first ones are taken, as many as its share.
+  std::map<int32_t, double> size, seen;
+  for (const Gold& g : golds) size[g.label]++;
+  std::vector<double> place((size_t)n);
+  for (const int64_t i : order) place[(size_t)i] = (seen[golds[(size_t)i].label]++ + 0.5) / size[golds[(size_t)i].label];
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return place[(size_t)x] < place[(size_t)y]; });
   std::vector<uint8_t> held((size_t)n);
   for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
-  std::vector<Example> dev, rest;
-  for (size_t i = 0; i < held.size(); i++) (held[i] ? dev : rest).push_back(std::move(examples[i]));
-  examples = std::move(rest);
-  return dev;
+  return held;
 }
 
 FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
@@ -1203,14 +1218,21 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
 
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   const HeadKind& head = head_kind(model.task);
-  if ((!head.output || head.tokens) && !head.next_sentence)
-    throw Error("a model for " + std::string(head.name) + " has no output for a whole text; use fill-mask or embed, or fine-tune it");
+  if (!head.output && !head.next_sentence)
+    throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
   const int64_t C = head.classes(model.config);
-  std::vector<float> out(examples.size() * (size_t)C);
+  Offsets at{0};  // where each example's outputs begin
+  for (const Example& e : examples) at.push_back(at.back() + C * (head.tokens ? (int64_t)e.ids.size() : 1));
+  std::vector<float> out((size_t)at.back());
   Dropout none;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor logits = finite(model.row_logits(model.forward(batch), batch, none));
-    for (size_t r = 0; r < rows.size(); r++) std::copy_n(logits.data() + (int64_t)r * C, C, out.data() + rows[r] * C);
+    const Tensor hidden = model.forward(batch), logits = finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+    const float* from = logits.data();
+    for (const int64_t r : rows) {
+      const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
+      std::copy_n(from, n, out.data() + at[(size_t)r]);
+      from += n;
+    }
   });
   return out;
 }
@@ -1251,7 +1273,7 @@ double spearman(std::span<const double> x, std::span<const double> y) { return p
 
 // One value a metric, of the rows `which`, which may name a row several times: that is how the bootstrap draws.
 using Scores = std::vector<std::pair<const char*, double>>;
-using Scorer = std::function<Scores(std::span<const int64_t> which)>;
+using ScoreRows = std::function<Scores(std::span<const int64_t> which)>;
 
 // Precision, recall and F1 of one class (or label), from counts.
 struct ClassCounts {
@@ -1296,7 +1318,7 @@ static Scores regress_scores(std::span<const float> said, std::span<const Exampl
 }
 
 // Percentile bootstrap (Efron 1979): the rows drawn anew with replacement, 1,000 times.
-static std::vector<Metric> with_intervals(const Scorer& scores, int64_t n, uint64_t seed) {
+static std::vector<Metric> with_intervals(const ScoreRows& scores, int64_t n, uint64_t seed) {
   constexpr size_t kResamples = 1000;
   std::vector<int64_t> all((size_t)n);
   std::iota(all.begin(), all.end(), 0);
@@ -1673,6 +1695,24 @@ static Pooling read_pooling(const std::string& folder, int64_t hidden) {
   return pooling;
 }
 
+Pooling folder_pooling(const std::string& folder, const Config& config) { return read_pooling(folder, config.hidden_size); }
+
+std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_t hidden, int64_t max_length) {
+  const std::string type = "sentence_transformers.models.";
+  std::string modules, flags;
+  auto add = [&](const char* number, const std::string& path, const std::string& name) {
+    modules += (modules.empty() ? "[\n  " : ",\n  ") + std::string("{\"idx\": ") + number + ", \"name\": \"" + number + "\", \"path\": \"" + path +
+               "\", \"type\": \"" + type + name + "\"}";
+  };
+  add("0", "", "Transformer"), add("1", "1_Pooling", "Pooling");
+  if (pooling.normalize) add("2", "2_Normalize", "Normalize");
+  for (const PoolingMode& m : pooling_modes)
+    flags += std::string(",\n  \"") + m.flag + "\": " + (pooling.has(m.kind) ? "true" : "false");
+  return {{"modules.json", modules + "\n]\n"},
+          {"1_Pooling/config.json", "{\n  \"word_embedding_dimension\": " + std::to_string(hidden) + flags + "\n}\n"},
+          {"sentence_bert_config.json", "{\n  \"max_seq_length\": " + std::to_string(max_length) + ",\n  \"do_lower_case\": false\n}\n"}};
+}
+
 std::string Pooling::name() const {
   std::string text;
   for (const Kind k : kinds) {
@@ -1826,6 +1866,285 @@ void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>&
   if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
 }
 
+// ==== tasks =======================================================================================================
+// The first `pieces` pieces of a text.
+static std::string_view cut_text(const WordPiece& t, std::string_view text, int64_t pieces) {
+  EncodeOptions options = EncodeOptions::bare();
+  options.max_length = pieces;
+  const Encoding e = t.encode(text, options);
+  return (int64_t)e.ids.size() < pieces ? text : text.substr(0, (size_t)e.offsets.back()[1]);
+}
+
+static int64_t piece_count(const WordPiece& t, std::string_view text) {
+  std::vector<int32_t> ids;
+  t.append_ids(text, ids);
+  return (int64_t)ids.size();
+}
+
+constexpr int64_t kStride = 128;         // of the windows that the library makes itself
+constexpr int64_t kQuestionPieces = 64;  // of a question; google-research/bert run_squad.py: max_query_length
+
+// The windows of a pair: over the longer text, the other one being cut to half of the room if it needs more.
+static std::vector<Encoding> pair_windows(const WordPiece& t, Task task, std::string_view a, std::string_view b, EncodeOptions& options,
+                                          int32_t& asked) {
+  const int64_t room = options.max_length - 3;
+  const int64_t of_a = piece_count(t, a), of_b = piece_count(t, b);
+  asked = task == Task::qa || of_b > of_a;
+  const int64_t most = task == Task::qa ? std::min(kQuestionPieces, room / 2) : std::max(room / 2, room - (asked ? of_b : of_a));
+  (asked ? a : b) = cut_text(t, asked ? a : b, most);
+  options.truncation = asked ? Truncation::only_second : Truncation::only_first;
+  options.stride = std::min(options.stride, (room - std::min(most, asked ? of_a : of_b)) / 2);
+  return t.encode_windows(a, b, options);
+}
+
+// Marks the first piece of each word, and the tokens that a window decides about: of the windows that hold a token the one that sees most on
+// both sides of it. google-research/bert run_squad.py, _check_is_max_context
+static void mark_tokens(std::span<Window> windows, int64_t stride) {
+  struct Token {
+    double context = -1;
+    size_t window = 0, at = 0;
+    int32_t word = -1;
+  };
+  std::vector<Token> text;  // that is asked about
+  int64_t begin = 0;        // of a window in it
+  for (size_t w = 0; w < windows.size(); w++) {
+    Window& window = windows[w];
+    const int64_t n = std::count_if(window.words.begin(), window.words.end(), [](int32_t word) { return word >= 0; });
+    if (w) begin -= stride;
+    int64_t i = 0;
+    for (size_t at = 0; at < window.words.size(); at++) {
+      if (window.words[at] < 0) continue;
+      const size_t place = (size_t)(begin + i);
+      if (place >= text.size()) text.resize(place + 1);
+      const double context = (double)std::min(i, n - 1 - i) + 0.01 * (double)n;
+      if (context > text[place].context) text[place] = {context, w, at, window.words[at]};
+      window.starts[at] = !place || text[place - 1].word != window.words[at];
+      i++;
+    }
+    begin += n;
+  }
+  for (const Token& t : text) windows[t.window].decides[t.at] = 1;
+}
+
+// The windows of one text or pair.
+static std::vector<Window> text_windows(const WordPiece& t, Task task, const Item& item, const std::optional<std::string>& pair,
+                                        int64_t max_length, int64_t stride) {
+  EncodeOptions options;
+  options.parse_special = task == Task::embed, options.max_length = max_length;
+  options.stride = std::min(stride, (max_length - 2) / 2);
+  int32_t asked = 0;
+  std::vector<Encoding> encodings = !item.words.empty() ? t.encode_words_windows(item.words, {}, false, options)
+                                    : pair              ? pair_windows(t, task, item.text, *pair, options, asked)
+                                                        : t.encode_windows(item.text, {}, options);
+  if (task == Task::embed) encodings.resize(1);
+  std::vector<Window> windows;
+  for (Encoding& e : encodings) {
+    for (size_t i = 0; i < e.ids.size(); i++)
+      if (e.sequence[i] != asked) e.words[i] = -1;
+    const size_t n = e.ids.size();
+    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets)});
+    windows.back().starts.resize(n), windows.back().decides.resize(n);
+  }
+  mark_tokens(windows, options.stride);
+  return windows;
+}
+
+std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item, int64_t max_length, int64_t stride) {
+  if (task == Task::qa && !item.pair) throw Error("a question without a context");
+  if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
+  if (task != Task::choice && task != Task::embed) return text_windows(t, task, item, item.pair, max_length, stride);
+  std::vector<Window> all;
+  auto add = [&](const Item& one, const std::optional<std::string>& pair, int32_t part) {
+    for (Window& w : text_windows(t, task, one, pair, max_length, stride)) w.part = part, all.push_back(std::move(w));
+  };
+  if (task == Task::embed) {
+    add({item.text, {}}, {}, 0);
+    if (item.pair) add({*item.pair, {}}, {}, 1);
+  }
+  for (size_t i = 0; i < item.others.size(); i++) {
+    const int32_t part = (int32_t)i + (task == Task::embed) + (task == Task::embed && item.pair);
+    if (task == Task::embed)
+      add({item.others[i], {}}, {}, part);
+    else
+      add(item, item.pair ? *item.pair + " " + item.others[i] : item.others[i], part);
+  }
+  return all;
+}
+
+// A window's example for training.
+static void label_window(Task task, Window& w, const Gold& gold) {
+  Example& e = w.example;
+  e.label = gold.label, e.targets = gold.targets;
+  if (task == Task::tag) {
+    e.labels.assign(e.ids.size(), kIgnored);
+    for (size_t i = 0; i < e.ids.size(); i++)
+      if (w.starts[i]) e.labels[i] = gold.tags.at((size_t)w.words[i]);
+  }
+  if (task != Task::qa) return;
+  e.labels = {0, 0};
+  if (gold.answers.empty()) return;
+  const int64_t begin = gold.starts.at(0), end = begin + (int64_t)gold.answers[0].size();
+  int32_t first = -1, last = -1;
+  for (size_t i = 0; i < e.ids.size(); i++)
+    if (w.words[i] >= 0 && w.places[i][0] < end && w.places[i][1] > begin) last = (int32_t)i, first = first < 0 ? last : first;
+  if (first >= 0 && w.places[(size_t)first][0] <= begin && w.places[(size_t)last][1] >= end) e.labels = {first, last};
+}
+
+std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold) {
+  std::vector<Example> out;
+  for (Window& w : windows) {
+    if ((task == Task::choice || task == Task::embed) && w.part > 0) {  // one example holds all; of a long choice its first window
+      if (w.part != windows[(size_t)(&w - windows.data()) - 1].part) out[0].others.push_back(std::move(w.example));
+      continue;
+    }
+    if (!out.empty() && task != Task::tag && task != Task::qa) continue;  // a long text is trained by its first window
+    label_window(task, w, gold);
+    out.push_back(std::move(w.example));
+  }
+  return out;
+}
+
+// Each word's tag, from the window that sees most around its first piece.
+static Outcome tag_outcome(const Item& item, std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
+  Outcome o;
+  int64_t at = 0;
+  for (const std::string& word : item.words) {  // as they stand in the words joined by spaces
+    o.words.push_back({at, at + (int64_t)word.size()});
+    at += (int64_t)word.size() + 1;
+  }
+  std::vector<size_t> found;  // words that have a piece
+  std::vector<float> logits;
+  const float* row = outputs.data();
+  for (const Window& w : windows)
+    for (size_t i = 0; i < w.words.size(); i++, row += classes) {
+      if (w.words[i] < 0) continue;
+      const auto word = (size_t)w.words[i];
+      if (item.words.empty()) {
+        if (word >= o.words.size()) o.words.resize(word + 1, {w.places[i][0], 0});
+        if (w.starts[i]) o.words[word][0] = w.places[i][0];
+        o.words[word][1] = std::max(o.words[word][1], w.places[i][1]);
+      }
+      if (w.starts[i] && w.decides[i]) found.push_back(word), logits.insert(logits.end(), row, row + classes);
+    }
+  o.tags.assign(o.words.size(), -1), o.scores.assign(o.words.size(), 0);
+  if (found.empty()) return o;
+  const Tensor p = softmax(Tensor(Shape{(int64_t)found.size(), classes}, logits));
+  for (size_t k = 0; k < found.size(); k++) {
+    const float *of = p.data() + (int64_t)k * classes, *best = std::max_element(of, of + classes);
+    o.tags[found[k]] = (int32_t)(best - of), o.scores[found[k]] = *best;
+  }
+  return o;
+}
+
+std::vector<TextEntity> entities_in(const Outcome& o, std::span<const std::string> labels, const std::string& text) {
+  std::vector<std::string> tags;
+  for (const int32_t tag : o.tags) tags.push_back(tag < 0 ? "O" : labels[(size_t)tag]);
+  std::vector<TextEntity> list;
+  for (const Entity& e : find_entities(tags)) {
+    const int64_t begin = o.words[(size_t)e.begin][0], end = o.words[(size_t)e.end - 1][1];
+    double score = 0;
+    for (int64_t w = e.begin; w < e.end; w++) score += (double)o.scores[(size_t)w] / (double)(e.end - e.begin);
+    list.push_back({e.type, text.substr((size_t)begin, (size_t)(end - begin)), begin, end, score});
+  }
+  return list;
+}
+
+// The best parts of the context over all windows. A part goes from one of the twenty best starts that its window decides about to one of the
+// twenty best ends, at most thirty pieces; its score is the sum of both. "No answer" scores least of what [CLS] scores in any window.
+// google-research/bert run_squad.py, write_predictions
+static Outcome answer_outcome(const Item& item, std::span<const Window> windows, std::span<const float> outputs) {
+  constexpr size_t kBest = 20, kLongest = 30;
+  struct Part {
+    float score;
+    int64_t begin, end;
+  };
+  std::vector<Part> parts;
+  const float* scores = outputs.data();  // [tokens, 2]: of starting here, of ending here
+  float none = std::numeric_limits<float>::infinity();
+  for (const Window& w : windows) {
+    auto best = [&](int which) {
+      std::vector<size_t> list;
+      for (size_t i = 0; i < w.words.size(); i++)
+        if (w.words[i] >= 0 && (which || w.decides[i])) list.push_back(i);
+      std::stable_sort(list.begin(), list.end(), [&](size_t a, size_t b) { return scores[2 * a + (size_t)which] > scores[2 * b + (size_t)which]; });
+      list.resize(std::min(list.size(), kBest));
+      return list;
+    };
+    const std::vector<size_t> ends = best(1);
+    for (const size_t a : best(0))
+      for (const size_t b : ends)
+        if (a <= b && b < a + kLongest) parts.push_back({scores[2 * a] + scores[2 * b + 1], w.places[a][0], w.places[b][1]});
+    none = std::min(none, scores[0] + scores[1]);
+    scores += 2 * w.words.size();
+  }
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.score > b.score; });
+  Outcome o;
+  std::vector<float> kept;
+  for (const Part& p : parts) {
+    std::string text = item.pair->substr((size_t)p.begin, (size_t)(p.end - p.begin));
+    if (o.answers.size() == kBest) break;
+    if (std::any_of(o.answers.begin(), o.answers.end(), [&](const Answer& a) { return a.text == text; })) continue;
+    o.answers.push_back({std::move(text), p.begin, p.end, 0}), kept.push_back(p.score);
+  }
+  o.null_margin = parts.empty() ? std::numeric_limits<double>::infinity() : (double)(none - parts[0].score);
+  if (kept.empty()) return o;
+  const Tensor p = softmax(Tensor(Shape{(int64_t)kept.size()}, kept));
+  for (size_t i = 0; i < kept.size(); i++) o.answers[i].score = (double)p.data()[i];
+  return o;
+}
+
+// The mean of the outputs of all windows of a part, part by part.
+static std::vector<float> mean_outputs(std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
+  std::vector<float> means;
+  for (size_t w = 0; w < windows.size();) {
+    size_t n = 0;
+    std::vector<double> sum((size_t)classes);
+    for (const int32_t part = windows[w].part; w + n < windows.size() && windows[w + n].part == part; n++)
+      for (size_t c = 0; c < sum.size(); c++) sum[c] += (double)outputs[(w + n) * sum.size() + c];
+    for (const double s : sum) means.push_back((float)(s / (double)n));
+    w += n;
+  }
+  return means;
+}
+
+std::vector<Outcome> answer_items(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
+                                  std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
+  const Task task = bert.task;
+  const HeadKind& head = head_kind(task);
+  std::vector<Example> examples;
+  for (const std::vector<Window>& list : windows)
+    for (const Window& w : list) examples.push_back(w.example);
+  Tensor vectors;
+  std::vector<float> outputs;
+  if (task == Task::embed)
+    vectors = embed_examples(bert, examples, pooling, batch_tokens);
+  else
+    outputs = head_outputs(bert, examples, batch_tokens);
+  const int64_t classes = task == Task::embed ? vectors.cols() : head.classes(bert.config);
+  std::vector<Outcome> out(items.size());
+  size_t at = 0;  // in outputs
+  for (size_t i = 0, row = 0; i < items.size(); i++) {
+    const std::span<const Window> list = windows[i];
+    size_t rows = list.size();
+    if (head.tokens) rows = 0, std::for_each(list.begin(), list.end(), [&](const Window& w) { rows += w.words.size(); });
+    const auto own = std::span<const float>(outputs).subspan(at, task == Task::embed ? 0 : rows * (size_t)classes);
+    if (task == Task::tag)
+      out[i] = tag_outcome(items[i], list, own, classes);
+    else if (task == Task::qa)
+      out[i] = answer_outcome(items[i], list, own);
+    else if (task != Task::embed)
+      out[i].outputs = mean_outputs(list, own, classes);
+    else if (rows > 1) {
+      const Tensor two = normalize_rows(Tensor(Shape{2, classes}, {vectors.data() + (int64_t)row * classes, (size_t)(2 * classes)}));
+      out[i].outputs = {row_dots(Tensor(Shape{1, classes}, {two.data(), (size_t)classes}),
+                                 Tensor(Shape{1, classes}, {two.data() + classes, (size_t)classes}))
+                            .item()};
+    }
+    at += own.size(), row += rows;
+  }
+  return out;
+}
+
 // ==== Model =======================================================================================================
 static void need_masked_words(const Bert& bert, const std::string& what) {
   if (!head_kind(bert.task).masked_words)
@@ -1908,11 +2227,6 @@ static EncodeOptions encode_options(const ModelFolder& folder, bool parse_specia
   return o;
 }
 static Example example_of(const Encoding& e) { return {e.ids, e.type_ids, kIgnored, {}}; }
-static std::vector<float> classify_example(const ModelFolder& folder, const Example& e) {
-  const std::vector<float> out = head_outputs(folder.bert, {&e, 1}, 1);
-  return probabilities(folder.bert.task, out, (int64_t)out.size());
-}
-
 Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
   Tensor out;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
@@ -1946,11 +2260,43 @@ std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) cons
   const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
   return guess_masks(*folder_, {&e, 1}, top, 1)[0];
 }
+// What the model says of one item, however long.
+Outcome Model::ask(const Item& item) const {
+  const ModelFolder& f = *folder_;
+  const std::vector<Window> windows = make_windows(f.tokenizer, f.bert.task, item, f.max_length, kStride);
+  return answer_items(f.bert, f.pooling, {&item, 1}, {&windows, 1}, 8192)[0];
+}
+void Model::need(Task task, const char* what) const {
+  if (folder_->bert.task != task)
+    throw Error(std::string(what) + ": the model is for " + head_kind(folder_->bert.task).name + ", not for " + head_kind(task).name);
+}
 std::vector<float> Model::classify(std::string_view text) const {
-  return classify_example(*folder_, example_of(folder_->tokenizer.encode(text, encode_options(*folder_, false))));
+  const std::vector<float> out = ask({std::string(text), {}}).outputs;
+  return probabilities(folder_->bert.task, out, (int64_t)out.size());
 }
 std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
-  return classify_example(*folder_, example_of(folder_->tokenizer.encode(text, pair, encode_options(*folder_, false))));
+  const std::vector<float> out = ask({std::string(text), std::string(pair)}).outputs;
+  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+}
+std::vector<TextEntity> Model::tag(std::string_view text) const {
+  need(Task::tag, "tag");
+  const std::string copy(text);
+  return entities_in(ask({copy, {}}), folder_->config.labels, copy);
+}
+Answer Model::answer(std::string_view question, std::string_view context) const {
+  need(Task::qa, "answer");
+  const Outcome o = ask({std::string(question), std::string(context)});
+  const auto& threshold = folder_->config.null_threshold;
+  return o.answers.empty() || (threshold && o.null_margin > *threshold) ? Answer() : o.answers[0];
+}
+std::vector<float> Model::choose(std::string_view text, std::span<const std::string> choices) const {
+  need(Task::choice, "choose");
+  const std::vector<float> out = ask({std::string(text), {}, {}, {choices.begin(), choices.end()}}).outputs;
+  return probabilities(Task::choice, out, (int64_t)out.size());
+}
+float Model::similarity(std::string_view a, std::string_view b) const {
+  need(Task::embed, "similarity");
+  return ask({std::string(a), std::string(b)}).outputs[0];
 }
 
 // ==== search ======================================================================================================

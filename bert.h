@@ -144,6 +144,7 @@ struct Config {   // config.json, by the names there
   std::string architecture;                    // BertForPreTraining ...; "" where the file names none. A cousin's class by BERT's name
   std::string problem_type;                    // single_label_classification, multi_label_classification, regression, or ""
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
+  std::optional<double> null_threshold;        // qa: above it "no answer" is the answer; unset: there always is one
   // Throws Error "where: key: ..." for what is missing or impossible. type_of_tensors: the model_type where the file does not say it.
   static Config parse(std::string_view json, const std::string& where, const std::string& type_of_tensors = "bert");
   static Config named(const std::string& name, int64_t vocab_size);   // tiny mini small medium base large minilm (facts: table of sizes)
@@ -233,6 +234,7 @@ struct Bert {
   std::vector<Parameter> parameters() const;       // each once, in checkpoint order
   int64_t parameter_count() const;
   void set_trainable();                            // every parameter needs a gradient
+  void draw_again(int64_t layers, uint64_t seed);  // the top layers, and the pooler, begin anew
   void pack();                                     // for inference: linear weights into panels (word embeddings stay plain)
 
   // The encoder: packed tokens -> [N,H]. For the output of layer l take a copy whose `layers` are cut to l: copies share their numbers.
@@ -431,13 +433,27 @@ struct Outcome {
 struct Example {
   std::vector<int32_t> ids, segments;
   int32_t label = kIgnored;                        // classify; choice: the number of the right one
-  std::vector<float> targets;                      // regress: one number; multilabel: C zeros and ones; similarity: none or one number
+  std::vector<float> targets = {};                 // regress: one number; multilabel: C zeros and ones; similarity: none or one number
   std::vector<int32_t> labels = {};                // tag: one a token, kIgnored where none is asked; qa: start and end, 0 0: no answer
   std::vector<Example> others = {};                // choice: the further choices; similarity: the texts to compare with
 };
+// A stretch of an item that fits the model, as ids, and where its tokens stand in the text that is asked about.
+struct Window {
+  Example example;
+  std::vector<int32_t> words = {};                 // [T] each token's word; -1: not of that text
+  std::vector<std::array<int64_t, 2>> places = {}; // [T] its bytes there; of given words: in the word
+  std::vector<uint8_t> starts = {}, decides = {};  // [T] the first piece of a word; no other window sees more around it
+  int32_t part = 0;                                // choice: which one; similarity: which text
+};
+// The item in windows of at most max_length tokens, `stride` tokens of each repeated in the next (at most half of what a window has room
+// for). Of a pair the longer text goes through the windows; of a question at most its first 64 pieces stand in each. Similarity: one
+// window a text, cut as embedding does.
+std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const Item& item, int64_t max_length, int64_t stride);
+// What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
+std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
-// Takes `share` of the examples out, chosen by the seed, in their order; at least one, and one stays.
-std::vector<Example> hold_out(std::vector<Example>& examples, double share, uint64_t seed);
+// Which of the items to hold out: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
+std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed);
 // The batches of every step: epoch after epoch, each in an order from the seed; its last step takes what is left.
 class FinetuneSampler {
  public:
@@ -452,7 +468,7 @@ class FinetuneSampler {
   uint64_t seed_;
   std::vector<int64_t> order_;
 };
-// Raw outputs of the head (classifier, or next sentence), [examples, C], computed without tape in batches to a token budget.
+// Raw outputs of the head, [examples, C], or of every token [tokens of all, C], computed without tape in batches to a token budget.
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
 
 // ==== 8 metrics ==================================================================================================
@@ -514,6 +530,9 @@ std::map<std::string, std::string> tokenizer_files(const std::string& folder_or_
 // The text that a sentence-transformers folder has under `name`, to go in front of every text; "": its default, if any. Throws Error
 // when it has none of that name.
 std::string folder_prompt(const std::string& folder, const std::string& name);
+// The pooling recipe of a folder: sentence-transformers' modules.json, else the mean; and the files that say a recipe there.
+Pooling folder_pooling(const std::string& folder, const Config& config);
+std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_t hidden, int64_t max_length);
 // Loads for the folder's own task, or for `task`: then the encoder is taken and a head the file lacks is drawn from `seed`
 // (its classifier has a row for each of `labels`). A missing, unexpected or ill-shaped tensor throws Error naming it.
 // pack: ready for inference, no longer for saving; false: a copy in memory, to look at, save or train.
@@ -551,6 +570,19 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
 struct TextScore { double log_likelihood = 0; int64_t tokens = 0; };
 std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Example> examples, int64_t batch_tokens);
 
+// Each item's windows put to the model and merged: of a class the mean of the outputs, of a word the tag of the window that sees most around
+// it, of a question the best answers of all windows, of two texts the cosine.
+std::vector<Outcome> answer_items(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
+                                  std::span<const std::vector<Window>> windows, int64_t batch_tokens);
+
+// A named part of a text, with the mean of its words' probabilities.
+struct TextEntity {
+  std::string type, text;
+  int64_t start = 0, end = 0;                      // bytes
+  double score = 0;
+};
+std::vector<TextEntity> entities_in(const Outcome& outcome, std::span<const std::string> labels, const std::string& text);
+
 // A folder ready to answer. Read-only: any number of threads.
 class Model {
  public:
@@ -564,8 +596,14 @@ class Model {
   // probability of each label (classify, multilabel), or the value
   std::vector<float> classify(std::string_view text) const;
   std::vector<float> classify(std::string_view text, std::string_view pair) const;
+  std::vector<TextEntity> tag(std::string_view text) const;                     // its entities, in order
+  Answer answer(std::string_view question, std::string_view context) const;     // its text is empty where the model finds none
+  std::vector<float> choose(std::string_view text, std::span<const std::string> choices) const;   // probability of each
+  float similarity(std::string_view a, std::string_view b) const;               // cosine of the texts' vectors
 
  private:
+  Outcome ask(const Item& item) const;
+  void need(Task task, const char* what) const;
   std::shared_ptr<const ModelFolder> folder_;
 };
 // Vectors of examples, one each, in their order, computed in batches to a token budget.   [examples, hidden_size]

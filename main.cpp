@@ -224,6 +224,10 @@ class Args {
     if (!word.empty()) erase(0, 1);
     return word;
   }
+  std::optional<double> take_optional(const std::string& name, double low, double high) {
+    const double value = take_number(name, low - 1, low, high);
+    return given(name) ? std::optional(value) : std::nullopt;
+  }
   void exclude(const std::string& one, const std::string& other) const {
     if (given(one) && given(other)) fail("--" + one + " and --" + other + " exclude each other");
   }
@@ -344,6 +348,7 @@ const Strings kFormats = {"by ending", "lines", "tsv", "csv", "jsonl", "fasttext
 const Strings kTextNames = {"text",      "sentence", "sentence1", "premise",    "question", "question1", "text_a", "#1 String",
                             "text_pair", "pair",     "sentence2", "hypothesis", "context",  "question2", "text_b", "#2 String"};
 const Strings kLabelNames = {"label", "labels", "score", "gold_label", "class", "Quality"};
+const Strings kWordNames = {"words", "tokens"}, kTagNames = {"tags", "ner_tags", "labels"}, kAnswerNames = {"answers", "answer"};
 
 // What a reader was told.
 struct Source {
@@ -351,6 +356,7 @@ struct Source {
   Format format = kByEnding;
   std::string columns;  // empty: by name
   bool header = true, skip_bad = false;
+  std::optional<Task> task; // what the rows are for, where it needs more than texts and a label
   bool labels = false;      // every row must have one
   bool word_lists = false;  // tokenize --split-words
   bool keep_bytes = false;  // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
@@ -380,13 +386,13 @@ Format format_of(const std::string& path) {
   return path.ends_with(".json") ? kSquad : kLines;
 }
 
-// One text or pair of any format.
-struct Row {
-  std::string text;
-  std::optional<std::string> pair;
-  Strings words, pair_words;           // word lists, where these were asked for
+// One row of any format.
+struct Row : Item {
+  Strings pair_words;                  // beside words, where word lists were asked for
   bool listed = false;                 // the answer was a list, else it is one text in answers[0]
-  Strings answers;                     // none: no label
+  Strings answers;                     // none: no label; tags: one a word
+  std::vector<int64_t> starts;         // of answers in a context, bytes
+  std::string id;                      // of a question
   std::vector<int32_t> ids, segments;  // format ids
   bool document = false;               // a document of its own (tsv, csv, jsonl)
   int64_t number = 0;                  // of the text, from 1 over all files
@@ -410,7 +416,7 @@ class Rows {
           row.text.insert(0, prompt);
           return true;
         }
-        if (lines_->name() != "standard input" && !lines_->number()) throw Error(lines_->name() + ": empty; there is nothing to read");
+        if (lines_->name() != "standard input" && !lines_->number() && format_ != kSquad) throw Error(lines_->name() + ": empty; there is nothing to read");
         lines_.reset();
       } catch (const BadLine& e) {
         number_++;
@@ -431,6 +437,7 @@ class Rows {
           "; each invalid part became U+FFFD");
   }
   int64_t count() const { return count_; }
+  bool tokens_come_in_lines() const { return format_ == kConll; }
   bool from_terminal() const { return lines_ && lines_->name() == "standard input" && isatty(0); }
 
  private:
@@ -440,6 +447,9 @@ class Rows {
   size_t file_ = 0;
   Strings names_;                           // of the columns or keys that were picked from last
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
+  std::vector<int> others_;                 // of choices, or of what is and what is not alike
+  size_t columns_ = 0;                      // conll: of the file's first line
+  std::vector<Row> questions_;              // squad: the file's, last one first
   bool said_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
@@ -450,13 +460,17 @@ class Rows {
     if (file_ >= s_.files.size()) return false;
     const std::string path = s_.files[file_++];
     format_ = s_.format ? s_.format : format_of(path);
-    if (format_ == kConll || format_ == kSquad)
-      throw Error(path + ": format " + kFormats[format_] + " is not built yet; say --format if it is another");
+    const Task task = s_.task.value_or(Task::embed);
+    if ((format_ == kConll) > (task == Task::tag) || (format_ == kSquad) > (task == Task::qa))
+      throw Error(path + ": format " + kFormats[format_] + " is for " + (format_ == kConll ? "tags" : "questions") +
+                  "; say --format if it is another");
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
     if (s_.labels && (format_ == kLines || format_ == kIds))
-      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext");
-    said_ = false, names_.clear();
+      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" +
+                  (task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : ""));
+    said_ = false, names_.clear(), columns_ = 0;
+    if (format_ == kSquad) read_squad(path);
     if (format_ == kTsv || format_ == kCsv) try {
         Row row;
         Strings header;
@@ -481,6 +495,8 @@ class Rows {
   bool read(Row& row) {
     Strings parts;
     std::string text;
+    if (format_ == kConll) return sentence(row);
+    if (format_ == kSquad) return question(row);
     const bool table = format_ == kTsv || format_ == kCsv;
     if (table ? !cells(parts, row) : !line(text, row)) return false;
     if (table)
@@ -496,6 +512,95 @@ class Rows {
     return true;
   }
 
+  // A sentence of a CoNLL file: a word a line, first the token, last the tag.
+  bool sentence(Row& row) {
+    std::string text, first, wrong;
+    while (line(text, row)) {
+      for (char& c : text) c = c == '\t' ? ' ' : c;
+      const Strings parts = split_words(text);
+      if (parts.empty() && row.words.empty() && wrong.empty()) continue;
+      if (parts.empty()) break;
+      if (parts[0] == "-DOCSTART-") continue;
+      if (first.empty()) first = row.where;
+      if (!columns_) columns_ = parts.size();
+      if (wrong.empty() && (parts.size() != columns_ || (s_.labels && parts.size() < 2))) {
+        first = row.where;
+        wrong = s_.labels && parts.size() < 2 ? "no tag; a line is a token, perhaps other columns, and its tag"
+                                              : counted((int64_t)parts.size(), "column") + ", but the file's first line has " +
+                                                    to_string(columns_);
+      }
+      row.words.push_back(parts[0]);
+      if (s_.labels) row.answers.push_back(parts.back());
+    }
+    if (!first.empty()) row.where = first;
+    if (!wrong.empty()) throw BadLine(wrong);
+    row.listed = true, row.text = join(row.words, " ");
+    return !row.words.empty();
+  }
+
+  // Where the answer stands in the context: at `start` code points, or at its first place where none is given.
+  static void add_answer(Row& row, const std::string& answer, std::optional<int64_t> start) {
+    size_t at = start ? 0 : row.pair->find(answer);
+    for (int64_t i = 0; start && i < *start && at < row.pair->size(); i++) at += std::max<size_t>(utf8_length(*row.pair, at), 1);
+    if (answer.empty() || at >= row.pair->size() || row.pair->compare(at, answer.size(), answer))
+      throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
+    row.answers.push_back(answer), row.starts.push_back((int64_t)at);
+  }
+  // A string; {"text": [...], "answer_start": [...]}; or a list of {"text", "answer_start"}.
+  static void add_answers(Row& row, const Json& v) {
+    row.listed = true;
+    if (v.is(Json::string)) {
+      if (!v.as_string("answer").empty()) add_answer(row, v.as_string("answer"), {});
+    } else if (v.is(Json::array)) {
+      for (const Json& one : v.items("answers")) {
+        const Json *text = one.find("text"), *start = one.find("answer_start");
+        if (!text) throw BadLine("an answer without 'text'");
+        add_answer(row, text->as_string("text"), start ? std::optional<int64_t>(start->as_int("answer_start")) : std::nullopt);
+      }
+    } else if (const Json *texts = v.find("text"), *starts = v.find("answer_start"); texts) {
+      for (size_t i = 0; i < texts->items("text").size(); i++) {
+        if (starts && i >= starts->items("answer_start").size()) throw BadLine("fewer answer_start than texts of answers");
+        add_answer(row, texts->items("text")[i].as_string("text"),
+                   starts ? std::optional<int64_t>(starts->items("answer_start")[i].as_int("answer_start")) : std::nullopt);
+      }
+    } else {
+      throw BadLine("answers are neither a string nor a list of texts");
+    }
+  }
+  // A whole SQuAD file: what is wrong with an answer is said when its question's turn comes.
+  void read_squad(const std::string& path) {
+    const Json file = Json::parse(read_file(path), path);
+    auto need = [&](const Json& v, const char* key) -> const Json& {
+      if (const Json* found = v.find(key)) return *found;
+      throw Error(path + ": no '" + key + "' where SQuAD's format has it");
+    };
+    questions_.clear();
+    for (const Json& article : need(file, "data").items(path + ": data"))
+      for (const Json& paragraph : need(article, "paragraphs").items(path + ": paragraphs"))
+        for (const Json& qa : need(paragraph, "qas").items(path + ": qas")) {
+          Row& row = questions_.emplace_back();
+          row.pair = need(paragraph, "context").as_string(path + ": context");
+          row.text = need(qa, "question").as_string(path + ": question");
+          row.id = need(qa, "id").as_string(path + ": id");
+          row.where = path + ": question " + row.id;
+          repair_utf8(*row.pair), repair_utf8(row.text);
+          const Json *answers = qa.find("answers"), *impossible = qa.find("is_impossible");
+          if (s_.labels && !answers) throw Error(row.where + ": no 'answers'");
+          if (!s_.labels || (impossible && impossible->as_bool(row.where))) row.listed = true;
+          else try { add_answers(row, *answers); } catch (const BadLine& e) { row.answers = {std::string("\n") + e.what()}; }
+        }
+    if (questions_.empty()) throw Error(path + ": no question in this file");
+    std::reverse(questions_.begin(), questions_.end());
+  }
+  bool question(Row& row) {
+    if (questions_.empty()) return false;
+    const int64_t number = row.number;
+    row = std::move(questions_.back()), row.number = number;
+    questions_.pop_back();
+    if (!row.answers.empty() && row.answers[0][0] == '\n') throw BadLine(row.answers[0].substr(1));
+    return true;
+  }
+
   void plain(std::string text, Row& row) const {
     const size_t tab = s_.raw ? text.npos : text.find('\t');
     if (tab != text.npos) {
@@ -505,13 +610,15 @@ class Rows {
     row.text = std::move(text);
   }
   void columns(const Strings& parts, Row& row) const {
-    const int last = std::max({text_, pair_, label_});
+    int last = std::max({text_, pair_, label_});
+    for (const int i : others_) last = std::max(last, i);
     if ((int)parts.size() <= last)
       throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
                     " (from 0) is wanted; check the separators");
     row.text = parts[text_];
     if (pair_ >= 0) row.pair = parts[pair_];
     if (label_ >= 0) row.answers = {parts[label_]};
+    for (const int i : others_) row.others.push_back(parts[i]);
   }
   static void fasttext(const std::string& text, Row& row) {
     static const std::string mark = "__label__";
@@ -575,26 +682,34 @@ class Rows {
   // Settles which columns or keys are meant: those of --columns, else by well-known names in the order they stand.
   void pick(const Strings& names) {
     if (said_ && names == names_) return;
-    names_ = names, text_ = pair_ = label_ = -1;
+    names_ = names, text_ = pair_ = label_ = -1, others_.clear();
+    if (s_.task == Task::choice)
+      for (int i = 0; among("choice" + to_string(i), names); i++) others_.push_back(index_of("choice" + to_string(i), names));
+    if (s_.task == Task::choice && others_.empty() && among("choices", names)) others_ = {index_of("choices", names)};
+    for (const char* name : {"positive", "negative"})
+      if (s_.task == Task::embed && among(name, names)) others_.push_back(index_of(name, names));
     if (!s_.columns.empty()) pick_by_option(names);
     const bool by_name = text_ < 0;
     for (int i = 0; i < (int)names.size() && by_name; i++) {
       const bool context = format_ == kJsonl && names[i] == "context";
-      if (!among(names[i], kTextNames)) continue;
+      if (!among(names[i], kTextNames) && !(s_.task == Task::tag && among(names[i], kWordNames))) continue;
       if (text_ < 0 && !context)
         text_ = i;
       else if (pair_ < 0 || context)
         pair_ = i;
     }
     if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
-    for (const std::string& name : kLabelNames)
+    const Strings& known_labels = s_.task == Task::tag ? kTagNames : s_.task == Task::qa ? kAnswerNames : kLabelNames;
+    for (const std::string& name : known_labels)
       if (label_ < 0 && among(name, names)) label_ = index_of(name, names);
     if (!s_.labels) label_ = -1;
     auto missing = [&](const std::string& what, const Strings& known) {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
     };
     if (text_ < 0) missing("text", kTextNames);
-    if (label_ < 0 && s_.labels) missing("label", kLabelNames);
+    if (label_ < 0 && s_.labels && (s_.task != Task::embed || others_.empty())) missing("label", known_labels);
+    if (s_.task == Task::choice && others_.empty()) missing("choices", {"choices", "choice0"});
+    if (s_.task == Task::qa && pair_ < 0) missing("context", {"context"});
     std::string found;
     for (const auto& [number, what] : {std::pair(text_, "text is "), {pair_, ", pair is "}, {label_, ", label is "}})
       if (number >= 0) found += what + ("'" + (number < (int)names.size() ? names[number] : "column " + to_string(number))) + "'";
@@ -629,16 +744,24 @@ class Rows {
     pick(names);
     const auto& values = v.members();
     row.text = string_or_words(values[text_].second, names[text_], row.words);
+    if (s_.task == Task::tag && !row.words.empty()) row.text = join(row.words, " ");
     if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
+    for (const int i : others_) {
+      const Json& other = values[i].second;
+      if (other.is(Json::string)) row.others.push_back(other.as_string(names[i]));
+      for (size_t k = 0; other.is(Json::array) && k < other.items(names[i]).size(); k++) row.others.push_back(answer(other.items(names[i])[k]));
+    }
+    if (const Json* id = s_.task == Task::qa ? v.find("id") : nullptr) row.id = answer(*id);
     if (label_ < 0) return;
     const Json& label = values[label_].second;
+    if (s_.task == Task::qa) return add_answers(row, label);
     row.listed = label.is(Json::array);
     if (!row.listed) row.answers = {answer(label)};
     for (size_t i = 0; row.listed && i < label.items("label").size(); i++) row.answers.push_back(answer(label.items("label")[i]));
   }
   std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
     if (v.is(Json::string)) return v.as_string(key);
-    if (!s_.word_lists || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
+    if ((!s_.word_lists && s_.task != Task::tag) || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
     for (const Json& word : v.items(key)) words.push_back(answer(word));
     return "";
   }
@@ -959,7 +1082,8 @@ RunSettings take_run(Args& a, bool by_steps) {
 // What a training command has beside its trainer: its folder, log.jsonl, report.html, the progress line, signals.
 class Run {
  public:
-  Named data;  // for the report
+  Named data;        // for the report
+  std::string part;  // of the page, as HTML
   Numbers results;
   std::function<void()> save_model = [] {};
   std::function<About()> place = [] { return About(); };  // where the caller stands, stored with every state
@@ -1248,7 +1372,7 @@ void Run::write_report() const {
       std::string("<div class=\"grid tables\"><div>") + html_table("Data", data) +
       html_table("Machine",
                  {{"processor", cpu_name()}, {"threads", to_string(threads())}, {"kernels", backend_description()}, {"bert", kVersion}}) +
-      "</div>" + html_table("Settings", settings_) + "</div></main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ +
+      "</div>" + html_table("Settings", settings_) + "</div>" + part + "</main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ +
       "</script>\n" + kReportScript + "</body></html>\n";
   write_file(s_.output + "/report.html", page);
 }
@@ -1802,6 +1926,7 @@ struct Labels {
     const int64_t shown = std::min<int64_t>((int64_t)names.size(), 8);
     return join(Strings(names.begin(), names.begin() + shown), ", ") + (names.size() > 8 ? ", …" : "");
   }
+  bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
   // In an order that does not depend on the order of the file: numbers by value, names by their bytes; or as the model has them.
   void learn(const std::vector<Strings>& answers, const Strings& of_model) {
     std::set<std::string> seen;
@@ -1815,70 +1940,183 @@ struct Labels {
   }
 };
 
+// Labelled rows, in the user's own words.
 struct LabelledSet {
-  std::vector<Example> examples;
-  int64_t cut = 0;  // texts longer than the limit
+  std::vector<Item> items;
+  std::vector<Gold> golds;
 };
 
-// The answers of a row that may be used: names of labels, or one number.
-Strings answers_of(const Row& row, const Labels& labels, bool known) {
-  if (row.answers.empty() && !row.listed) throw BadLine("no label");
-  Strings answers = labels.task != Task::classify && !row.listed ? split(row.answers[0], '|') : row.answers;
-  if (labels.task == Task::regress) {
-    const auto value = answers.size() == 1 ? parse_number<float>(answers[0]) : std::nullopt;
-    if (!value || !std::isfinite(*value)) throw BadLine("'" + join(answers, "|") + "' is no number, which --task regress wants");
-    return answers;
-  }
-  std::erase(answers, "");
-  if (labels.task == Task::classify && answers.size() != 1)
-    throw BadLine(answers.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
-  for (const std::string& name : answers) {
-    if (name.find_first_of("\t\r\n") != name.npos)
-      throw BadLine("a label that holds a TAB or an end of line; results are lines of columns");
+// A tag of a scheme: O, or B- I- E- S- L- U- M- and a type.
+bool scheme_tag(const std::string& tag) { return tag == "O" || (tag.size() > 2 && tag[1] == '-' && std::strchr("BIESLUM", tag[0])); }
+
+// The names of labels that a row may use.
+Strings label_names(const Row& row, const Labels& labels, bool known) {
+  Strings names = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
+  if (labels.task != Task::tag) std::erase(names, "");
+  if (labels.task == Task::classify && names.size() != 1)
+    throw BadLine(names.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
+  if (labels.task == Task::tag && names.size() != row.words.size())
+    throw BadLine(counted((int64_t)names.size(), "tag") + " for " + counted((int64_t)row.words.size(), "word") + "; one a word is wanted");
+  for (const std::string& name : names) {
+    if (name.empty() || name.find_first_of("\t\r\n") != name.npos)
+      throw BadLine("a label that is empty, or holds a TAB or an end of line; results are lines of columns");
+    if (labels.task == Task::tag && !scheme_tag(name) && std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && scheme_tag(n); }))
+      throw BadLine("tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
     if (known && !labels.ids.count(name))
       throw BadLine("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
   }
-  return answers;
+  return names;
 }
 
-// Labelled texts. Training data (`of_model` given) says itself which labels there are.
-LabelledSet read_labelled(Source source, const WordPiece& tokenizer, int64_t limit, Labels& labels, const Strings* of_model = nullptr) {
-  source.labels = true;
+// What the row says is right; its labels by name are left in `names`.
+Gold gold_of(const Row& row, const Labels& labels, bool known, Strings& names) {
+  Gold gold;
+  names.clear();
+  if (row.answers.empty() && !row.listed && (labels.task != Task::embed || row.others.empty())) throw BadLine("no label");
+  if (labels.task == Task::qa) {
+    if (!row.pair) throw BadLine("a question without a context");
+    gold.answers = row.answers, gold.starts = row.starts;
+  } else if (labels.task == Task::choice) {
+    const auto right = row.answers.size() == 1 ? parse_number<int32_t>(row.answers[0]) : std::nullopt;
+    if (row.others.size() < 2) throw BadLine("fewer than two choices");
+    if (!right || *right < 0 || *right >= (int32_t)row.others.size())
+      throw BadLine("'" + join(row.answers, "|") + "' is no choice's number, from 0 to " + to_string(row.others.size() - 1));
+    gold.label = *right;
+  } else if (labels.task == Task::regress || labels.task == Task::embed) {
+    if (row.answers.empty()) return gold;
+    const auto value = row.answers.size() == 1 ? parse_number<float>(row.answers[0]) : std::nullopt;
+    if (!value || !std::isfinite(*value)) throw BadLine("'" + join(row.answers, "|") + "' is no number, which this task wants");
+    if (labels.task == Task::embed && !row.pair) throw BadLine("one text with a score; two are compared");
+    gold.targets = {*value};
+  } else {
+    names = label_names(row, labels, known);
+  }
+  return gold;
+}
+
+// Puts the labels' numbers in.
+void set_labels(Gold& gold, const Labels& labels, const Strings& names) {
+  if (labels.task == Task::classify) gold.label = labels.ids.at(names[0]);
+  if (labels.task == Task::multilabel) gold.targets.assign(labels.names.size(), 0);
+  for (const std::string& name : names) {
+    if (labels.task == Task::multilabel) gold.targets[(size_t)labels.ids.at(name)] = 1;
+    if (labels.task == Task::tag) gold.tags.push_back(labels.ids.at(name));
+  }
+}
+
+// Labelled rows. Training data (`of_model` given) says itself which labels there are.
+LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model = nullptr) {
+  source.labels = true, source.task = labels.task;
   LabelledSet set;
   Rows rows(source);
-  std::vector<Row> chunk;
-  std::vector<uint8_t> cut;
-  std::vector<Strings> answers;
-  while (read_chunk(rows, chunk, 4096)) {
-    std::vector<Example> examples = encode_rows(tokenizer, chunk, limit, false, cut);
-    for (size_t i = 0; i < chunk.size(); i++) try {
-        answers.push_back(answers_of(chunk[i], labels, !of_model));
-        set.examples.push_back(std::move(examples[i]));
-        set.cut += cut[i];
-      } catch (const BadLine& e) { rows.bad(chunk[i].where, e.what()); }
-  }
+  std::vector<Strings> names;
+  for (Row row; rows.next(row);) try {
+      Strings own;
+      set.golds.push_back(gold_of(row, labels, !of_model, own));
+      names.push_back(std::move(own));
+      if (labels.task == Task::tag) row.text.clear();
+      set.items.push_back(std::move(static_cast<Item&>(row)));
+    } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
   rows.report();
-  if (set.examples.empty()) throw Error(join(source.files, ", ") + ": no labelled text; give a file with some");
-  if (of_model && labels.task != Task::regress) labels.learn(answers, *of_model);
-  for (size_t i = 0; i < answers.size(); i++) {
-    Example& example = set.examples[i];
-    if (labels.task == Task::regress) example.targets = {*parse_number<float>(answers[i][0])};
-    if (labels.task == Task::classify) example.label = labels.ids.at(answers[i][0]);
-    if (labels.task != Task::multilabel) continue;
-    example.targets.assign(labels.names.size(), 0);
-    for (const std::string& name : answers[i]) example.targets[labels.ids.at(name)] = 1;
-  }
+  if (set.items.empty()) throw Error(join(source.files, ", ") + ": no labelled text; give a file with some");
+  if (of_model && labels.named()) labels.learn(names, *of_model);
+  for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
   return set;
 }
 
+const Strings kTasks = {"classify", "multilabel", "regress", "tag", "qa", "choice", "similarity"};
 Task take_task(Args& a) {
-  const std::string name = a.need("task", "classify, multilabel or regress");
-  if (a.choice("task", name, {"classify", "multilabel", "regress", "tag", "qa", "choice", "similarity"}) > 2)
-    throw Error("--task " + name + ": not built yet: " + name);
-  return find_head(name)->task;
+  const std::string name = a.need("task", join(kTasks, ", "));
+  a.choice("task", name, kTasks);
+  return name == "similarity" ? Task::embed : find_head(name)->task;
+}
+std::string task_name(Task task) { return task == Task::embed ? "similarity" : head_kind(task).name; }
+
+// Whether the rows hold what the loss compares; a positive text beside the text is its pair.
+void check_partners(LabelledSet& set, PairLoss loss) {
+  const Strings wants = {"two texts and their cosine", "two texts", "two texts and 1 or 0", "a text, a positive and a negative one"};
+  for (size_t i = 0; i < set.items.size(); i++) {
+    const Item& item = set.items[i];
+    const size_t texts = (item.pair ? 2 : 1) + item.others.size();
+    const bool scored = !set.golds[i].targets.empty();
+    const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
+    if (!fits) throw Error("--loss of similarity: row " + to_string(i + 1) + " does not hold " + wants[(size_t)loss] + "; give such data, or another --loss");
+    if (loss == PairLoss::inbatch) set.golds[i].targets.clear();
+  }
 }
 
-// A fine-tuning run: its options, taken in this order, and its data as ids, the same for every seed but for the split.
+// The items' windows, cut in parallel.
+std::vector<std::vector<Window>> windows_of(const WordPiece& t, Task task, std::span<const Item> items, int64_t max_length, int64_t stride) {
+  std::vector<std::vector<Window>> windows(items.size());
+  parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) windows[i] = make_windows(t, task, items[i], max_length, stride);
+  });
+  return windows;
+}
+
+// How a model that is being trained, or one of a folder, answers.
+struct Answers {
+  const Bert& bert;
+  const WordPiece& tokenizer;
+  const Pooling& pooling;
+  int64_t max_length, stride, batch_tokens;
+};
+constexpr size_t kItems = 2048;  // answered at once
+
+// Adds what the model says of the items to the scorer, and shows it to each(item number, outcome).
+template <class Each>
+void score_items(const Answers& how, std::span<const Item> items, std::span<const Gold> golds, Scorer& scorer, Each each) {
+  for (size_t at = 0; at < items.size(); at += kItems) {
+    const auto some = items.subspan(at, std::min(kItems, items.size() - at));
+    const auto windows = windows_of(how.tokenizer, how.bert.task, some, how.max_length, how.stride);
+    const std::vector<Outcome> said = answer_items(how.bert, how.pooling, some, windows, how.batch_tokens);
+    for (size_t i = 0; i < some.size(); i++) scorer.add(said[i], golds[at + i]), each(at + i, said[i]);
+  }
+}
+
+// An item that the model got wrong, and how sure it was.
+struct Mistake {
+  double size;
+  std::string text, right, said;
+};
+// Nothing where it is right.
+std::optional<Mistake> mistake(Task task, const Labels& labels, const Item& item, const Gold& gold, const Outcome& o) {
+  const std::string text = item.pair ? item.text + " / " + *item.pair : item.words.empty() ? item.text : join(item.words, " ");
+  auto name = [&](int32_t label) { return labels.named() ? label < 0 ? "O" : labels.names[(size_t)label] : to_string(label); };
+  if (task == Task::qa) {
+    const std::string said = o.answers.empty() ? "" : o.answers[0].text;
+    const double f1 = score_answer(said, gold.answers).f1;
+    if (f1 == 1) return {};
+    return Mistake{(1 - f1) * (o.answers.empty() ? 1 : o.answers[0].score), text, join(gold.answers, " | "), said};
+  }
+  if (task == Task::tag) {
+    Mistake m{0, text, "", ""};
+    for (size_t i = 0; i < gold.tags.size(); i++) {
+      if (o.tags[i] == gold.tags[i]) continue;
+      m.size += (double)o.scores[i], m.right += name(gold.tags[i]) + " ", m.said += item.words[i] + "/" + name(o.tags[i]) + " ";
+    }
+    return m.size > 0 ? std::optional(m) : std::nullopt;
+  }
+  if (task == Task::regress || task == Task::embed) {
+    if (gold.targets.empty()) return {};
+    return Mistake{std::fabs((double)o.outputs[0] - (double)gold.targets[0]), text, exact(gold.targets[0]), exact(o.outputs[0])};
+  }
+  const std::vector<float> p = probabilities(task, o.outputs, (int64_t)o.outputs.size());
+  if (task == Task::multilabel) {
+    Mistake m{0, text, "", ""};
+    for (size_t c = 0; c < p.size(); c++) {
+      m.size += std::fabs((double)p[c] - (double)gold.targets[c]);
+      if (gold.targets[c] > 0.5f) m.right += name((int32_t)c) + " ";
+      if (p[c] >= 0.5f) m.said += name((int32_t)c) + " ";
+    }
+    return m.right == m.said ? std::nullopt : std::optional(m);
+  }
+  const auto said = (int32_t)(std::max_element(p.begin(), p.end()) - p.begin());
+  if (said == gold.label) return {};
+  return Mistake{(double)(p[(size_t)said] - p[(size_t)gold.label]), text, name(gold.label), name(said)};
+}
+
+// A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
 struct Finetuning {
   Args& a;
   const Common& common;
@@ -1887,82 +2125,199 @@ struct Finetuning {
   const Source train_input = take_source(a, "train");
   const std::optional<Source> dev_input = take_like(a, "dev", train_input), test_input = take_like(a, "test", train_input);
   const double dev_split = a.take_number("dev-split", 0.1, 0., 0.9), epochs = a.take_number("epochs", 3., 0.01, 10000.);
-  const bool from_scratch = a.take_switch("from-scratch");
+  const bool from_scratch = a.take_switch("from-scratch"), balanced = a.take_choice("class-weights", {"none", "balanced"});
   const int64_t batch = a.take_int("batch", 32, 1, 1 << 20), patience = a.take_int("patience", 0, 1, 10000);
-  const int64_t seeds = a.take_int("seeds", 1, 1, 1000);
-  int64_t max_length = a.take_int("max-length", 0, 4, 1 << 20);
+  const int64_t seeds = a.take_int("seeds", 1, 1, 1000), stride = a.take_int("stride", 128, 0, 1 << 20);
+  const int64_t reinit = a.take_int("reinit", 0, 1, 1000);
+  const std::optional<double> null_threshold = a.take_optional("null-threshold", -1e6, 1e6);
+  int64_t max_length = a.take_int("max-length", 0, 8, 1 << 20);
   TrainSettings settings = take_training(a, common, 2e-5);
   RunSettings run = take_run(a, false);
 
   WordPiece tokenizer = {};
   Labels labels = {task, {}, {}};
   LabelledSet train = {}, dev = {}, test = {};
+  std::vector<Example> examples = {};  // of train, in windows
+  int64_t cut = 0;                     // training texts that are longer than what is trained with
 
+  void check();
   void read();
   void split(uint64_t seed);
+  bool tunes_null() const {  // some held-out questions have no answer, and nobody said when to say so
+    return task == Task::qa && !null_threshold && std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
+  }
   ModelFolder start() const;
-  int64_t epoch_steps() const { return ((int64_t)train.examples.size() + batch * settings.accumulate - 1) / (batch * settings.accumulate); }
+  Answers answers(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, max_length, stride, 8192}; }
+  int64_t epoch_steps() const { return ((int64_t)examples.size() + batch * settings.accumulate - 1) / (batch * settings.accumulate); }
 };
+
+// What can be seen before anything is read, and options that only some tasks have.
+void Finetuning::check() {
+  LossRule& loss = settings.loss;
+  const bool similar = task == Task::embed;
+  auto only = [&](const char* option, bool fits, const char* tasks) {
+    if (!fits && a.given(option)) a.fail("--" + std::string(option) + " is for --task " + tasks + ", not for " + task_name(task));
+  };
+  settings.layer_decay = a.take_number("layer-decay", 1., 0.01, 1.), settings.freeze = a.take_int("freeze", 0, 0, 1000);
+  loss.classes.smoothing = (float)a.take_number("label-smoothing", 0., 0., 0.99);
+  loss.pairs = (PairLoss)a.take_choice("loss", {"cosine", "inbatch", "contrastive", "triplet"});
+  loss.temperature = a.take_number("temperature", 0.05, 1e-4, 1e3);
+  only("class-weights", task == Task::classify || task == Task::tag, "classify and tag");
+  only("label-smoothing", task == Task::classify || task == Task::tag, "classify and tag");
+  only("loss", similar, "similarity"), only("temperature", similar, "similarity"), only("null-threshold", task == Task::qa, "qa");
+}
 
 void Finetuning::read() {
   check_folder(model, !from_scratch);
   refuse_same_folder(model, run.output);
   if (seeds == 1) check_output(run.output, run.resume, run.overwrite);
   const Config config = open_config(model + "/config.json");
-  max_length = length_limit(max_length, config);
+  for (const auto& [option, n] : {std::pair("freeze", settings.freeze), {"reinit", reinit}})
+    if (n > config.num_hidden_layers) throw Error(std::string("--") + option + " " + to_string(n) + ": the model has " + to_string(config.num_hidden_layers) + " layers");
+  max_length = task == Task::qa && !max_length ? std::min<int64_t>(384, config.max_position_embeddings) : length_limit(max_length, config);
   tokenizer = open_tokenizer(model);
+  if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config);
   if (task == Task::regress) labels.set({"LABEL_0"});
-  train = read_labelled(train_input, tokenizer, max_length, labels, &config.labels);
-  if (task != Task::regress && labels.names.size() < (task == Task::classify ? 2u : 1u))
+  train = read_labelled(train_input, labels, &config.labels);
+  if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
     throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
-  if (dev_input) dev = read_labelled(*dev_input, tokenizer, max_length, labels);
-  if (test_input) test = read_labelled(*test_input, tokenizer, max_length, labels);
+  if (task == Task::embed) check_partners(train, settings.loss.pairs);
+  if (dev_input) dev = read_labelled(*dev_input, labels);
+  if (test_input) test = read_labelled(*test_input, labels);
 }
 
-// Holds out a share of the training data, unless there is --dev.
+// Holds out a share of the training data, unless there is --dev, and makes what is trained with.
 void Finetuning::split(uint64_t seed) {
-  if (!dev_input && dev_split > 0) dev.examples = hold_out(train.examples, dev_split, seed);
+  if (!dev_input && dev_split > 0) {
+    const std::vector<uint8_t> held = choose_held_out(train.golds, dev_split, seed);
+    LabelledSet rest;
+    for (size_t i = 0; i < held.size(); i++) {
+      LabelledSet& to = held[i] ? dev : rest;
+      to.items.push_back(std::move(train.items[i])), to.golds.push_back(std::move(train.golds[i]));
+    }
+    train = std::move(rest);
+  }
+  for (size_t at = 0; at < train.items.size(); at += kItems) {
+    const auto items = std::span<const Item>(train.items).subspan(at, std::min(kItems, train.items.size() - at));
+    auto windows = windows_of(tokenizer, task, items, max_length, stride);
+    for (size_t i = 0; i < items.size(); i++) {
+      cut += task != Task::tag && task != Task::qa && windows[i].size() > 1 && windows[i][1].part == windows[i][0].part;
+      for (Example& e : make_examples(task, std::move(windows[i]), train.golds[at + i])) examples.push_back(std::move(e));
+    }
+  }
+  if (!balanced) return;
+  std::vector<double> counts(labels.names.size(), 0);  // a class weighs n / (C its own number), as scikit-learn's "balanced"
+  double all = 0;
+  for (const Gold& g : train.golds) {
+    if (task == Task::classify) counts[(size_t)g.label]++, all++;
+    for (const int32_t tag : g.tags) counts[(size_t)tag]++, all++;
+  }
+  for (const double n : counts) settings.loss.classes.weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
 }
 
 // The model to start from, and what travels with it.
 ModelFolder Finetuning::start() const {
-  if (!from_scratch) return load_folder_for(model, task, labels.names, settings.seed);
   ModelFolder folder;
-  folder.config = open_config(model + "/config.json");
-  folder.config.labels = labels.names;
-  folder.config.architecture = head_kind(task).architecture, folder.config.problem_type = head_kind(task).problem_type;
-  folder.bert = Bert::random(folder.config, task, settings.seed);
-  folder.carried = tokenizer_files(model, tokenizer, folder.config.max_position_embeddings);
+  if (!from_scratch) {
+    folder = load_folder_for(model, task, labels.names, settings.seed);
+  } else {
+    folder.config = open_config(model + "/config.json");
+    folder.config.labels = labels.names;
+    folder.config.architecture = head_kind(task).architecture, folder.config.problem_type = head_kind(task).problem_type;
+    folder.bert = Bert::random(folder.config, task, settings.seed);
+    folder.carried = tokenizer_files(model, tokenizer, folder.config.max_position_embeddings);
+  }
+  if (reinit) folder.bert.draw_again(reinit, settings.seed);
+  if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
+  if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
   return folder;
 }
 
 std::string label_shares(const LabelledSet& set, const Labels& labels) {
   std::vector<double> counts(labels.names.size(), 0);
-  for (const Example& e : set.examples)
-    for (size_t c = 0; c < counts.size(); c++) counts[c] += e.targets.empty() ? e.label == (int32_t)c : e.targets[c];
+  double all = 0;  // texts, or words
+  for (const Gold& g : set.golds) {
+    for (size_t c = 0; c < counts.size() && g.tags.empty(); c++) counts[c] += g.targets.empty() ? g.label == (int32_t)c : (double)g.targets[c];
+    for (const int32_t tag : g.tags) counts[(size_t)tag]++;
+    all += labels.task == Task::tag ? (double)g.tags.size() : 1;
+  }
   Strings out;
-  for (size_t i = 0; i < counts.size() && i < 12; i++)
-    out.push_back(labels.names[i] + " " + fixed(100 * counts[i] / (double)set.examples.size(), 1) + " %");
+  for (size_t i = 0; i < counts.size() && i < 12; i++) out.push_back(labels.names[i] + " " + fixed(100 * counts[i] / all, 1) + " %");
   return join(out, ", ") + (counts.size() > 12 ? ", …" : "");
+}
+
+constexpr size_t kMistakes = 20;  // shown in the report
+
+// A model that gives every text one answer has learned nothing.
+void warn_of_one_class(const std::vector<int64_t>& confusion, const Strings& labels) {
+  const size_t C = labels.size();
+  std::vector<int64_t> said(C), is(C);
+  for (size_t i = 0; i < confusion.size(); i++) is[i / C] += confusion[i], said[i % C] += confusion[i];
+  auto used = [](const std::vector<int64_t>& list) { return std::count_if(list.begin(), list.end(), [](int64_t n) { return n > 0; }); };
+  if (used(said) != 1 || used(is) < 2) return;
+  const size_t only = (size_t)(std::max_element(said.begin(), said.end()) - said.begin());
+  say("bert: every text was given one label, " + labels[only] + ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
+}
+
+std::string confusion_table(const std::vector<int64_t>& confusion, const Strings& labels) {
+  const size_t C = labels.size();
+  if (confusion.empty() || C > 30) return "";
+  std::string out = "<section><h2>Held-out texts: what they are, and what was said</h2><table><tr><th>is \\ said</th>";
+  for (const std::string& name : labels) out += "<th>" + html(name) + "</th>";
+  for (size_t i = 0; i < C; i++) {
+    int64_t most = 1;
+    for (size_t k = 0; k < C; k++) most = std::max(most, confusion[i * C + k]);
+    out += "</tr><tr><th>" + html(labels[i]) + "</th>";
+    for (size_t k = 0; k < C; k++)
+      out += "<td style=\"background:color-mix(in srgb,var(" + std::string(i == k ? "--third" : "--dev") + ") " +
+             to_string(60 * confusion[i * C + k] / most) + "%,transparent)\">" + grouped(confusion[i * C + k]) + "</td>";
+  }
+  return out + "</tr></table></section>\n";
+}
+
+std::string mistakes_table(const std::vector<Mistake>& worst) {
+  if (worst.empty()) return "";
+  auto shortened = [](const std::string& s) {
+    size_t n = std::min<size_t>(s.size(), 400);
+    while (n < s.size() && n && (s[n] & 0xC0) == 0x80) n--;
+    return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
+  };
+  std::string out = "<section><h2>The worst mistakes</h2><table><tr><th>right</th><th>said</th><th>text</th></tr>";
+  for (const Mistake& m : worst) out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
+  return out + "</table></section>\n";
 }
 
 Named data_facts(const Finetuning& f) {
   auto some = [](int64_t n) { return n ? grouped(n) : ""; };
-  return {{"training texts", size_of(f.train.examples)},
-          {"held-out texts", size_of(f.dev.examples)},
-          {"test texts", some((int64_t)f.test.examples.size())},
-          {"labels", f.task == Task::regress ? "" : label_shares(f.train, f.labels)},
-          {"texts cut to --max-length", some(f.train.cut)}};
+  const auto windows = (int64_t)f.examples.size();
+  return {{"training texts", size_of(f.train.items)},
+          {"in windows", windows > (int64_t)f.train.items.size() ? grouped(windows) : ""},
+          {"held-out texts", size_of(f.dev.items)},
+          {"test texts", some((int64_t)f.test.items.size())},
+          {"labels", f.labels.named() ? label_shares(f.train, f.labels) : ""},
+          {"training texts cut to --max-length", some(f.cut)}};
 }
 
-std::vector<Metric> scored(const Bert& bert, const LabelledSet& set, int64_t batch_tokens, uint64_t seed) {
-  const std::vector<float> outputs = head_outputs(bert, set.examples, batch_tokens);
-  return score_outputs(bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), seed);
-}
-Numbers metrics_on(const Bert& bert, const LabelledSet& set, uint64_t seed, const std::string& ending = "") {
+// The metrics of a set; with `report` its confusion matrix and the worst mistakes as a part of the page.
+Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "", std::string* report = nullptr) {
   Numbers list;
-  if (!set.examples.empty())
-    for (const Metric& m : scored(bert, set, 8192, seed)) list.emplace_back(m.name + ending, m.value);
+  if (set.items.empty()) return list;
+  Scorer scorer(f.task, f.labels.names);
+  std::vector<Mistake> worst;
+  score_items(f.answers(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
+    if (auto m = report ? mistake(f.task, f.labels, set.items[i], set.golds[i], o) : std::nullopt) worst.push_back(std::move(*m));
+    if (worst.size() < 4 * kMistakes) return;
+    std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
+    worst.resize(kMistakes);
+  });
+  auto threshold = bert.config.null_threshold;
+  if (!threshold && f.tunes_null()) threshold = scorer.best_null_threshold();
+  for (const Metric& m : scorer.metrics(f.settings.seed, threshold)) list.emplace_back(m.name + ending, m.value);
+  if (f.task == Task::classify) warn_of_one_class(scorer.confusion(), f.labels.names);
+  if (!report) return list;
+  std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
+  worst.resize(std::min(worst.size(), kMistakes));
+  *report = confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
   return list;
 }
 
@@ -1979,13 +2334,13 @@ struct BestOnDev {
 
 // The steps from where the trainer stands; false when a signal came first.
 bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& best, const ModelFolder& start) {
-  FinetuneSampler sampler(f.train.examples, f.batch, f.settings.accumulate, f.settings.seed);
+  FinetuneSampler sampler(f.examples, f.batch, f.settings.accumulate, f.settings.seed);
   const int64_t per_epoch = sampler.epoch_steps(), steps = trainer.settings().steps;
   while (trainer.done() < steps && !best.ended && !stop_signal) {
     run.after_step(trainer.step(sampler.next(trainer.done())));
     const int64_t done = trainer.done();
     if (done % per_epoch && done < steps) continue;
-    if (const Numbers metrics = metrics_on(trainer.model(), f.dev, f.settings.seed); !metrics.empty()) {
+    if (const Numbers metrics = metrics_on(f, trainer.model(), f.dev); !metrics.empty()) {
       run.evaluated(done, metrics);
       const auto& [name, value] = metrics[0];
       best.since = value > best.value ? 0 : best.since + 1;
@@ -1998,17 +2353,29 @@ bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& 
   return trainer.done() >= steps || best.ended;
 }
 
+// How sure of "no answer" the best model must be, from the held-out questions, goes into its config.json.
+void store_null_threshold(const Finetuning& f, const ModelFolder& start) {
+  ModelFolder saved = load_folder(f.run.output, false);
+  Scorer scorer(f.task, {});
+  score_items(f.answers(saved.bert), f.dev.items, f.dev.golds, scorer, [](size_t, const Outcome&) {});
+  saved.bert.config.null_threshold = scorer.best_null_threshold();
+  save_folder(f.run.output, saved.bert, start.carried);
+}
+
 // One run with one seed into one folder: its metrics.
 Numbers finetune_once(const Finetuning& f, const Named& taken) {
-  Run run("Fine-tuning " + f.model + " to " + head_kind(f.task).name, f.run);
+  Run run("Fine-tuning " + f.model + " to " + task_name(f.task), f.run);
   ModelFolder start = f.start();
   TrainSettings settings = f.settings;
   settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)f.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
   Fingerprint fingerprint;
-  for (const LabelledSet* set : {&f.train, &f.dev})
-    for (const Example& e : set->examples)
-      fingerprint.add(e.ids), fingerprint.add(e.segments), fingerprint.add(e.targets), fingerprint.number((uint64_t)e.label);
+  for (const Example& e : f.examples) {
+    fingerprint.add(e.ids), fingerprint.add(e.segments), fingerprint.add(e.targets), fingerprint.number((uint64_t)e.label);
+    fingerprint.add(e.labels);
+    for (const Example& other : e.others) fingerprint.add(other.ids);
+  }
+  for (const Item& item : f.dev.items) fingerprint.bytes(item.text), fingerprint.bytes(item.pair.value_or(""));
   for (const std::string& name : f.labels.names) fingerprint.add(name);
   BestOnDev best;
   if (const About stored = run.take_up(trainer, taken, fingerprint); !stored.empty()) {
@@ -2022,9 +2389,10 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
   run.data.emplace_back("model", model_size(trainer.model()));
   run.guarded(trainer, [&] {
     if (!finetune_steps(f, trainer, run, best, start)) return false;
+    if (f.tunes_null()) store_null_threshold(f, start);
     const ModelFolder saved = load_folder(f.run.output);  // the best one, as everybody else will read it
-    run.results = metrics_on(saved.bert, f.dev, settings.seed, "_dev");
-    for (const auto& m : metrics_on(saved.bert, f.test, settings.seed, "_test")) run.results.push_back(m);
+    run.results = metrics_on(f, saved.bert, f.dev, "_dev", &run.part);
+    for (const auto& m : metrics_on(f, saved.bert, f.test, "_test")) run.results.push_back(m);
     return true;
   });
   return run.results;
@@ -2036,6 +2404,7 @@ void cmd_finetune(Args& a) {
   Finetuning f{a, common};
   if (f.train_input.files.empty()) a.fail("--train is missing: a file of labelled texts");
   a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite");
+  f.check();
   a.done();
   f.read();
   std::vector<Numbers> results;  // of each seed
@@ -2070,7 +2439,7 @@ struct Answering {
   Common common;
   std::string model;
   Source source;
-  int64_t batch_tokens;
+  int64_t batch_tokens, stride = 128;
   Results out;
   ModelFolder folder;  // by open(), when every option is taken
 
@@ -2139,13 +2508,30 @@ Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t se
   return list;
 }
 
-Numbers label_scores(const Answering& s) {
+Numbers label_scores(Answering& s) {
   Labels labels{s.folder.bert.task, {}, {}};
   labels.set(s.folder.config.labels);
-  const LabelledSet set = read_labelled(s.source, s.folder.tokenizer, s.folder.max_length, labels);
-  if (set.cut) note("bert: " + grouped(set.cut) + " texts were longer than " + to_string(s.folder.max_length) + " tokens and were cut");
+  s.source.labels = true, s.source.task = labels.task;
+  Scorer scorer(labels.task, labels.names);
+  Rows rows(s.source);
+  std::vector<Row> chunk;
+  while (read_chunk(rows, chunk, kItems)) {
+    std::vector<Item> items;
+    std::vector<Gold> golds;
+    for (Row& row : chunk) try {
+        Strings names;
+        Gold gold = gold_of(row, labels, true, names);
+        set_labels(gold, labels, names);
+        if (labels.task == Task::tag) row.text.clear();
+        items.push_back(std::move(static_cast<Item&>(row))), golds.push_back(std::move(gold));
+      } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
+    score_items({s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens}, items, golds, scorer,
+                [](size_t, const Outcome&) {});
+  }
+  rows.report();
+  if (!scorer.size()) throw Error(join(s.source.files, ", ") + ": no labelled text; give a file with some");
   Numbers list;
-  for (const Metric& m : scored(s.folder.bert, set, s.batch_tokens, s.common.seed)) {
+  for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {
     list.emplace_back(m.name, m.value);
     if (m.low != m.high || m.low != 0) list.insert(list.end(), {{m.name + "_low", m.low}, {m.name + "_high", m.high}});
   }
@@ -2156,7 +2542,6 @@ void cmd_evaluate(Args& a) {
   Answering s(a, "a model's folder");
   a.done();
   s.open();
-  if (!s.head().masked_words && !s.head().output) s.wrong_model("classify, multilabel, regress or masked words");
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
   s.out.finish();
 }
@@ -2172,61 +2557,151 @@ std::string numbers(std::span<const float> values, bool json = false) {
   return json ? out + "]" : out;
 }
 
+// Code points in front of a byte of the text.
+int64_t code_points(std::string_view text, int64_t bytes) {
+  return std::count_if(text.begin(), text.begin() + bytes, [](char c) { return (c & 0xC0) != 0x80; });
+}
+
 // What `predict` prints of one row by its task.
 struct Prediction {
   Task task;
   Strings labels;
-  bool json;
+  bool json, logits, chars;
   int64_t top;
+  std::optional<double> null_threshold;
 
-  std::string line(std::span<const float> p) const {
-    if (task == Task::regress) return json ? json_object({{p.size() > 1 ? "scores" : "score", numbers(p, p.size() > 1)}}) : numbers(p);
+  std::string lines(const Row& row, const Outcome& o, bool conll) const {
+    if (task == Task::tag) return conll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
+    if (task == Task::qa) return answer_json(row, o) + "\n";
+    const bool plain = logits || task == Task::regress || task == Task::embed;
+    if (logits || (plain && !json)) return numbers(o.outputs) + "\n";
+    if (plain) return json_object({{o.outputs.size() > 1 ? "scores" : "score", numbers(o.outputs, o.outputs.size() > 1)}}) + "\n";
+    return scores(probabilities(task, o.outputs, (int64_t)o.outputs.size())) + "\n";
+  }
+
+ private:
+  // A class, several classes, or a choice by its number.
+  std::string scores(const std::vector<float>& p) const {
     std::vector<size_t> order(p.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return p[x] > p[y]; });
-    Numbers scores;
+    auto label = [&](size_t i) { return task == Task::choice ? to_string(i) : labels[i]; };
+    Numbers all;
     Strings best, chosen, quoted, values;  // best: label TAB probability; chosen: those of several that hold
     for (const size_t i : order) {
-      scores.emplace_back(labels[i], p[i]);
-      if ((int64_t)best.size() < top) best.push_back(labels[i] + "\t" + format_number(p[i]));
-      if (p[i] >= 0.5f) chosen.push_back(labels[i]), quoted.push_back(json_quote(labels[i])), values.push_back(format_number(p[i]));
+      all.emplace_back(label(i), p[i]);
+      if ((int64_t)best.size() < top) best.push_back(label(i) + "\t" + format_number(p[i]));
+      if (p[i] >= 0.5f) chosen.push_back(label(i)), quoted.push_back(json_quote(label(i))), values.push_back(format_number(p[i]));
     }
     const bool several = task == Task::multilabel;
     if (!json) return several ? join(chosen, "|") + "\t" + join(values, "|") : join(best, "\t");
-    Named record = {{"scores", json_object(scores)}};
+    Named record = {{"scores", json_object(all)}};
     if (several) record.insert(record.begin(), {"labels", json_list(quoted)});
-    if (!several) record.insert(record.begin(), {{"label", json_quote(labels[order[0]])}, {"score", format_number(p[order[0]])}});
+    const std::string first = label(order[0]);
+    if (!several)
+      record.insert(record.begin(), {{"label", task == Task::choice ? first : json_quote(first)}, {"score", format_number(p[order[0]])}});
+    return json_object(record);
+  }
+
+  std::string tag_lines(const Row& row, const Outcome& o) const {
+    std::string out;
+    for (size_t i = 0; i < row.words.size(); i++) out += row.words[i] + "\t" + (o.tags[i] < 0 ? "O" : labels[(size_t)o.tags[i]]) + "\n";
+    return out + "\n";
+  }
+  std::string entities(const Row& row, const Outcome& o) const {
+    Strings list;
+    for (const TextEntity& e : entities_in(o, labels, row.text))
+      list.push_back(json_object({{"type", json_quote(e.type)}, {"text", json_quote(e.text)}, {"start", place(row.text, e.start)},
+                                  {"end", place(row.text, e.end)}, {"score", format_number((float)e.score)}}));
+    return json_list(list);
+  }
+  std::string place(std::string_view text, int64_t byte) const { return to_string(chars ? code_points(text, byte) : byte); }
+  Named answer_facts(const Row& row, const Answer& a) const {
+    return {{"answer", json_quote(a.text)}, {"start", place(*row.pair, a.start)}, {"end", place(*row.pair, a.end)},
+            {"score", format_number((float)a.score)}};
+  }
+  std::string answer_json(const Row& row, const Outcome& o) const {
+    const bool none = o.answers.empty() || (null_threshold && o.null_margin > *null_threshold);
+    Named record = answer_facts(row, none ? Answer() : o.answers[0]);
+    record.insert(record.begin(), {"id", row.id.empty() ? to_string(row.number) : json_quote(row.id)});
+    if (!json) return json_object(record);
+    Strings list;
+    for (const Answer& a : o.answers) list.push_back(json_object(answer_facts(row, a)));
+    record.insert(record.end(), {{"answers", json_list(list)}, {"null_margin", std::isfinite(o.null_margin) ? format_number(o.null_margin) : "null"}});
     return json_object(record);
   }
 };
 
+// The windows of a row, or its ids as they are. Throws BadLine for what the model cannot answer.
+std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task, const std::string& how) {
+  const ModelFolder& f = s.folder;
+  if (!row.ids.empty()) {
+    check_ids(row, f.config);
+    Window w = {{row.ids, row.segments}};
+    w.words.assign(row.ids.size(), -1), w.places.resize(row.ids.size()), w.starts = w.decides = std::vector<uint8_t>(row.ids.size());
+    return {w};
+  }
+  if (!row.pair && s.head().next_sentence) throw BadLine("one text, but a model for next sentences wants two, joined by a TAB");
+  if (!row.pair && task == Task::qa) throw BadLine("one text; a question and its context are wanted, joined by a TAB");
+  if (!row.pair && row.others.empty() && task == Task::embed) throw BadLine("one text; two are compared, joined by a TAB");
+  if (row.others.empty() && task == Task::choice) throw BadLine("no choices; give jsonl with text and choices");
+  Item item = row;
+  if (task == Task::tag && !row.words.empty()) item.text.clear();
+  std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride);
+  const bool is_long = windows.size() > (task == Task::choice ? row.others.size() : task == Task::embed ? windows.size() : 1);
+  if (is_long && how == "error") throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
+  if (is_long && how == "truncate" && task != Task::choice) {
+    windows.resize(1);
+    windows[0].decides.assign(windows[0].words.size(), 1);
+  }
+  return windows;
+}
+
 void cmd_predict(Args& a) {
   Answering s(a, "the folder of a task model, as bert finetune writes it");
-  const int64_t top = a.take_int("top", 1, 1, 1 << 20);
-  const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits");
+  Prediction p{};
+  p.top = a.take_int("top", 1, 1, 1 << 20), p.json = a.take_switch("jsonl"), p.logits = a.take_switch("logits");
+  p.chars = a.take_choice("offsets", {"bytes", "chars"});
+  s.stride = a.take_int("stride", 128, 0, 1 << 20);
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
-  const std::string long_cure = take_long(a, {"error", "truncate", "window"});
+  const Strings ways = {"window", "error", "truncate"};
+  const std::string how = ways[(size_t)a.take_choice("long", ways)];
   a.done();
   s.open();
-  const bool pairs = !s.head().output;
-  if (pairs && !s.head().next_sentence) s.wrong_model("classify, multilabel, regress or next sentences; make one with bert finetune");
-  const Task task = s.folder.bert.task;
-  if (a.given("top") && (task == Task::multilabel || task == Task::regress))
-    a.fail("--top is for one label of several; this model is for " + std::string(s.head().name));
-  const Prediction prediction{task, pairs ? Strings{"follows", "random"} : s.folder.config.labels, json, top};
-  auto usable = [&](const Row& row, const Example&) {
-    if (pairs && !row.pair && row.ids.empty()) throw BadLine("one text, but a model for next sentences wants two, joined by a TAB");
-  };
-  auto answer = [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-    const std::vector<float> raw = head_outputs(s.folder.bert, examples, s.batch_tokens);
-    const size_t classes = raw.size() / chunk.size();
-    const std::vector<float> p = logits ? raw : probabilities(task, raw, (int64_t)classes);
+  p.task = s.folder.bert.task, p.labels = s.folder.config.labels, p.null_threshold = s.folder.config.null_threshold;
+  if (s.head().next_sentence) p.labels = {"follows", "random"};
+  if (!s.head().output && !s.head().next_sentence && p.task != Task::embed) s.wrong_model("a task; make one with bert finetune");
+  const bool one_of = p.task == Task::classify || p.task == Task::choice || s.head().next_sentence;
+  if (a.given("top") && !one_of) a.fail("--top is for one label of several; this model is for " + task_name(p.task));
+  if (p.logits && (p.task == Task::tag || p.task == Task::qa)) a.fail("--logits is for models of whole texts; this one is for " + task_name(p.task));
+  s.source.task = p.task;
+  Rows rows(s.source);
+  std::vector<Row> chunk;
+  while (read_chunk(rows, chunk, kItems)) {
+    std::vector<std::vector<Window>> windows(chunk.size());
+    std::vector<std::string> wrong(chunk.size());
+    parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) try {
+          windows[i] = usable_windows(s, chunk[i], p.task, how);
+        } catch (const BadLine& e) { wrong[i] = e.what(); }
+    });
+    std::vector<Item> items;
+    size_t good = 0;
     for (size_t i = 0; i < chunk.size(); i++) {
-      const std::span<const float> row = std::span(p).subspan(i * classes, classes);
-      s.out.line(logits ? numbers(row) : prediction.line(row));
+      if (!wrong[i].empty()) {
+        rows.bad(chunk[i].where, wrong[i]);
+        continue;
+      }
+      items.push_back(chunk[i]);
+      if (good < i) chunk[good] = std::move(chunk[i]), windows[good] = std::move(windows[i]);
+      good++;
     }
-  };
-  s.each_chunk(s.folder.max_length, false, long_cure, usable, answer);
+    windows.resize(good);
+    const std::vector<Outcome> said = answer_items(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
+    for (size_t i = 0; i < good; i++) s.out.write(p.lines(chunk[i], said[i], rows.tokens_come_in_lines()));
+    if (rows.from_terminal()) s.out.flush();
+  }
+  rows.report();
   s.out.finish();
 }
 
@@ -2790,13 +3265,19 @@ const Command kCommands[] = {
   --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing)"},
     {"finetune", "train a model for a task on labelled texts", cmd_finetune,
      R"(bert finetune --task TASK --model DIR --train FILE --output DIR
-  --task           classify, multilabel or regress
+  --task           classify, multilabel, regress, tag, qa, choice or similarity
   --dev FILE       or --dev-split X of the training data (default 0.1)      --test FILE
   --epochs X       (default 3)                           --batch N          texts of a batch (default 32)
   --accumulate N   batches a step, a power of two        --max-length N     (default 128)
   --lr X           (default 2e-5)                        --warmup X         (default 0.1)
   --schedule linear|cosine|constant                      --optimizer adamw|google
   --weight-decay X --clip X --dropout P                  --patience N       stop after N epochs without a better one
+  --freeze N       layers (and the embeddings) that keep their weights     --reinit N     top layers that begin anew
+  --layer-decay X  each layer's rate is X times that of the one above
+  --class-weights none|balanced                          --label-smoothing X
+  --loss cosine|inbatch|contrastive|triplet              --temperature X    (default 0.05)    for similarity
+  --stride N       tokens that the windows of long texts share (default 128)
+  --null-threshold X    above it "no answer" answers (default: tuned on the held-out questions, if some have none)
   --from-scratch   random weights: --model gives config.json and the vocabulary
   --seeds N        so many runs, mean and deviation      --tsv TASK         the metrics as rows of the bench scripts
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files)"},
@@ -2805,7 +3286,8 @@ const Command kCommands[] = {
   a task model wants labelled data; a masked-word model wants plain text, masked from --seed)"},
     {"predict", "a task model's answers", cmd_predict, R"(bert predict --model DIR [--input FILE…] [--output FILE]
   --jsonl          the full record                       --logits           the raw outputs of the head
-  --top K          the K best labels                     --long error|truncate
+  --top K          the K best labels                     --offsets bytes|chars
+  --long window|error|truncate      of texts over the limit: in windows that share --stride N tokens (default 128)
   --batch-tokens N (default 8192))"},
     {"fill-mask", "guess the words that [MASK] hides", cmd_fill_mask, R"(bert fill-mask --model DIR [--input FILE…] [--output FILE]
   --top K          guesses for each (default 5)          --score            log-likelihood of whole texts instead
