@@ -1957,7 +1957,11 @@ Named data_facts(const Finetuning& f) {
 
 std::vector<Metric> scored(const Bert& bert, const LabelledSet& set, int64_t batch_tokens, uint64_t seed) {
   const std::vector<float> outputs = head_outputs(bert, set.examples, batch_tokens);
-  return score_outputs(bert.task, outputs, set.examples, (int64_t)outputs.size() / (int64_t)set.examples.size(), seed);
+  const size_t C = outputs.size() / set.examples.size();
+  Scorer scorer(bert.task, bert.config.labels);
+  for (size_t i = 0; i < set.examples.size(); i++)
+    scorer.add({.outputs = {&outputs[i * C], &outputs[i * C] + C}}, {.label = set.examples[i].label, .targets = set.examples[i].targets});
+  return scorer.metrics(seed);
 }
 Numbers metrics_on(const Bert& bert, const LabelledSet& set, uint64_t seed, const std::string& ending = "") {
   Numbers list;
