@@ -1238,16 +1238,29 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
 }
 
 // ==== metrics =====================================================================================================
+namespace {
+// Precision, recall and F1 of one class (or label, or type of entity), from counts.
+struct ClassCounts {
+  double hit = 0, said = 0, is = 0;
+  double precision() const { return said > 0 ? hit / said : 0; }
+  double recall() const { return is > 0 ? hit / is : 0; }
+  double f1() const { return said + is > 0 ? 2 * hit / (said + is) : 0; }
+};
+}  // namespace
+
 // Gorodkin 2004, eq. 8 (for two classes Matthews 1975): 0 where a factor of the denominator is 0.
-double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes) {
-  std::vector<double> p((size_t)classes), t((size_t)classes);
-  double right = 0;
-  for (size_t i = 0; i < truth.size(); i++) p[(size_t)predicted[i]]++, t[(size_t)truth[i]]++, right += predicted[i] == truth[i];
-  const auto n = (double)truth.size();
-  double pt = 0, pp = 0, tt = 0;
-  for (size_t c = 0; c < p.size(); c++) pt += p[c] * t[c], pp += p[c] * p[c], tt += t[c] * t[c];
+static double matthews(std::span<const ClassCounts> counts) {
+  double n = 0, right = 0, pt = 0, pp = 0, tt = 0;
+  for (const ClassCounts& c : counts) n += c.is, right += c.hit, pt += c.said * c.is, pp += c.said * c.said, tt += c.is * c.is;
   const double below = (n * n - pp) * (n * n - tt);
   return below > 0 ? (right * n - pt) / std::sqrt(below) : 0;
+}
+
+double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes) {
+  std::vector<ClassCounts> counts((size_t)classes);
+  for (size_t i = 0; i < truth.size(); i++)
+    counts[(size_t)predicted[i]].said++, counts[(size_t)truth[i]].is++, counts[(size_t)truth[i]].hit += predicted[i] == truth[i];
+  return matthews(counts);
 }
 
 double pearson(std::span<const double> x, std::span<const double> y) {
@@ -1271,100 +1284,413 @@ static std::vector<double> ranks(std::span<const double> x) {
 }
 double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
 
-// One value a metric, of the rows `which`, which may name a row several times: that is how the bootstrap draws.
-using Scores = std::vector<std::pair<const char*, double>>;
-using ScoreRows = std::function<Scores(std::span<const int64_t> which)>;
+RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
+  if (queries.shape() != candidates.shape() || queries.rows() < 1)
+    throw Error("rank_scores: queries " + to_string(queries.shape()) + ", candidates " + to_string(candidates.shape()));
+  constexpr int64_t kBlock = 512;  // queries and candidates multiplied at once
+  const Tensor q = normalize_rows(queries), c = normalize_rows(candidates);
+  const int64_t n = q.rows(), D = q.cols();
+  std::vector<int64_t> nearer((size_t)n);
+  std::vector<float> own((size_t)kBlock), cosines((size_t)(kBlock * kBlock));
+  for (int64_t q0 = 0; q0 < n; q0 += kBlock) {
+    const int64_t Q = std::min(kBlock, n - q0);
+    const PackedWeights packed(q.data() + q0 * D, Q, D);
+    auto multiply = [&](int64_t c0, int64_t rows) { gemm(rows, c.data() + c0 * D, D, packed, cosines.data(), Q, {}); };
+    multiply(q0, Q);  // by the product that it is compared with, so that equal vectors tie to the bit
+    for (int64_t i = 0; i < Q; i++) own[(size_t)i] = cosines[(size_t)(i * Q + i)];
+    for (int64_t c0 = 0; c0 < n; c0 += kBlock) {
+      const int64_t rows = std::min(kBlock, n - c0);
+      multiply(c0, rows);
+      for (int64_t r = 0; r < rows; r++)  // written so that NaN counts as nearer
+        for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosines[(size_t)(r * Q + i)] < own[(size_t)i]);
+    }
+  }
+  RankScores scores{};
+  for (const int64_t k : nearer) scores.mrr += 1 / (double)(k + 1), scores.recall_1 += k < 1, scores.recall_10 += k < 10;
+  for (double* s : {&scores.mrr, &scores.recall_1, &scores.recall_10}) *s /= (double)n;
+  return scores;
+}
 
-// Precision, recall and F1 of one class (or label), from counts.
-struct ClassCounts {
-  double hit = 0, said = 0, is = 0;
-  double f1() const { return said + is > 0 ? 2 * hit / (said + is) : 0; }
+// ---- entities
+namespace {
+// B-PER is 'B' of PER. What has no prefix stands alone, as S- does. A prefix without a type has the type _, as in seqeval.
+struct Tag {
+  char prefix = 'O';
+  std::string_view type;
+  bool same(const Tag& other) const { return prefix != 'O' && other.prefix != 'O' && type == other.type; }
 };
+enum class Scheme { iob1, iob2, iobes };
+}  // namespace
 
-static Scores classify_scores(const std::vector<int32_t>& said, const std::vector<int32_t>& is, int64_t C, std::span<const int64_t> which) {
-  std::vector<ClassCounts> counts((size_t)C);
-  std::vector<int32_t> s, t;
+static bool has_prefix(std::string_view tag) {
+  return !tag.empty() && std::string_view("BIESLU").find(tag[0]) != std::string_view::npos && (tag.size() == 1 || tag[1] == '-');
+}
+static Tag read_tag(std::string_view tag) {
+  if (tag.empty() || tag == "O") return {};
+  if (!has_prefix(tag)) return {'S', tag};
+  const char prefix = tag[0] == 'L' ? 'E' : tag[0] == 'U' ? 'S' : tag[0];  // BILOU's names of them
+  return {prefix, tag.size() > 2 ? tag.substr(2) : "_"};
+}
+
+std::vector<Entity> find_entities(std::span<const std::string> tags) {
+  std::vector<Entity> found;
+  Tag before;
+  for (int64_t i = 0; i < (int64_t)tags.size(); i++) {
+    const Tag tag = read_tag(tags[(size_t)i]);
+    const bool goes_on = tag.same(before) && (before.prefix == 'B' || before.prefix == 'I') && (tag.prefix == 'I' || tag.prefix == 'E');
+    if (goes_on)
+      found.back().end = i + 1;
+    else if (tag.prefix != 'O')
+      found.push_back({std::string(tag.type), i, i + 1});
+    before = tag;
+  }
+  return found;
+}
+
+// As seqeval's mode "strict" (its scheme.py): only what the scheme allows is an entity.
+//   iob2   B-X I-X ...                   iobes   S-X, or B-X I-X ... E-X
+//   iob1   I-X I-X ..., or after a word of X: B-X I-X ...; as there not a B-X of one word that B-Y follows
+static std::vector<Entity> find_strict(std::span<const std::string> tags, Scheme scheme) {
+  std::vector<Entity> found;
+  const auto n = (int64_t)tags.size();
+  auto at = [&](int64_t i) { return i < 0 || i >= n ? Tag{} : read_tag(tags[(size_t)i]); };
+  for (int64_t i = 0, end; i < n; i = end) {
+    const Tag tag = at(i);
+    end = i + 1;
+    const bool begins = scheme == Scheme::iob1 ? tag.prefix == 'I' || (tag.prefix == 'B' && tag.same(at(i - 1))) : tag.prefix == 'B';
+    if (!begins && tag.prefix != 'S') continue;
+    char last = tag.prefix;
+    for (; (last == 'B' || last == 'I') && at(end).same(tag) && (at(end).prefix == 'I' || at(end).prefix == 'E'); end++)
+      last = at(end).prefix;
+    const bool whole = scheme == Scheme::iobes  ? last == 'S' || last == 'E'
+                       : scheme == Scheme::iob1 ? last != 'B' || at(end).prefix != 'B' || at(end).same(tag)
+                                                : true;
+    if (whole) found.push_back({std::string(tag.type), i, end});
+  }
+  return found;
+}
+
+// ---- answers
+// The words of an answer as the script counts them: lower case, without ASCII's punctuation and without the articles; what Python's
+// str.lower, \b and str.split make of other scripts (but for what stands between a final sigma and the end of its word).
+static std::vector<std::u32string> answer_words(std::string_view text) {
+  std::u32string all, s;
+  for (size_t i = 0, n; i < text.size(); i += n) all += code_point(text, i, n);
+  auto letter = [](const std::u32string& in, size_t i) { return i < in.size() && is_letter(in[i]); };  // also of i = 0 - 1
+  for (size_t i = 0; i < all.size(); i++) {
+    const char32_t c = all[i];
+    if (c > ' ' && c < 0x7F && !is_letter(c)) continue;
+    s += c != 0x3A3 ? lower_case(c) : letter(all, i - 1) && !letter(all, i + 1) ? 0x3C2 : 0x3C3;
+    if (c == 0x130) s += 0x307;  // İ keeps its dot
+  }
+  std::vector<std::u32string> words(1);
+  for (size_t i = 0, end; i < s.size(); i = end) {
+    for (end = i; letter(s, end);) end++;
+    const std::u32string run = s.substr(i, end - i);
+    if (run == U"a" || run == U"an" || run == U"the" || (run.empty() && (is_white_space(s[i]) || (s[i] >= 0x1C && s[i] <= 0x1F))))
+      words.emplace_back();
+    else
+      words.back() += run.empty() ? s.substr(i, 1) : run;
+    end += run.empty();
+  }
+  std::erase(words, U"");
+  return words;
+}
+
+namespace {
+// An answer beside a right one: the script's numbers before it divides.
+struct Overlap {
+  bool exact = false;
+  float same = 0, said = 1, right = 1;  // words
+  double f1() const {
+    if (same == 0) return 0;
+    const double precision = (double)same / (double)said, recall = (double)same / (double)right;
+    return 2 * precision * recall / (precision + recall);
+  }
+};
+}  // namespace
+
+// The best over the right ones: exact if one is, and the words of the one with the largest F1.
+static Overlap best_overlap(const std::string& said, std::span<const std::string> right) {
+  std::vector<std::vector<std::u32string>> golds;
+  for (const std::string& r : right) golds.push_back(answer_words(r));
+  std::erase(golds, std::vector<std::u32string>{});
+  if (golds.empty()) golds.emplace_back();
+  std::vector<std::u32string> words = answer_words(said);
+  Overlap best;
+  for (std::vector<std::u32string>& gold : golds) {
+    best.exact |= words == gold;
+    std::vector<std::u32string> a = words, same;
+    std::sort(a.begin(), a.end()), std::sort(gold.begin(), gold.end());
+    std::set_intersection(a.begin(), a.end(), gold.begin(), gold.end(), std::back_inserter(same));
+    Overlap o{false, (float)same.size(), (float)a.size(), (float)gold.size()};
+    if (a.empty() || gold.empty()) o = {false, (float)(a.empty() && gold.empty()), 1, 1};
+    if (o.f1() > best.f1()) best.same = o.same, best.said = o.said, best.right = o.right;
+  }
+  return best;
+}
+
+AnswerScore score_answer(const std::string& said, std::span<const std::string> right) {
+  const Overlap o = best_overlap(said, right);
+  return {(double)o.exact, o.f1()};
+}
+
+// ---- Scorer
+// The numbers of an item:
+//   classify, choice   said, is                        regress, embed   said, is
+//   multilabel         of each label: 1 said + 2 is    qa               exact, words that are the same, said, right; has an answer
+//   tag                words, right ones, and as hit, said, is: entities; strict ones; as strict in IOB1; of each of types_
+static constexpr size_t kShownClasses = 20;                // with more, the figures of single ones are not shown
+static constexpr int64_t kStrict = 5, kTypes = 3 * 3 + 2;  // where in the row
+
+Scorer::Scorer(Task task, std::vector<std::string> labels) : task_(task), labels_(std::move(labels)) {
+  const bool two = task == Task::classify || task == Task::choice || task == Task::regress || task == Task::embed;
+  if (!two && task != Task::multilabel && task != Task::tag && task != Task::qa)
+    throw Error("score: a model for " + std::string(head_kind(task).name) + " has no labelled data");
+  width_ = task == Task::multilabel ? (int64_t)labels_.size() : task == Task::qa ? 5 : 2;
+  if (task != Task::tag) return;
+  for (const std::string& label : labels_) entities_ |= label == "O" || (label.size() > 2 && has_prefix(label));
+  for (const std::string& label : labels_) {
+    const std::string type(entities_ ? read_tag(label).type : label);
+    if ((!entities_ || label != "O") && std::find(types_.begin(), types_.end(), type) == types_.end()) types_.push_back(type);
+  }
+  if (types_.size() > kShownClasses) types_.clear();
+  width_ = kTypes + 3 * (int64_t)types_.size();
+}
+
+void Scorer::add(const Outcome& said, const Gold& is) {
+  const std::string where = "score: item " + std::to_string(items_ + 1);
+  auto fits = [&](bool yes, const char* what) {
+    if (!yes) throw Error(where + ": " + what);
+  };
+  const size_t C = labels_.size();
+  const std::vector<float>& out = said.outputs;
+  for (const float x : out) fits(std::isfinite(x), "the model's output is not finite");
+  std::vector<float> row((size_t)width_);
+  if (task_ == Task::classify || task_ == Task::choice) {
+    fits(!out.empty() && (task_ == Task::choice || out.size() == C), "the model's outputs are not one a class");
+    fits(is.label >= 0 && is.label < (int64_t)out.size(), "its label is not one of the model's");
+    row = {(float)(std::max_element(out.begin(), out.end()) - out.begin()), (float)is.label};
+  } else if (task_ == Task::multilabel) {
+    fits(out.size() == C && is.targets.size() == C, "the model's outputs, or its targets, are not one a label");
+    for (size_t c = 0; c < C; c++) row[c] = (float)((out[c] > 0) + 2 * (is.targets[c] > 0.5f));  // said: probability above one half
+  } else if (task_ == Task::regress || task_ == Task::embed) {
+    fits(out.size() == 1, "the model's output is not one number");
+    fits(is.targets.size() == 1 && std::isfinite(is.targets[0]), "it has no number to compare with");
+    row = {out[0], is.targets[0]};
+  } else if (task_ == Task::tag) {
+    fits(said.tags.size() == is.tags.size(), "as many tags as words are needed");
+    for (const int32_t t : said.tags) fits(t >= -1 && t < (int64_t)C, "the model's tag is none of its labels");
+    for (const int32_t t : is.tags) fits(t >= 0 && t < (int64_t)C, "its tag is not one of the model's labels");
+    add_tags(said.tags, is.tags, row.data());
+  } else {
+    fits(std::isfinite(said.null_margin), "the score of no answer is not finite");
+    const Overlap o = best_overlap(said.answers.empty() ? "" : said.answers[0].text, is.answers);
+    row = {(float)o.exact, o.same, o.said, o.right, (float)!is.answers.empty()};
+    margins_.push_back(said.null_margin);
+  }
+  rows_.insert(rows_.end(), row.begin(), row.end()), items_++;
+}
+
+// A word that the model says nothing of (-1) is outside of entities.
+void Scorer::add_tags(std::span<const int32_t> said, std::span<const int32_t> is, float* row) {
+  const auto outside = (int32_t)(std::find(labels_.begin(), labels_.end(), "O") - labels_.begin());
+  std::vector<std::string> said_tags, is_tags;
+  for (size_t i = 0; i < is.size(); i++) {
+    const int32_t s = said[i] < 0 ? outside : said[i];
+    said_tags.push_back(s < (int32_t)labels_.size() ? labels_[(size_t)s] : "O"), is_tags.push_back(labels_[(size_t)is[i]]);
+    row[0]++, row[1] += s == is[i];
+    if (entities_ || types_.empty()) continue;
+    if (said[i] >= 0) row[kTypes + 3 * said[i] + 1]++;
+    row[kTypes + 3 * is[i]] += said[i] == is[i], row[kTypes + 3 * is[i] + 2]++;
+  }
+  if (!entities_) return;
+  Tag before;
+  for (const std::string& name : is_tags) {
+    const Tag tag = read_tag(name);
+    iob1_ &= tag.prefix != 'B' || tag.same(before), iob2_ &= tag.prefix != 'I' || tag.same(before);
+    before = tag;
+  }
+  auto count = [&](const std::vector<Entity>& found, const std::vector<Entity>& there, int64_t at, bool by_type) {
+    auto add = [&](const Entity& e, int64_t what, float n) {
+      row[at + what] += n;
+      if (by_type && !types_.empty()) row[kTypes + 3 * (std::find(types_.begin(), types_.end(), e.type) - types_.begin()) + what] += n;
+    };
+    for (const Entity& e : there) add(e, 2, 1);
+    for (const Entity& e : found) {
+      const auto same = std::lower_bound(there.begin(), there.end(), e, [](const Entity& x, const Entity& y) { return x.begin < y.begin; });
+      add(e, 1, 1), add(e, 0, same != there.end() && *same == e);
+    }
+  };
+  const bool ends =
+      std::any_of(labels_.begin(), labels_.end(), [](const std::string& l) { return has_prefix(l) && l[0] != 'B' && l[0] != 'I'; });
+  count(find_entities(said_tags), find_entities(is_tags), 2, true);
+  const Scheme scheme = ends ? Scheme::iobes : Scheme::iob2;
+  count(find_strict(said_tags, scheme), find_strict(is_tags, scheme), kStrict, false);
+  if (!ends) count(find_strict(said_tags, Scheme::iob1), find_strict(is_tags, Scheme::iob1), kStrict + 3, false);
+}
+
+// Adds precision, recall and F1: of all decisions together, the mean over `classes` of the classes, that weighted by how often each is
+// right, and of each class. What `scores` has stays.
+template <class Scores>
+static void add_averages(Scores& scores, std::span<const ClassCounts> counts, const std::vector<std::string>& labels, double classes) {
+  auto add = [&](const std::string& name, double value) {
+    if (std::none_of(scores.begin(), scores.end(), [&](const auto& s) { return s.first == name; })) scores.emplace_back(name, value);
+  };
+  ClassCounts all;
+  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is;
+  using Rate = double (ClassCounts::*)() const;
+  const std::pair<std::string, Rate> rates[] = {
+      {"precision", &ClassCounts::precision}, {"recall", &ClassCounts::recall}, {"f1", &ClassCounts::f1}};
+  for (const auto& [name, rate] : rates) {
+    double sum = 0, weighted = 0;
+    for (const ClassCounts& c : counts) sum += (c.*rate)(), weighted += c.is * (c.*rate)();
+    add(name + "_micro", (all.*rate)()), add(name + "_macro", sum / classes), add(name + "_weighted", all.is > 0 ? weighted / all.is : 0);
+  }
+  if (labels.size() <= kShownClasses)
+    for (size_t c = 0; c < labels.size(); c++)
+      for (const auto& [name, rate] : rates) add(name + "_" + labels[c], (counts[c].*rate)());
+}
+
+// classify, choice, multilabel
+Scorer::Scores Scorer::class_scores(Which which, bool all) const {
+  const size_t C = labels_.size();
+  std::vector<ClassCounts> counts(C);
   double right = 0, f1 = 0, classes = 0;
   for (const int64_t i : which) {
-    s.push_back(said[(size_t)i]), t.push_back(is[(size_t)i]);
-    const bool hit = s.back() == t.back();
-    right += hit, counts[(size_t)s.back()].said++, counts[(size_t)t.back()].is++, counts[(size_t)t.back()].hit += hit;
+    const float* r = row(i);
+    bool same = true;
+    if (task_ == Task::multilabel)
+      for (size_t c = 0; c < C; c++) {
+        const int said = (int)r[c] & 1, is = (int)r[c] >> 1;
+        counts[c].said += said, counts[c].is += is, counts[c].hit += said & is, same &= said == is;
+      }
+    else if (same = r[0] == r[1]; task_ == Task::classify)
+      counts[(size_t)r[0]].said++, counts[(size_t)r[1]].is++, counts[(size_t)r[1]].hit += same;
+    right += same;
   }
-  for (const ClassCounts& c : counts) f1 += c.f1(), classes += c.said + c.is > 0;
-  return {{"accuracy", right / (double)which.size()},
-          // of the second label, as GLUE counts; of the classes that occur, as sklearn does
-          C == 2 ? std::pair{"f1", counts[1].f1()} : std::pair{"f1_macro", f1 / classes},
-          {"mcc", matthews(s, t, C)}};
+  right /= (double)which.size();
+  if (task_ == Task::choice) return {{"accuracy", right}};
+  // Means are over the classes that occur, over all labels of several: as sklearn does.
+  for (const ClassCounts& c : counts) f1 += c.f1(), classes += task_ == Task::multilabel || c.said + c.is > 0;
+  Scores scores;
+  if (task_ == Task::multilabel) {
+    ClassCounts sum;
+    for (const ClassCounts& c : counts) sum.hit += c.hit, sum.said += c.said, sum.is += c.is;
+    scores = {{"f1_micro", sum.f1()}, {"f1_macro", f1 / classes}, {"exact", right}};
+  } else if (C == 2) {  // of the second label, as GLUE counts
+    scores = {{"accuracy", right}, {"f1", counts[1].f1()}, {"mcc", matthews(counts)}};
+    if (all) scores.insert(scores.end(), {{"precision", counts[1].precision()}, {"recall", counts[1].recall()}});
+    return scores;
+  } else {
+    scores = {{"accuracy", right}, {"f1_macro", f1 / classes}, {"mcc", matthews(counts)}};
+  }
+  if (all) add_averages(scores, counts, labels_, classes);
+  return scores;
 }
 
-static Scores multilabel_scores(const std::vector<uint8_t>& said, const std::vector<uint8_t>& is, int64_t C,
-                                std::span<const int64_t> which) {
-  std::vector<ClassCounts> counts((size_t)C);
-  ClassCounts all;
-  double exact = 0, f1 = 0;
+// The strict score is seqeval's, mode "strict". It finds the scheme in the right tags: IOBES (or BILOU) where words are marked as ends or
+// as single, else IOB2. It never finds IOB1, and would see no entity in tags that follow it; so here IOB1 is what all right tags obey
+// where they do not obey IOB2.
+Scorer::Scores Scorer::tag_scores(Which which, bool all) const {
+  auto sum = [&](int64_t column) {
+    double s = 0;
+    for (const int64_t i : which) s += row(i)[column];
+    return s;
+  };
+  auto counts = [&](int64_t column) { return ClassCounts{sum(column), sum(column + 1), sum(column + 2)}; };
+  const double words = sum(0);
+  Scores scores = {{"accuracy", words > 0 ? sum(1) / words : 0}};
+  if (entities_) {
+    const ClassCounts found = counts(2);
+    scores.insert(scores.begin(), {{"entity_f1", found.f1()}, {"precision", found.precision()}, {"recall", found.recall()}});
+    scores.emplace_back("entity_f1_strict", counts(iob1_ && !iob2_ ? kStrict + 3 : kStrict).f1());
+  }
+  if (all)
+    for (size_t t = 0; t < types_.size(); t++) scores.emplace_back("f1_" + types_[t], counts(kTypes + 3 * (int64_t)t).f1());
+  return scores;
+}
+
+std::array<double, 2> Scorer::answer_score(int64_t item, std::optional<double> null_threshold) const {
+  const float* r = row(item);
+  if (null_threshold && margins_[(size_t)item] > *null_threshold) return {1.0 - r[4], 1.0 - r[4]};
+  return {r[0], Overlap{false, r[1], r[2], r[3]}.f1()};
+}
+
+Scorer::Scores Scorer::answer_scores(Which which, std::optional<double> null_threshold, bool all) const {
+  std::array<double, 2> sum[3] = {};  // of those without an answer, of those with one, of all: exact, F1
+  double n[2] = {};
   for (const int64_t i : which) {
-    const uint8_t *s = said.data() + i * C, *t = is.data() + i * C;
-    for (int64_t c = 0; c < C; c++) counts[(size_t)c].said += s[c], counts[(size_t)c].is += t[c], counts[(size_t)c].hit += s[c] && t[c];
-    exact += std::equal(s, s + C, t);
+    const auto has = (size_t)row(i)[4];
+    const auto score = answer_score(i, null_threshold);
+    for (const size_t k : {has, (size_t)2}) sum[k][0] += score[0], sum[k][1] += score[1];
+    n[has]++;
   }
-  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is, f1 += c.f1();
-  return {{"f1_micro", all.f1()}, {"f1_macro", f1 / (double)C}, {"exact", exact / (double)which.size()}};
+  Scores scores = {{"exact", sum[2][0] / (double)which.size()}, {"f1", sum[2][1] / (double)which.size()}};
+  if (all && n[0] > 0) {
+    if (n[1] > 0) scores.insert(scores.end(), {{"has_answer_exact", sum[1][0] / n[1]}, {"has_answer_f1", sum[1][1] / n[1]}});
+    scores.insert(scores.end(), {{"no_answer_exact", sum[0][0] / n[0]}, {"no_answer_f1", sum[0][1] / n[0]}});
+  }
+  return scores;
 }
 
-static Scores regress_scores(std::span<const float> said, std::span<const Example> examples, std::span<const int64_t> which) {
+// As the official script's find_best_thresh, but that items of one margin stay together: no threshold parts them.
+double Scorer::best_null_threshold() const {
+  if (task_ != Task::qa || !items_) throw Error("score: a threshold is found from answers to questions");
+  std::vector<int64_t> order((size_t)items_);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return margins_[(size_t)a] < margins_[(size_t)b]; });
+  double best = 0, gain = 0, threshold = margins_[(size_t)order[0]] - 1;  // answering none
+  for (size_t i = 0; i < order.size(); i++) {
+    const double margin = margins_[(size_t)order[i]];
+    gain += answer_score(order[i], {})[1] - (1.0 - row(order[i])[4]);
+    if (gain > best && (i + 1 == order.size() || margins_[(size_t)order[i + 1]] != margin)) best = gain, threshold = margin;
+  }
+  return threshold;
+}
+
+std::vector<int64_t> Scorer::confusion() const {
+  if (task_ != Task::classify) throw Error("score: only classes have a confusion matrix");
+  std::vector<int64_t> matrix(labels_.size() * labels_.size());
+  for (int64_t i = 0; i < items_; i++) matrix[(size_t)row(i)[1] * labels_.size() + (size_t)row(i)[0]]++;
+  return matrix;
+}
+
+Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold, bool all) const {
+  if (task_ == Task::tag) return tag_scores(which, all);
+  if (task_ == Task::qa) return answer_scores(which, null_threshold, all);
+  if (task_ != Task::regress && task_ != Task::embed) return class_scores(which, all);
   std::vector<double> x, y;
-  for (const int64_t i : which) x.push_back(said[(size_t)i]), y.push_back(examples[(size_t)i].targets[0]);
-  return {{"pearson", pearson(x, y)}, {"spearman", spearman(x, y)}};
+  for (const int64_t i : which) x.push_back(row(i)[0]), y.push_back(row(i)[1]);
+  Scores scores = {{"pearson", pearson(x, y)}, {"spearman", spearman(x, y)}};
+  if (task_ == Task::embed) std::swap(scores[0], scores[1]);  // a cosine's order counts, not its scale
+  return scores;
 }
 
-// Percentile bootstrap (Efron 1979): the rows drawn anew with replacement, 1,000 times.
-static std::vector<Metric> with_intervals(const ScoreRows& scores, int64_t n, uint64_t seed) {
-  constexpr size_t kResamples = 1000;
-  std::vector<int64_t> all((size_t)n);
-  std::iota(all.begin(), all.end(), 0);
-  std::vector<Scores> drawn(kResamples);
-  parallel_for(kResamples, [&](int64_t s) {
+// Percentile bootstrap (Efron 1979): the items drawn anew with replacement, 1,000 times; of more than 20,000 items fewer times, so that
+// no more than 20 million are drawn, but 100 times at least: the interval of so many is narrow, and its ends need no fine percentiles.
+std::vector<Metric> Scorer::metrics(uint64_t seed, std::optional<double> null_threshold) const {
+  if (!items_) throw Error("score: no labelled row");
+  const auto resamples = (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000);
+  std::vector<int64_t> every((size_t)items_);
+  std::iota(every.begin(), every.end(), 0);
+  std::vector<Scores> drawn(resamples);
+  parallel_for((int64_t)resamples, [&](int64_t s) {
     Random random({seed, (uint32_t)s, 0, kSplitStream});
-    std::vector<int64_t> which((size_t)n);
-    for (int64_t& i : which) i = random.below(n);
-    drawn[(size_t)s] = scores(which);
+    std::vector<int64_t> which((size_t)items_);
+    for (int64_t& i : which) i = random.below(items_);
+    drawn[(size_t)s] = scores(which, null_threshold, false);
   });
   std::vector<Metric> out;
-  for (const auto& [name, value] : scores(all)) {
+  for (const auto& [name, value] : scores(every, null_threshold, true)) {
+    out.push_back({name, value, 0, 0});
+    if (out.size() > drawn[0].size()) continue;
     std::vector<double> sorted;
-    for (const Scores& s : drawn) sorted.push_back(s[out.size()].second);
+    for (const Scores& s : drawn) sorted.push_back(s[out.size() - 1].second);
     std::sort(sorted.begin(), sorted.end());
-    out.push_back({name, value, sorted[kResamples / 40], sorted[kResamples - 1 - kResamples / 40]});
+    out.back().low = sorted[resamples / 40], out.back().high = sorted[resamples - 1 - resamples / 40];
   }
   return out;
-}
-
-std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t C, uint64_t seed) {
-  const auto n = (int64_t)examples.size();
-  if (!n) throw Error("score: no labelled row");
-  if ((int64_t)outputs.size() != n * C)
-    throw Error("score: " + std::to_string(outputs.size()) + " outputs for " + std::to_string(n) + " rows");
-  for (size_t i = 0; i < outputs.size(); i++)
-    if (!std::isfinite(outputs[i])) throw Error("score: the output of row " + std::to_string((int64_t)i / C + 1) + " is not finite");
-  const bool numbers = task == Task::regress || task == Task::multilabel;
-  for (const Example& e : examples)
-    if (numbers ? (int64_t)e.targets.size() != C : e.label < 0 || e.label >= C)
-      throw Error("score: a row's label is not one of the model's " + std::to_string(C));
-  using Which = std::span<const int64_t>;
-  if (task == Task::regress) return with_intervals([&](Which which) { return regress_scores(outputs, examples, which); }, n, seed);
-  if (task == Task::multilabel) {
-    std::vector<uint8_t> said, is;
-    for (const float x : outputs) said.push_back(x > 0);  // probability above one half
-    for (const Example& e : examples)
-      for (const float t : e.targets) is.push_back(t > 0.5f);
-    return with_intervals([&](Which which) { return multilabel_scores(said, is, C, which); }, n, seed);
-  }
-  std::vector<int32_t> said, is;
-  for (int64_t i = 0; i < n; i++) {
-    const float* row = outputs.data() + i * C;
-    said.push_back((int32_t)(std::max_element(row, row + C) - row)), is.push_back(examples[(size_t)i].label);
-  }
-  return with_intervals([&](Which which) { return classify_scores(said, is, C, which); }, n, seed);
 }
 
 std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t C) {

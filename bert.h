@@ -130,6 +130,9 @@ std::vector<std::array<int64_t, 2>> code_point_offsets(const Encoding& encoding,
 const char* unicode_tables();              // what the Unicode tables were made from
 // The code point at s[i], U+FFFD for invalid bytes, and how many bytes it takes.
 char32_t code_point(std::string_view s, size_t i, size_t& bytes);
+char32_t lower_case(char32_t c);           // İ loses its dot: the only one whose lower case would be two
+bool is_white_space(char32_t c);           // Unicode's White_Space
+bool is_letter(char32_t c);                // a letter or digit of any script; no mark
 const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
 // ==== 2 config =================================================================================================== [bert.cpp]
@@ -472,25 +475,39 @@ class FinetuneSampler {
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
 
 // ==== 8 metrics ==================================================================================================
-struct Metric { std::string name; double value, low, high; };   // low, high: bootstrap 95 % interval from the seed
-// The task's official metrics, an item at a time: it keeps a few numbers of each.
+// low, high: bootstrap 95 % interval from the seed; both 0 where none is drawn (averages beside the main ones, single classes).
+struct Metric { std::string name; double value, low, high; };
+// The task's official metrics, an item at a time: it keeps a few numbers of each, no text.
 class Scorer {
  public:
-  Scorer(Task task, std::vector<std::string> labels);   // similarity: Task::embed
+  // similarity: Task::embed, whose items have one target each. Throws Error for a task that has no labelled items.
+  Scorer(Task task, std::vector<std::string> labels);
   void add(const Outcome& said, const Gold& is);   // throws Error when they do not fit each other or the task
-  int64_t size() const;                            // items
+  int64_t size() const { return items_; }
   // The main one first. qa: an item whose null_margin is above null_threshold counts as answered by "no answer".
   std::vector<Metric> metrics(uint64_t seed, std::optional<double> null_threshold = {}) const;
-  double best_null_threshold() const;              // qa: the one that F1 is largest with
+  // qa: the one that F1 is largest with; of several the smallest, which answers least. Always some item's margin: the last to be
+  // answered; where it is best to answer none, less than all of them.
+  double best_null_threshold() const;
   std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
+
  private:
+  using Which = std::span<const int64_t>;          // items, some of them perhaps several times: that is how the bootstrap draws
+  using Scores = std::vector<std::pair<std::string, double>>;
+  void add_tags(std::span<const int32_t> said, std::span<const int32_t> is, float* row);
+  Scores scores(Which which, std::optional<double> null_threshold, bool all) const;   // all: also those without interval
+  Scores class_scores(Which which, bool all) const;
+  Scores tag_scores(Which which, bool all) const;
+  Scores answer_scores(Which which, std::optional<double> null_threshold, bool all) const;
+  std::array<double, 2> answer_score(int64_t item, std::optional<double> null_threshold) const;   // exact, F1
+  const float* row(int64_t item) const { return rows_.data() + item * width_; }
   Task task_;
-  std::vector<std::string> labels_;
-  std::vector<float> rows_;                        // a few numbers of each item, by the task
+  std::vector<std::string> labels_, types_;        // types_: of the entities, or where tags name none the labels; none where too many
+  int64_t items_ = 0, width_ = 0;                  // width_: numbers of an item
+  bool entities_ = false, iob1_ = true, iob2_ = true;   // tag: there are entities; all right tags so far were legal in this scheme
+  std::vector<float> rows_;                        // [items, width], laid out as bert.cpp says
+  std::vector<double> margins_;                    // qa: each null_margin as it is, so that a threshold parts the same items again
 };
-// The task's official metrics of outputs [n,C] against the examples' labels, the main one first.
-std::vector<Metric> score_outputs(Task task, std::span<const float> outputs, std::span<const Example> examples, int64_t classes,
-                                  uint64_t seed);
 double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
 double pearson(std::span<const double> x, std::span<const double> y);
 double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
@@ -506,6 +523,10 @@ std::vector<Entity> find_entities(std::span<const std::string> tags);
 // is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
 struct AnswerScore { double exact = 0, f1 = 0; };
 AnswerScore score_answer(const std::string& said, std::span<const std::string> right);
+// How high each query's own candidate (that of its number) ranks among all by cosine; a candidate as near as it counts as nearer.
+//   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_k: share of those with rank <= k
+struct RankScores { double mrr, recall_1, recall_10; };
+RankScores rank_scores(const Tensor& queries, const Tensor& candidates);
 
 // ==== 9 model folders and Model ==================================================================================
 // Where every tensor of the file and of the model went. Nothing is silent.

@@ -2074,6 +2074,24 @@ void score_items(const Answers& how, std::span<const Item> items, std::span<cons
   }
 }
 
+// Texts with partners and no score: how near each one's partner is among the partners of all.
+Numbers partner_scores(const Answers& how, std::span<const Item> items) {
+  Tensor vectors[2];
+  for (size_t side = 0; side < 2; side++) {
+    std::vector<Example> examples(items.size());
+    parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        examples[i] = make_windows(how.tokenizer, Task::embed, items[i], how.max_length, 0)[side].example;
+    });
+    vectors[side] = embed_examples(how.bert, examples, how.pooling, how.batch_tokens);
+  }
+  const RankScores s = rank_scores(vectors[0], vectors[1]);
+  return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
+}
+bool only_partners(Task task, std::span<const Gold> golds) {
+  return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
+}
+
 // An item that the model got wrong, and how sure it was.
 struct Mistake {
   double size;
@@ -2302,6 +2320,10 @@ Named data_facts(const Finetuning& f) {
 Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "", std::string* report = nullptr) {
   Numbers list;
   if (set.items.empty()) return list;
+  if (only_partners(f.task, set.golds)) {
+    for (const auto& [name, value] : partner_scores(f.answers(bert), set.items)) list.emplace_back(name + ending, value);
+    return list;
+  }
   Scorer scorer(f.task, f.labels.names);
   std::vector<Mistake> worst;
   score_items(f.answers(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
@@ -2512,7 +2534,9 @@ Numbers label_scores(Answering& s) {
   Labels labels{s.folder.bert.task, {}, {}};
   labels.set(s.folder.config.labels);
   s.source.labels = true, s.source.task = labels.task;
+  const Answers how = {s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens};
   Scorer scorer(labels.task, labels.names);
+  std::vector<Item> partners;  // without a score: they are ranked when all are read
   Rows rows(s.source);
   std::vector<Row> chunk;
   while (read_chunk(rows, chunk, kItems)) {
@@ -2525,10 +2549,13 @@ Numbers label_scores(Answering& s) {
         if (labels.task == Task::tag) row.text.clear();
         items.push_back(std::move(static_cast<Item&>(row))), golds.push_back(std::move(gold));
       } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
-    score_items({s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens}, items, golds, scorer,
-                [](size_t, const Outcome&) {});
+    if (only_partners(labels.task, golds))
+      partners.insert(partners.end(), items.begin(), items.end());
+    else
+      score_items(how, items, golds, scorer, [](size_t, const Outcome&) {});
   }
   rows.report();
+  if (!partners.empty()) return partner_scores(how, partners);
   if (!scorer.size()) throw Error(join(s.source.files, ", ") + ": no labelled text; give a file with some");
   Numbers list;
   for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {

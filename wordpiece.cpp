@@ -972,6 +972,10 @@ static bool is_word_letter(char32_t c) {
     return c == 0x203F || c == 0x2040 || c == 0x2054 || c == 0xFE33 || c == 0xFE34 || (c >= 0xFE4D && c <= 0xFE4F) || c == 0xFF3F;
   return c < kSymbolRanges[0].first || c > row_of(kSymbolRanges, c, [](const Range& r) { return r.first; }).last;
 }
+char32_t lower_case(char32_t c) { return c == 0x130 ? 'i' : properties()[c] & kUpper ? lower(c) : c; }
+bool is_white_space(char32_t c) { return properties()[c] & kSpace; }
+bool is_letter(char32_t c) { return is_word_letter(c) && !(properties()[c] & (kMark | kPunctuation)); }
+
 // The code point that ends before s[i], and its bytes.
 static size_t decode_before(std::string_view s, size_t i, char32_t& c) {
   size_t begin = i - 1;

@@ -2,7 +2,10 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <iterator>
+#include <limits>
 #include <numeric>
+#include <sstream>
 #include <thread>
 #include <tuple>
 
@@ -1106,27 +1109,245 @@ TEST_CASE("metrics: by hand") {
   CHECK(pearson(x, y) == doctest::Approx(0.923380516876694));   // numpy.corrcoef
   CHECK(spearman(x, y) == doctest::Approx(0.948683298050514));  // scipy.stats.spearmanr
   CHECK(spearman(std::vector<double>{1, 1}, std::vector<double>{1, 2}) == 0);
-  std::vector<Example> examples(6);
-  std::vector<float> outputs;
-  for (size_t i = 0; i < 6; i++) examples[i].label = is[i], outputs.push_back(said[i] ? -1.f : 1.f), outputs.push_back(0);
-  const std::vector<Metric> m = score_outputs(Task::classify, outputs, examples, 2, 1);
+  Scorer two(Task::classify, {"no", "yes"});
+  for (size_t i = 0; i < 6; i++) two.add({.outputs = {said[i] ? -1.f : 1.f, 0}}, {.label = is[i]});
+  const std::vector<Metric> m = two.metrics(1);
   CHECK(m[0].name == "accuracy");
   CHECK(m[0].value == doctest::Approx(4 / 6.0));
   CHECK(m[0].low <= m[0].value);
   CHECK(m[0].high >= m[0].value);
   CHECK(m[1].name == "f1");
-  CHECK(m[1].value == doctest::Approx(4 / 6.0));                 // 2 * 2 / (3 + 3)
-  const std::vector<float> three = {1, 0, 0, 0, 1, 0, 1, 0, 0};  // said 0 1 0; the third class neither said nor true
-  std::vector<Example> two(3);
-  two[0].label = 0, two[1].label = 1, two[2].label = 1;
-  CHECK(score_outputs(Task::classify, three, two, 3, 1)[1].name == "f1_macro");
-  CHECK(score_outputs(Task::classify, three, two, 3, 1)[1].value == doctest::Approx(2 / 3.0));  // sklearn's: the classes that occur
-  outputs[3] = NAN;
-  CHECK_THROWS_WITH_AS(score_outputs(Task::classify, outputs, examples, 2, 1), doctest::Contains("not finite"), Error);
-  outputs[3] = 0, examples[2].label = kIgnored;
-  CHECK_THROWS_AS(score_outputs(Task::classify, outputs, examples, 2, 1), Error);
-  CHECK_THROWS_AS(score_outputs(Task::regress, outputs, examples, 2, 1), Error);
-  CHECK_THROWS_AS(score_outputs(Task::classify, {}, {}, 2, 1), Error);
+  CHECK(m[1].value == doctest::Approx(4 / 6.0));  // 2 * 2 / (3 + 3)
+  CHECK(two.confusion() == std::vector<int64_t>{2, 1, 1, 2});
+  Scorer three(Task::classify, {"a", "b", "c"});  // said 0 1 0; the third class neither said nor true
+  three.add({.outputs = {1, 0, 0}}, {.label = 0}), three.add({.outputs = {0, 1, 0}}, {.label = 1});
+  three.add({.outputs = {1, 0, 0}}, {.label = 1});
+  CHECK(three.metrics(1)[1].name == "f1_macro");
+  CHECK(three.metrics(1)[1].value == doctest::Approx(2 / 3.0));  // sklearn's: the classes that occur
+  Scorer choice(Task::choice, {});
+  choice.add({.outputs = {1, 2}}, {.label = 1}), choice.add({.outputs = {3, 2, 1}}, {.label = 2});
+  CHECK(choice.metrics(1).size() == 1);
+  CHECK(choice.metrics(1)[0].value == 0.5);
+}
+
+TEST_CASE("metrics: what does not fit is refused, and leaves the scorer as it was") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  Scorer two(Task::classify, {"no", "yes"}), number(Task::regress, {}), alike(Task::embed, {}), many(Task::multilabel, {"x", "y"}),
+      tags(Task::tag, {"O", "B-X"}), answers(Task::qa, {});
+  CHECK_THROWS_WITH_AS(two.add({.outputs = {0, nan}}, {.label = 0}), doctest::Contains("item 1: the model's output is not finite"), Error);
+  CHECK_THROWS_AS(two.add({.outputs = {0, 1}}, {}), Error);
+  CHECK_THROWS_AS(two.add({.outputs = {0, 1}}, {.label = 2}), Error);
+  CHECK_THROWS_AS(two.add({.outputs = {0, 1, 2}}, {.label = 2}), Error);
+  CHECK_THROWS_AS(number.add({.outputs = {0}}, {.label = 0}), Error);
+  CHECK_THROWS_AS(number.add({.outputs = {0}}, {.targets = {nan}}), Error);
+  CHECK_THROWS_AS(alike.add({.outputs = {0}}, {}), Error);  // a text and its partner: rank_scores
+  CHECK_THROWS_AS(many.add({.outputs = {0, 1}}, {.targets = {1}}), Error);
+  CHECK_THROWS_AS(tags.add({.tags = {0}}, {.tags = {0, 1}}), Error);
+  CHECK_THROWS_AS(tags.add({.tags = {2}}, {.tags = {0}}), Error);
+  CHECK_THROWS_AS(tags.add({.tags = {0}}, {.tags = {-1}}), Error);
+  CHECK_THROWS_AS(answers.add({.null_margin = nan}, {}), Error);
+  for (const Scorer* s : {&two, &number, &alike, &many, &tags, &answers}) {
+    CHECK(s->size() == 0);
+    CHECK_THROWS_WITH_AS(s->metrics(1), "score: no labelled row", Error);
+  }
+  CHECK_THROWS_AS(answers.best_null_threshold(), Error);
+  CHECK_THROWS_AS(number.confusion(), Error);
+  CHECK_THROWS_AS(Scorer(Task::mlm, {}), Error);
+  CHECK_THROWS_AS(rank_scores(Tensor(Shape{2, 3}, 1.f), Tensor(Shape{3, 3}, 1.f)), Error);
+}
+
+namespace {
+const std::string kMetrics = "tests/golden/metrics/";
+Json metrics_file(const std::string& name) { return Json::parse(read_file(kMetrics + name), name); }
+std::vector<Json> metrics_lines(const std::string& name) {
+  std::vector<Json> rows;
+  std::ifstream lines(kMetrics + name);
+  for (std::string line; std::getline(lines, line);) rows.push_back(Json::parse(line, name));
+  return rows;
+}
+std::vector<double> doubles(const Json& row, const char* key) {
+  std::vector<double> v;
+  for (const Json& x : row.find(key)->items(key)) v.push_back(x.as_double(key));
+  return v;
+}
+double value_of(const std::vector<Metric>& metrics, const std::string& name) {
+  for (const Metric& m : metrics)
+    if (m.name == name) return m.value;
+  return std::numeric_limits<double>::quiet_NaN();
+}
+// Every figure of the golden is there with its value, and there is no other.
+void check_metrics(const std::vector<Metric>& got, const Json& want) {
+  CHECK(got.size() == want.members().size());
+  for (const auto& [name, value] : want.members()) {
+    CAPTURE(name);
+    CHECK(std::fabs(value_of(got, name) - value.as_double("value")) < 1e-12);
+  }
+}
+std::vector<std::string> split(const std::string& line) {
+  std::istringstream in(line);
+  return {std::istream_iterator<std::string>(in), {}};
+}
+}  // namespace
+
+TEST_CASE("metrics: classes and labels as scikit-learn's") {
+  const Json cases = metrics_file("classes.json");
+  for (const Json& c : cases.items("classes.json")) {
+    const bool many = c.find("task")->as_string("task") == "multilabel";
+    const int64_t C = c.find("classes")->as_int("classes");
+    CAPTURE(many);
+    CAPTURE(C);
+    std::vector<std::string> labels;
+    for (int64_t i = 0; i < C; i++) labels.push_back("L" + std::to_string(i));
+    Scorer scorer(many ? Task::multilabel : Task::classify, labels);
+    const std::vector<Json> &said = c.find("said")->items("said"), &is = c.find("is")->items("is");
+    for (size_t i = 0; i < is.size(); i++) {
+      Outcome o{.outputs = std::vector<float>((size_t)C, -1)};
+      Gold g;
+      if (many)
+        for (size_t k = 0; k < (size_t)C; k++)
+          o.outputs[k] = said[i].items("said")[k].as_int("said") ? 1.f : -1.f, g.targets.push_back((float)is[i].items("is")[k].as_int("is"));
+      else
+        o.outputs[(size_t)said[i].as_int("said")] = 1, g.label = (int32_t)is[i].as_int("is");
+      scorer.add(o, g);
+    }
+    check_metrics(scorer.metrics(1), *c.find("metrics"));
+    if (!many) {
+      std::vector<int64_t> want;
+      for (const double x : doubles(c, "confusion")) want.push_back((int64_t)x);
+      CHECK(scorer.confusion() == want);
+    }
+  }
+}
+
+TEST_CASE("metrics: Pearson and Spearman as scipy's; cosine ranks") {
+  const Json cases = metrics_file("numbers.json");
+  for (const Json& c : cases.items("numbers.json")) {
+    const std::vector<double> said = doubles(c, "said"), is = doubles(c, "is");
+    Scorer regress(Task::regress, {}), alike(Task::embed, {});
+    for (size_t i = 0; i < is.size(); i++)
+      for (Scorer* s : {&regress, &alike}) s->add({.outputs = {(float)said[i]}}, {.targets = {(float)is[i]}});
+    const std::vector<Metric> r = regress.metrics(1), a = alike.metrics(1);
+    CHECK(r[0].name == "pearson");
+    CHECK(a[0].name == "spearman");
+    for (const char* name : {"pearson", "spearman"}) {
+      CHECK(std::fabs(value_of(r, name) - c.find(name)->as_double(name)) < 1e-12);
+      CHECK(value_of(a, name) == value_of(r, name));
+    }
+  }
+  const Json ranks = metrics_file("ranks.json");
+  std::vector<float> q, c;
+  for (const Json& row : ranks.find("queries")->items("queries"))
+    for (const Json& x : row.items("row")) q.push_back((float)x.as_double("x"));
+  for (const Json& row : ranks.find("candidates")->items("candidates"))
+    for (const Json& x : row.items("row")) c.push_back((float)x.as_double("x"));
+  const int64_t n = (int64_t)q.size() / 4;
+  const RankScores scores = rank_scores(Tensor(Shape{n, 4}, q), Tensor(Shape{n, 4}, c));
+  CHECK(std::fabs(scores.mrr - ranks.find("mrr")->as_double("mrr")) < 1e-12);
+  CHECK(scores.recall_1 == ranks.find("recall_1")->as_double("recall_1"));
+  CHECK(scores.recall_10 == ranks.find("recall_10")->as_double("recall_10"));
+}
+
+TEST_CASE("metrics: entities of 1,000 tag sequences as seqeval's") {
+  const std::vector<Json> rows = metrics_lines("tags.jsonl");
+  CHECK(rows.size() == 1000);
+  int64_t g = 0;
+  const Json groups = metrics_file("tags.json");
+  for (const Json& group : groups.items("tags.json")) {
+    CAPTURE(g);
+    std::vector<std::string> labels;
+    for (const Json& label : group.find("labels")->items("labels")) labels.push_back(label.as_string("label"));
+    Scorer scorer(Task::tag, labels);
+    auto numbers = [&](const std::vector<std::string>& tags) {
+      std::vector<int32_t> v;
+      for (const std::string& t : tags) v.push_back((int32_t)(std::find(labels.begin(), labels.end(), t) - labels.begin()));
+      return v;
+    };
+    for (const Json& row : rows) {
+      if (row.find("group")->as_int("group") != g) continue;
+      const std::vector<std::string> said = split(row.find("said")->as_string("said"));
+      CAPTURE(row.find("said")->as_string("said"));
+      std::vector<Entity> want;
+      for (const Json& e : row.find("found")->items("found"))
+        want.push_back({e.items("e")[0].as_string("type"), e.items("e")[1].as_int("begin"), e.items("e")[2].as_int("end")});
+      CHECK(find_entities(said) == want);
+      std::vector<int32_t> tags = numbers(said);
+      for (int32_t& t : tags) t = labels[(size_t)t] == "O" && g % 2 ? -1 : t;  // a word that the model says nothing of
+      scorer.add({.tags = tags}, {.tags = numbers(split(row.find("is")->as_string("is")))});
+    }
+    const std::vector<Metric> got = scorer.metrics(1);
+    CHECK(got[0].name == "entity_f1");
+    check_metrics(got, *group.find("metrics"));
+    g++;
+  }
+}
+
+TEST_CASE("metrics: tags without a scheme stand alone; parts of speech have no entities") {
+  CHECK(find_entities(std::vector<std::string>{"PER", "PER", "O", "I", "I", ""}) ==
+        std::vector<Entity>{{"PER", 0, 1}, {"PER", 1, 2}, {"_", 3, 5}});
+  Scorer bare(Task::tag, {"O", "LOC", "PER"});
+  bare.add({.tags = {2, 2, 0, 1}}, {.tags = {2, 1, 0, 1}});
+  CHECK(value_of(bare.metrics(1), "entity_f1") == doctest::Approx(2 / 3.0));
+  Scorer pos(Task::tag, {"NOUN", "VERB", "E"});
+  pos.add({.tags = {0, -1, 1}}, {.tags = {0, 0, 0}});
+  const std::vector<Metric> m = pos.metrics(1);
+  REQUIRE(m.size() == 4);
+  CHECK(m[0].name == "accuracy");
+  CHECK(m[0].value == doctest::Approx(1 / 3.0));
+  CHECK(value_of(m, "f1_NOUN") == doctest::Approx(0.5));  // 2 * 1 / (1 + 3)
+  CHECK(value_of(m, "f1_VERB") == 0);
+  CHECK(value_of(m, "f1_E") == 0);
+}
+
+TEST_CASE("metrics: answers as SQuAD's script scores them, to the last digit") {
+  Scorer scorer(Task::qa, {});
+  for (const Json& row : metrics_lines("answers.jsonl")) {
+    const std::string said = row.find("said")->as_string("said");
+    Gold gold;
+    for (const Json& a : row.find("answers")->items("answers")) gold.answers.push_back(a.as_string("answer"));
+    CAPTURE(said);
+    const AnswerScore score = score_answer(said, gold.answers);
+    CHECK(score.exact == row.find("exact")->as_double("exact"));
+    CHECK(score.f1 == row.find("f1")->as_double("f1"));
+    scorer.add({.answers = {{.text = said}}, .null_margin = row.find("margin")->as_double("margin")}, gold);
+  }
+  const Json want = metrics_file("answers.json");
+  const double threshold = scorer.best_null_threshold();
+  CHECK(threshold == want.find("threshold")->as_double("threshold"));
+  check_metrics(scorer.metrics(1), *want.find("as_they_are"));
+  const std::vector<Metric> best = scorer.metrics(1, threshold);
+  check_metrics(best, *want.find("at_threshold"));
+  CHECK(best[0].name == "exact");
+  CHECK(best[1].value == doctest::Approx(want.find("f1_at_best")->as_double("f1")).epsilon(1e-14));
+}
+
+TEST_CASE("metrics: the null threshold keeps equal margins together and answers none where that is best") {
+  auto ask = [](Scorer& s, const char* said, std::vector<std::string> right, double margin) {
+    s.add({.answers = {{.text = said}}, .null_margin = margin}, {.answers = std::move(right)});
+  };
+  Scorer none(Task::qa, {});
+  ask(none, "x", {}, -3), ask(none, "x", {"y"}, -5);
+  CHECK(none.best_null_threshold() == -6);
+  CHECK(none.metrics(1, -6)[1].value == 0.5);
+  Scorer equal(Task::qa, {});  // after the first alone F1 would be larger; the two cannot be parted
+  ask(equal, "y", {"y"}, 1), ask(equal, "x", {}, 1), ask(equal, "z", {"z"}, 2);
+  CHECK(equal.best_null_threshold() == 2);
+  CHECK(equal.metrics(1).size() == 6);
+  Scorer all(Task::qa, {});  // SQuAD 1.1: no part without an answer
+  ask(all, "y", {"y"}, 1);
+  CHECK(all.metrics(1).size() == 2);
+}
+
+TEST_CASE("metrics: 100,000 items take bounded time, and the interval is where the formula has it") {
+  Scorer scorer(Task::classify, {"a", "b"});
+  Random random({3, 0, 0, 0});
+  for (int i = 0; i < 100'000; i++) {
+    const bool right = random.uniform() < 0.8;
+    scorer.add({.outputs = {right ? 1.f : 0.f, right ? 0.f : 1.f}}, {.label = 0});
+  }
+  const Metric accuracy = scorer.metrics(1)[0];
+  const double half = 1.96 * std::sqrt(accuracy.value * (1 - accuracy.value) / 100'000);  // the normal one
+  CHECK(std::fabs(accuracy.value - accuracy.low - half) < 0.2 * half);
+  CHECK(std::fabs(accuracy.high - accuracy.value - half) < 0.2 * half);
 }
 
 TEST_CASE("golden: all-MiniLM-L6-v2, the 60 sentences: embeddings and hidden states") {
