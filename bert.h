@@ -132,7 +132,7 @@ const char* unicode_tables();              // what the Unicode tables were made 
 char32_t code_point(std::string_view s, size_t i, size_t& bytes);
 char32_t lower_case(char32_t c);           // İ loses its dot: the only one whose lower case would be two
 bool is_white_space(char32_t c);           // Unicode's White_Space
-bool is_letter(char32_t c);                // a letter or digit of any script; no mark
+bool is_letter(char32_t c);                // a letter, digit or number, as Python's isalnum but for rare signs; no mark
 const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
 // ==== 2 config =================================================================================================== [bert.cpp]

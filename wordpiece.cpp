@@ -974,7 +974,14 @@ static bool is_word_letter(char32_t c) {
 }
 char32_t lower_case(char32_t c) { return c == 0x130 ? 'i' : properties()[c] & kUpper ? lower(c) : c; }
 bool is_white_space(char32_t c) { return properties()[c] & kSpace; }
-bool is_letter(char32_t c) { return is_word_letter(c) && !(properties()[c] & (kMark | kPunctuation)); }
+bool is_letter(char32_t c) {
+  // Numbers that Rust's \w leaves out, of the sort that stands beside Latin letters: m², ½, ⅓, ①.
+  static constexpr Range numbers[] = {{0xB2, 0xB3},     {0xB9, 0xB9},     {0xBC, 0xBE},     {0x2070, 0x2079}, {0x2080, 0x2089},
+                                      {0x2150, 0x215F}, {0x2460, 0x249B}, {0x24EA, 0x24FF}, {0x2776, 0x2793}};
+  for (const Range& r : numbers)
+    if (c >= r.first && c <= r.last) return true;
+  return is_word_letter(c) && !(properties()[c] & (kMark | kPunctuation | kRemoved));
+}
 
 // The code point that ends before s[i], and its bytes.
 static size_t decode_before(std::string_view s, size_t i, char32_t& c) {

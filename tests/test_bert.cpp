@@ -1178,9 +1178,9 @@ double value_of(const std::vector<Metric>& metrics, const std::string& name) {
 // Every figure of the golden is there with its value, and there is no other.
 void check_metrics(const std::vector<Metric>& got, const Json& want) {
   CHECK(got.size() == want.members().size());
-  for (const auto& [name, value] : want.members()) {
-    CAPTURE(name);
-    CHECK(std::fabs(value_of(got, name) - value.as_double("value")) < 1e-12);
+  for (const auto& member : want.members()) {
+    CAPTURE(member.first);
+    CHECK(std::fabs(value_of(got, member.first) - member.second.as_double("value")) < 1e-12);
   }
 }
 std::vector<std::string> split(const std::string& line) {

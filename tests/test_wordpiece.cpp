@@ -1008,3 +1008,12 @@ TEST_CASE("vocabulary: what was trained on is never [UNK], and the ids are those
     }
   CHECK(unknown == 0);
 }
+
+TEST_CASE("code points: letters, white space and lower case as Python's") {
+  for (const char32_t c : U"aZ09é中あЖ½²⅓①ªſ𝒜") CHECK((c == 0 || bert::is_letter(c)));
+  for (const char32_t c : U"_-.'’–。°€™😀\u0301\u200d \u00a0\u3000") CHECK(!bert::is_letter(c));
+  for (const char32_t c : U" \t\n\u0085\u00a0\u2003\u3000") CHECK((c == 0 || bert::is_white_space(c)));
+  for (const char32_t c : U"a_\u200b\ufeff中") CHECK(!bert::is_white_space(c));
+  const std::u32string upper = U"AZaÀÉŁΣЯѢẞİ中Ⅷ", lower = U"azaàéłσяѣßi中ⅷ";
+  for (size_t i = 0; i < upper.size(); i++) CHECK(bert::lower_case(upper[i]) == lower[i]);
+}
