@@ -431,7 +431,7 @@ class Rows {
           "; each invalid part became U+FFFD");
   }
   int64_t count() const { return count_; }
-  bool from_terminal() const { return lines_ && lines_->name() == "standard input" && isatty(0); }
+  bool from_terminal() const { return lines_ && terminal_; }
 
  private:
   Source s_;
@@ -440,7 +440,8 @@ class Rows {
   size_t file_ = 0;
   Strings names_;                           // of the columns or keys that were picked from last
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
-  bool said_ = false;
+  std::string text_line_;                   // read last; its room is used again
+  bool said_ = false, terminal_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
 
@@ -454,6 +455,7 @@ class Rows {
       throw Error(path + ": format " + kFormats[format_] + " is not built yet; say --format if it is another");
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
+    terminal_ = path == "-" && isatty(0);
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext");
     said_ = false, names_.clear();
@@ -473,36 +475,35 @@ class Rows {
     if (!lines_->next(text)) return false;
     row.where = lines_->where();
     if (text.find('\0') != text.npos) throw BadLine("a NUL byte, so this is no text; give a text file in UTF-8");
-    std::string copy;
-    if (s_.keep_bytes) copy = text;
-    if (repair_utf8(s_.keep_bytes ? copy : text) && !repaired_++) first_repaired_ = row.where;
+    if (valid_utf8(text)) return true;
+    if (!repaired_++) first_repaired_ = row.where;
+    if (!s_.keep_bytes) repair_utf8(text);
     return true;
   }
   bool read(Row& row) {
     Strings parts;
-    std::string text;
     const bool table = format_ == kTsv || format_ == kCsv;
-    if (table ? !cells(parts, row) : !line(text, row)) return false;
+    if (table ? !cells(parts, row) : !line(text_line_, row)) return false;
     if (table)
       columns(parts, row);
     else if (format_ == kJsonl)
-      json(text, row);
+      json(text_line_, row);
     else if (format_ == kFasttext)
-      fasttext(text, row);
+      fasttext(text_line_, row);
     else if (format_ == kIds)
-      ids(split(text, '\t'), row);
+      ids(split(text_line_, '\t'), row);
     else
-      plain(std::move(text), row);
+      plain(text_line_, row);
     return true;
   }
 
-  void plain(std::string text, Row& row) const {
+  void plain(const std::string& text, Row& row) const {
     const size_t tab = s_.raw ? text.npos : text.find('\t');
     if (tab != text.npos) {
       if (text.find('\t', tab + 1) != text.npos) throw BadLine("more than two texts; a line is a text, or text TAB text");
-      row.pair = text.substr(tab + 1), text.resize(tab);
+      row.pair = text.substr(tab + 1);
     }
-    row.text = std::move(text);
+    row.text.assign(text, 0, tab);
   }
   void columns(const Strings& parts, Row& row) const {
     const int last = std::max({text_, pair_, label_});
@@ -654,9 +655,13 @@ class Rows {
 bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
   chunk.clear();
   size_t bytes = 0;
-  for (Row row; chunk.size() < most && bytes < (4u << 20) && rows.next(row);) {
+  while (chunk.size() < most && bytes < (4u << 20)) {
+    Row& row = chunk.emplace_back();
+    if (!rows.next(row)) {
+      chunk.pop_back();
+      break;
+    }
     bytes += row.text.size() + (row.pair ? row.pair->size() : 0) + row.ids.size() * 4;
-    chunk.push_back(std::move(row));
     if (rows.from_terminal()) break;
   }
   return !chunk.empty();
@@ -1475,21 +1480,23 @@ std::string TokenCounts::report(const WordPiece& t) const {
   return figures(out);
 }
 
+// Ids, or their pieces, joined by spaces.
+void append_tokens(const WordPiece& t, std::span<const int32_t> ids, Tokenization::To to, std::string& out) {
+  if (to == Tokenization::pieces) return t.append_pieces(ids, out);
+  const size_t before = out.size();
+  out.resize(before + ids.size() * 12);
+  char *const begin = out.data() + before, *at = begin;
+  for (const int32_t id : ids) at = std::to_chars(at, at + 11, id).ptr, *at++ = ' ';
+  out.resize(before + (size_t)(at - begin) - !ids.empty());
+}
+
 // The line of a text of which nothing but ids or pieces is wanted.
 void append_line(const WordPiece& t, const Row& row, const Tokenization& o, std::vector<int32_t>& ids, std::string& out) {
   ids.clear();
   try {
     t.append_ids(row.text, ids, o.encode);
   } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
-  char number[16];
-  for (const int32_t id : ids) {
-    if (o.to == Tokenization::pieces)
-      out += t.piece(id);
-    else
-      out.append(number, std::to_chars(number, number + sizeof number, id).ptr);
-    out += ' ';
-  }
-  if (!ids.empty()) out.pop_back();
+  append_tokens(t, ids, o.to, out);
   out += '\n';
 }
 
@@ -1507,11 +1514,10 @@ std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o,
   for (Encoding& e : windows) {
     if (o.stats) counts.add(t, e, row);
     if (o.chars) offsets_in_chars(e, row, o.words);
-    if (o.to == Tokenization::jsonl) out += encoding_json(t, e);
-    for (size_t i = 0; i < e.ids.size() && o.to != Tokenization::jsonl; i++) {
-      if (i) out += ' ';
-      o.to == Tokenization::ids ? out += to_string(e.ids[i]) : out += t.piece(e.ids[i]);
-    }
+    if (o.to == Tokenization::jsonl)
+      out += encoding_json(t, e);
+    else
+      append_tokens(t, e.ids, o.to, out);
     out += '\n';
   }
   return out;
@@ -1522,9 +1528,11 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
   TokenCounts total;
   Rows rows(source);
   std::vector<Row> chunk;
+  Strings lines;
   while (read_chunk(rows, chunk, 4096)) {
     constexpr int64_t kPiece = 32;
-    Strings lines(chunk.size() / kPiece + 1);
+    lines.resize(chunk.size() / kPiece + 1);
+    for (std::string& text : lines) text.clear();
     std::vector<TokenCounts> counts(lines.size());
     parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> ids;

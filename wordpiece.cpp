@@ -91,6 +91,8 @@ static size_t invalid_from(std::string_view s, size_t i) {
   return s.size();
 }
 
+bool valid_utf8(std::string_view text) { return invalid_from(text, 0) == text.size(); }
+
 int64_t repair_utf8(std::string& text) {
   size_t i = invalid_from(text, 0);
   if (i == text.size()) return 0;  // nearly always: nothing is copied
@@ -1337,6 +1339,17 @@ std::string WordPiece::decode(std::span<const int32_t> ids, bool skip_special, b
 int64_t WordPiece::size() const { return (int64_t)tables_->spans.size(); }
 const TokenizerSettings& WordPiece::settings() const { return tables_->normal.settings; }
 std::string_view WordPiece::piece(int32_t id) const { return id < 0 || id >= size() ? std::string_view() : tables_->piece((size_t)id); }
+void WordPiece::append_pieces(std::span<const int32_t> ids, std::string& out) const {
+  size_t at = out.size(), end = at;
+  for (const int32_t id : ids) end += piece(id).size() + 1;
+  out.resize(end + 16);  // 16 bytes are copied at a time, and the next piece writes over what is too much
+  for (const int32_t id : ids) {
+    const std::string_view p = piece(id);
+    for (size_t i = 0; i < p.size(); i += 16) std::memcpy(&out[at + i], p.data() + i, 16);
+    at += p.size(), out[at++] = ' ';
+  }
+  out.resize(ids.empty() ? at : at - 1);
+}
 bool WordPiece::continuation(int32_t id) const { return id >= 0 && id < size() && (tables_->facts[(size_t)id] & Tables::kContinues); }
 int32_t WordPiece::id(std::string_view piece) const {
   const int32_t id = tables_->find(piece);
