@@ -1366,10 +1366,19 @@ struct Tokenization {
                                 .stride = a.take_int("stride", 0, 0, INT32_MAX)};
   const bool windows = a.given("stride"), stats = a.take_switch("stats");
 
-  void check() const {
+  const bool decode = a.take_switch("decode"), skip_special = decode && a.take_switch("skip-special");
+  const bool cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
+
+  void check(Format format) const {
+    const std::string length = "--max-length " + to_string(encode.max_length), stride = "--stride " + to_string(encode.stride);
     if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     if (encode.add_special && encode.max_length && encode.max_length < 3)
-      a.fail("--max-length " + to_string(encode.max_length) + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+      a.fail(length + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+    // As the reference, which leaves room for [CLS] and [SEP] even where they are not added.
+    if (const int64_t most = encode.max_length - (encode.add_special ? 3 : 2); encode.stride > std::max<int64_t>(most, 0))
+      a.fail(stride + ": not smaller than the windows of " + length + (most > 0 ? "; at most " + to_string(most) : "; give a larger one"));
+    for (const char* name : {"to", "stats", "offsets", "split-words", "max-length", "stride"}) a.exclude("decode", name);
+    if (decode ? format && format != kIds : format == kIds) a.fail("--decode takes --format ids, and nothing else does");
   }
 };
 
@@ -1556,10 +1565,11 @@ void decode_rows(const WordPiece& t, Source source, bool skip_special, bool clea
   source.format = kIds;
   Rows rows(source);
   for (Row row; rows.next(row);) {
-    for (const int32_t id : row.ids)
-      if (id >= t.size())
-        throw Error(row.where + ": token id " + to_string(id) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
-    out.line(t.decode(row.ids, skip_special, cleanup));
+    const int32_t largest = *std::max_element(row.ids.begin(), row.ids.end());
+    if (largest < t.size())
+      out.line(t.decode(row.ids, skip_special, cleanup));
+    else
+      rows.bad(row.where, "token id " + to_string(largest) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
   }
   rows.report();
 }
@@ -1569,14 +1579,12 @@ void cmd_tokenize(Args& a) {
   Source source = take_source(a);
   Results out(a);
   const Tokenization o{a};
-  o.check();
+  o.check(source.format);
   source.word_lists = o.words, source.keep_bytes = true;
-  const bool decode = a.take_switch("decode");
-  const bool skip_special = decode && a.take_switch("skip-special"), cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
   a.done();
   const WordPiece t = tokenizer_of(o);
-  if (decode) {
-    decode_rows(t, source, skip_special, cleanup, out);
+  if (o.decode) {
+    decode_rows(t, source, o.skip_special, o.cleanup, out);
   } else {
     const TokenCounts c = tokenize_rows(t, source, o, o.stats ? nullptr : &out);
     if (o.stats) out.write(c.report(t));
