@@ -81,6 +81,8 @@ class WordPiece {
   // The same of many texts, on `threads` threads; the answer is one thread's. ends: where in ids each text's end.
   void append_ids(std::span<const std::string_view> texts, std::vector<int32_t>& ids, std::vector<int64_t>& ends, int threads,
                   const EncodeOptions& options = EncodeOptions::bare()) const;
+  // Appends the pieces as they stand in the vocabulary, joined by spaces.
+  void append_pieces(std::span<const int32_t> ids, std::string& out) const;
   std::string decode(std::span<const int32_t> ids, bool skip_special = false, bool cleanup = true) const;
 
   int64_t size() const;                    // pieces: the vocabulary's largest id + 1
@@ -125,6 +127,7 @@ class VocabTrainer {
 std::string tokenizer_config_json(const TokenizerSettings& settings, int64_t max_length);
 // Invalid UTF-8 becomes U+FFFD, one for each maximal invalid part (Unicode's recommended practice); returns how many.
 int64_t repair_utf8(std::string& text);
+bool valid_utf8(std::string_view text);    // nothing to repair
 // The encoding's offsets counted in code points of the texts it was made of, instead of bytes.
 std::vector<std::array<int64_t, 2>> code_point_offsets(const Encoding& encoding, std::string_view text, std::string_view pair = {});
 const char* unicode_tables();              // what the Unicode tables were made from

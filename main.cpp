@@ -392,7 +392,7 @@ struct Row : Item {
   bool listed = false;                 // the answer was a list, else it is one text in answers[0]
   Strings answers;                     // none: no label; tags: one a word
   std::vector<int64_t> starts;         // of answers in a context, bytes
-  std::string id;                      // of a question
+  std::string id, wrong;               // of a question; what is wrong with it
   std::vector<int32_t> ids, segments;  // format ids
   bool document = false;               // a document of its own (tsv, csv, jsonl)
   int64_t number = 0;                  // of the text, from 1 over all files
@@ -438,7 +438,7 @@ class Rows {
   }
   int64_t count() const { return count_; }
   bool tokens_come_in_lines() const { return format_ == kConll; }
-  bool from_terminal() const { return lines_ && lines_->name() == "standard input" && isatty(0); }
+  bool from_terminal() const { return lines_ && terminal_; }
 
  private:
   Source s_;
@@ -450,7 +450,8 @@ class Rows {
   std::vector<int> others_;                 // of choices, or of what is and what is not alike
   size_t columns_ = 0;                      // conll: of the file's first line
   std::vector<Row> questions_;              // squad: the file's, last one first
-  bool said_ = false;
+  std::string text_line_;                   // read last; its room is used again
+  bool said_ = false, terminal_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
 
@@ -466,6 +467,7 @@ class Rows {
                   "; say --format if it is another");
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
+    terminal_ = path == "-" && isatty(0);
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" +
                   (task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : ""));
@@ -487,28 +489,27 @@ class Rows {
     if (!lines_->next(text)) return false;
     row.where = lines_->where();
     if (text.find('\0') != text.npos) throw BadLine("a NUL byte, so this is no text; give a text file in UTF-8");
-    std::string copy;
-    if (s_.keep_bytes) copy = text;
-    if (repair_utf8(s_.keep_bytes ? copy : text) && !repaired_++) first_repaired_ = row.where;
+    if (valid_utf8(text)) return true;
+    if (!repaired_++) first_repaired_ = row.where;
+    if (!s_.keep_bytes) repair_utf8(text);
     return true;
   }
   bool read(Row& row) {
     Strings parts;
-    std::string text;
     if (format_ == kConll) return sentence(row);
     if (format_ == kSquad) return question(row);
     const bool table = format_ == kTsv || format_ == kCsv;
-    if (table ? !cells(parts, row) : !line(text, row)) return false;
+    if (table ? !cells(parts, row) : !line(text_line_, row)) return false;
     if (table)
       columns(parts, row);
     else if (format_ == kJsonl)
-      json(text, row);
+      json(text_line_, row);
     else if (format_ == kFasttext)
-      fasttext(text, row);
+      fasttext(text_line_, row);
     else if (format_ == kIds)
-      ids(split(text, '\t'), row);
+      ids(split(text_line_, '\t'), row);
     else
-      plain(std::move(text), row);
+      plain(text_line_, row);
     return true;
   }
 
@@ -586,8 +587,10 @@ class Rows {
           repair_utf8(*row.pair), repair_utf8(row.text);
           const Json *answers = qa.find("answers"), *impossible = qa.find("is_impossible");
           if (s_.labels && !answers) throw Error(row.where + ": no 'answers'");
-          if (!s_.labels || (impossible && impossible->as_bool(row.where))) row.listed = true;
-          else try { add_answers(row, *answers); } catch (const BadLine& e) { row.answers = {std::string("\n") + e.what()}; }
+          row.listed = true;
+          if (s_.labels && !(impossible && impossible->as_bool(row.where))) try {
+              add_answers(row, *answers);
+            } catch (const BadLine& e) { row.wrong = e.what(); }
         }
     if (questions_.empty()) throw Error(path + ": no question in this file");
     std::reverse(questions_.begin(), questions_.end());
@@ -597,17 +600,17 @@ class Rows {
     const int64_t number = row.number;
     row = std::move(questions_.back()), row.number = number;
     questions_.pop_back();
-    if (!row.answers.empty() && row.answers[0][0] == '\n') throw BadLine(row.answers[0].substr(1));
+    if (!row.wrong.empty()) throw BadLine(row.wrong);
     return true;
   }
 
-  void plain(std::string text, Row& row) const {
+  void plain(const std::string& text, Row& row) const {
     const size_t tab = s_.raw ? text.npos : text.find('\t');
     if (tab != text.npos) {
       if (text.find('\t', tab + 1) != text.npos) throw BadLine("more than two texts; a line is a text, or text TAB text");
-      row.pair = text.substr(tab + 1), text.resize(tab);
+      row.pair = text.substr(tab + 1);
     }
-    row.text = std::move(text);
+    row.text.assign(text, 0, tab);
   }
   void columns(const Strings& parts, Row& row) const {
     int last = std::max({text_, pair_, label_});
@@ -777,9 +780,13 @@ class Rows {
 bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
   chunk.clear();
   size_t bytes = 0;
-  for (Row row; chunk.size() < most && bytes < (4u << 20) && rows.next(row);) {
+  while (chunk.size() < most && bytes < (4u << 20)) {
+    Row& row = chunk.emplace_back();
+    if (!rows.next(row)) {
+      chunk.pop_back();
+      break;
+    }
     bytes += row.text.size() + (row.pair ? row.pair->size() : 0) + row.ids.size() * 4;
-    chunk.push_back(std::move(row));
     if (rows.from_terminal()) break;
   }
   return !chunk.empty();
@@ -1485,10 +1492,19 @@ struct Tokenization {
                                 .stride = a.take_int("stride", 0, 0, INT32_MAX)};
   const bool windows = a.given("stride"), stats = a.take_switch("stats");
 
-  void check() const {
+  const bool decode = a.take_switch("decode"), skip_special = decode && a.take_switch("skip-special");
+  const bool cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
+
+  void check(Format format) const {
+    const std::string length = "--max-length " + to_string(encode.max_length), stride = "--stride " + to_string(encode.stride);
     if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     if (encode.add_special && encode.max_length && encode.max_length < 3)
-      a.fail("--max-length " + to_string(encode.max_length) + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+      a.fail(length + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+    // As the reference, which leaves room for [CLS] and [SEP] even where they are not added.
+    if (const int64_t most = encode.max_length - (encode.add_special ? 3 : 2); encode.stride > std::max<int64_t>(most, 0))
+      a.fail(stride + ": not smaller than the windows of " + length + (most > 0 ? "; at most " + to_string(most) : "; give a larger one"));
+    for (const char* name : {"to", "stats", "offsets", "split-words", "max-length", "stride"}) a.exclude("decode", name);
+    if (decode ? format && format != kIds : format == kIds) a.fail("--decode takes --format ids, and nothing else does");
   }
 };
 
@@ -1599,21 +1615,23 @@ std::string TokenCounts::report(const WordPiece& t) const {
   return figures(out);
 }
 
+// Ids, or their pieces, joined by spaces.
+void append_tokens(const WordPiece& t, std::span<const int32_t> ids, Tokenization::To to, std::string& out) {
+  if (to == Tokenization::pieces) return t.append_pieces(ids, out);
+  const size_t before = out.size();
+  out.resize(before + ids.size() * 12);
+  char *const begin = out.data() + before, *at = begin;
+  for (const int32_t id : ids) at = std::to_chars(at, at + 11, id).ptr, *at++ = ' ';
+  out.resize(before + (size_t)(at - begin) - !ids.empty());
+}
+
 // The line of a text of which nothing but ids or pieces is wanted.
 void append_line(const WordPiece& t, const Row& row, const Tokenization& o, std::vector<int32_t>& ids, std::string& out) {
   ids.clear();
   try {
     t.append_ids(row.text, ids, o.encode);
   } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
-  char number[16];
-  for (const int32_t id : ids) {
-    if (o.to == Tokenization::pieces)
-      out += t.piece(id);
-    else
-      out.append(number, std::to_chars(number, number + sizeof number, id).ptr);
-    out += ' ';
-  }
-  if (!ids.empty()) out.pop_back();
+  append_tokens(t, ids, o.to, out);
   out += '\n';
 }
 
@@ -1631,11 +1649,10 @@ std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o,
   for (Encoding& e : windows) {
     if (o.stats) counts.add(t, e, row);
     if (o.chars) offsets_in_chars(e, row, o.words);
-    if (o.to == Tokenization::jsonl) out += encoding_json(t, e);
-    for (size_t i = 0; i < e.ids.size() && o.to != Tokenization::jsonl; i++) {
-      if (i) out += ' ';
-      o.to == Tokenization::ids ? out += to_string(e.ids[i]) : out += t.piece(e.ids[i]);
-    }
+    if (o.to == Tokenization::jsonl)
+      out += encoding_json(t, e);
+    else
+      append_tokens(t, e.ids, o.to, out);
     out += '\n';
   }
   return out;
@@ -1646,9 +1663,11 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
   TokenCounts total;
   Rows rows(source);
   std::vector<Row> chunk;
+  Strings lines;
   while (read_chunk(rows, chunk, 4096)) {
     constexpr int64_t kPiece = 32;
-    Strings lines(chunk.size() / kPiece + 1);
+    lines.resize(chunk.size() / kPiece + 1);
+    for (std::string& text : lines) text.clear();
     std::vector<TokenCounts> counts(lines.size());
     parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> ids;
@@ -1672,10 +1691,11 @@ void decode_rows(const WordPiece& t, Source source, bool skip_special, bool clea
   source.format = kIds;
   Rows rows(source);
   for (Row row; rows.next(row);) {
-    for (const int32_t id : row.ids)
-      if (id >= t.size())
-        throw Error(row.where + ": token id " + to_string(id) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
-    out.line(t.decode(row.ids, skip_special, cleanup));
+    const int32_t largest = *std::max_element(row.ids.begin(), row.ids.end());
+    if (largest < t.size())
+      out.line(t.decode(row.ids, skip_special, cleanup));
+    else
+      rows.bad(row.where, "token id " + to_string(largest) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
   }
   rows.report();
 }
@@ -1685,14 +1705,12 @@ void cmd_tokenize(Args& a) {
   Source source = take_source(a);
   Results out(a);
   const Tokenization o{a};
-  o.check();
+  o.check(source.format);
   source.word_lists = o.words, source.keep_bytes = true;
-  const bool decode = a.take_switch("decode");
-  const bool skip_special = decode && a.take_switch("skip-special"), cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
   a.done();
   const WordPiece t = tokenizer_of(o);
-  if (decode) {
-    decode_rows(t, source, skip_special, cleanup, out);
+  if (o.decode) {
+    decode_rows(t, source, o.skip_special, o.cleanup, out);
   } else {
     const TokenCounts c = tokenize_rows(t, source, o, o.stats ? nullptr : &out);
     if (o.stats) out.write(c.report(t));

@@ -91,6 +91,8 @@ static size_t invalid_from(std::string_view s, size_t i) {
   return s.size();
 }
 
+bool valid_utf8(std::string_view text) { return invalid_from(text, 0) == text.size(); }
+
 int64_t repair_utf8(std::string& text) {
   size_t i = invalid_from(text, 0);
   if (i == text.size()) return 0;  // nearly always: nothing is copied
@@ -706,7 +708,7 @@ BERT_INLINE static size_t plain_word(const Normalizer& normal, std::string_view 
     n = letters_of(x, fold);
     if (at - i <= word.room) std::memcpy(word.text + (at - i), &x, 8);
   }
-  if (at < s.size()) {
+  if (at < s.size() && s[at] != ' ') {  // the space first: nearly always
     char32_t c;
     decode_utf8(s, at, c);
     if (normal.bits[c] != kSpace && !normal.alone(normal.bits[c])) return i;
@@ -769,7 +771,7 @@ class Lexicon {
     }
     return cell.id;
   }
-  int32_t find(const char* s, size_t n, bool inner) const { return cells_[place(key_of(s, n, inner), s, n)].id; }
+  BERT_INLINE int32_t find(const char* s, size_t n, bool inner) const { return cells_[place(key_of(s, n, inner), s, n)].id; }
 
   // The longest key that s[0 .. n) begins with: its id and length; kNone where there is none.
   int32_t longest(const char* s, size_t n, bool inner, size_t& length) const {
@@ -805,6 +807,15 @@ class Lexicon {
   // Of keys that begin with four such bytes: bit n - 4 says that there is one of n, bit 31 one of 35 or more.
   std::vector<uint32_t> lengths_ = std::vector<uint32_t>(1 << 14);
 
+  // What is left of 16 bytes when the first n are wanted: [n] for the first eight, [16 + n] for the others.
+  static constexpr std::array<uint64_t, 32> kMasks = [] {
+    std::array<uint64_t, 32> masks = {};
+    for (size_t n = 0; n < 16; n++) {
+      masks[n] = n < 8 ? ((uint64_t)1 << 8 * n) - 1 : ~(uint64_t)0;
+      masks[16 + n] = n < 8 ? 0 : ((uint64_t)1 << 8 * (n - 8)) - 1;
+    }
+    return masks;
+  }();
   static uint64_t load(const char* s, size_t n) {
     uint64_t x;
     std::memcpy(&x, s, 8);
@@ -818,8 +829,11 @@ class Lexicon {
   static uint32_t length_bit(size_t n) { return (uint32_t)1 << std::min<size_t>(n - 4, 31); }
   BERT_INLINE static Key key_of(const char* s, size_t n, bool inner) {
     const uint64_t kind = inner ? kInner : 0;
-    if (n <= 8) return {load(s, n), kind | (uint64_t)n << 56};
-    if (n <= kInline) return {load(s, 8), kind | (uint64_t)n << 56 | load(s + 8, n - 8)};
+    if (n <= kInline) {  // both halves for any n: short and long words follow one another without rule, and a branch would be guessed wrong
+      uint64_t low, high;
+      std::memcpy(&low, s, 8), std::memcpy(&high, s + 8, 8);
+      return {low & kMasks[n], (high & kMasks[n + 16]) | kind | (uint64_t)n << 56};
+    }
     uint64_t hash = n;
     for (size_t i = 0; i < n; i += 8) hash = (hash ^ load(s + i, n - i)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 32;
     return {hash, kind | kLong};
@@ -1200,7 +1214,7 @@ void WordPiece::append_ids(std::string_view text, std::vector<int32_t>& ids, con
   const size_t begin = ids.size();
   t.walk(
       text, options.parse_special,
-      [&](const Word& word) {
+      [&](const Word& word) __attribute__((flatten)) {  // every word comes here: the calls would cost a third of its time
         const size_t before = ids.size();
         if (!t.spell(word, [&](int32_t id, size_t, size_t) { ids.push_back(id); })) ids.resize(before), ids.push_back(t.unknown(word));
       },
@@ -1348,6 +1362,19 @@ std::string WordPiece::decode(std::span<const int32_t> ids, bool skip_special, b
 int64_t WordPiece::size() const { return (int64_t)tables_->spans.size(); }
 const TokenizerSettings& WordPiece::settings() const { return tables_->normal.settings; }
 std::string_view WordPiece::piece(int32_t id) const { return id < 0 || id >= size() ? std::string_view() : tables_->piece((size_t)id); }
+void WordPiece::append_pieces(std::span<const int32_t> ids, std::string& out) const {
+  const Tables& t = *tables_;
+  const auto piece_of = [&](int32_t id) { return (size_t)id < t.spans.size() ? t.piece((size_t)id) : std::string_view(); };
+  size_t at = out.size(), end = at;
+  for (const int32_t id : ids) end += piece_of(id).size() + 1;
+  out.resize(end + 16);  // 16 bytes are copied at a time, and the next piece writes over what is too much
+  for (const int32_t id : ids) {
+    const std::string_view p = piece_of(id);
+    for (size_t i = 0; i < p.size(); i += 16) std::memcpy(&out[at + i], p.data() + i, 16);
+    at += p.size(), out[at++] = ' ';
+  }
+  out.resize(ids.empty() ? at : at - 1);
+}
 bool WordPiece::continuation(int32_t id) const { return id >= 0 && id < size() && (tables_->facts[(size_t)id] & Tables::kContinues); }
 int32_t WordPiece::id(std::string_view piece) const {
   const int32_t id = tables_->find(piece);

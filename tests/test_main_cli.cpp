@@ -128,6 +128,13 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"tokenize --vocab v --max-length many", "a whole number from 1"},
       {"tokenize --vocab v --max-length -3", "a whole number from 1"},
       {"tokenize --vocab v --max-length 2", "at least 3"},
+      {"tokenize --vocab v --max-length 3 --stride 5", "--stride 5: not smaller than the windows of --max-length 3"},
+      {"tokenize --vocab v --max-length 6 --stride 4", "at most 3"},
+      {"tokenize --vocab v --max-length 3 --stride 2 --no-special", "at most 1"},
+      {"tokenize --vocab v --stride 4", "--stride needs --max-length"},
+      {"tokenize --vocab v --format ids", "--decode takes --format ids"},
+      {"tokenize --vocab v --format tsv --decode", "--decode takes --format ids"},
+      {"tokenize --vocab v --decode --stats", "exclude each other"},
       {"tokenize --vocab v --to piece", "did you mean pieces?"},
       {"tokenize --vocab v word", "belongs to no option"},
       {"tokenize --vocab v --format tvs", "did you mean tsv?"},
@@ -227,8 +234,8 @@ TEST_CASE("readers: jsonl, fasttext, ids") {
   CHECK(has(t.text("\"a\"\n{\"text\":\"a\"\n", "in.jsonl").err, "in.jsonl:2: column 12"));
   CHECK(has(t.text("{\"foo\":\"a\"}\n", "in.jsonl").err, "no text"));
   CHECK(t.text("__label__x __label__y hello\npos world\n", "in.ft", "--format fasttext").out == "hello\nworld\n");
-  CHECK(has(t.text("5 6\t0\n", "in.ids", "--format ids").err, "2 ids but 1 segment ids"));
-  CHECK(has(t.text("5 six\n", "in.ids", "--format ids").err, "'six' is no token id"));
+  CHECK(has(t.text("5 6\t0\n", "in.ids", "--format ids --decode").err, "2 ids but 1 segment ids"));
+  CHECK(has(t.text("5 six\n", "in.ids", "--format ids --decode").err, "'six' is no token id"));
 }
 
 TEST_CASE("readers: missing, empty, unreadable, binary input is one clear line; invalid UTF-8 is repaired and counted") {
@@ -287,6 +294,9 @@ TEST_CASE("tokenize: ids, jsonl, offsets in characters, windows, decoding, count
   CHECK(t.text("2 8 9 11 3\n", "in.ids", "--decode").out == "[CLS] hello worlds [SEP]\n");
   CHECK(t.text("2 8 9 11 3\n", "in.ids", "--decode --skip-special").out == "hello worlds\n");
   CHECK(has(t.text("99\n", "in.ids", "--decode").err, "token id 99"));
+  const Ran decoded = t.text("8\n5 99\n9\n", "in.ids", "--decode --skip-bad");
+  CHECK(decoded.out == "hello\nworld\n");
+  CHECK(has(decoded.err, "in.ids:2: token id 99, but the vocabulary has ids 0 to 17; skipped"));
   CHECK(t.text("Hello\n", "in.txt", "--cased").out == "[UNK]\n");
   CHECK(t.text("a b\nc\n", "in.txt", "--stats").out.starts_with("texts\t2\nwords\t3\ntokens\t3\n"));
   const std::string stats = t.text("a b \u0436\u0436\n", "in.txt", "--stats").out;  // a Cyrillic word, and no piece for its letter
