@@ -121,8 +121,9 @@ static bool replace(std::string& name, const std::string& from, const std::strin
   if (at != name.npos) name.replace(at, from.size(), to);
   return at != name.npos;
 }
-static std::string name_in_file(const Family& f, std::string name) {
-  for (const auto& [ours, theirs] : f.names) replace(name, ours, theirs);
+static std::string name_in_file(const Family& f, const HeadKind& head, std::string name) {
+  for (const auto& [ours, theirs] : f.names)
+    if (!head.tokens || !name.starts_with("classifier.")) replace(name, ours, theirs);  // of tokens it is a plain layer everywhere
   return name.starts_with("bert.") ? f.prefix + name.substr(5) : name;
 }
 static std::string canonical(const Family& f, std::string name) {
@@ -207,8 +208,6 @@ static void refuse_variants(const Json& json, const std::string& where) {
     refuse("position_embedding_type", "'" + v->as_string(where) + "' is not built; only absolute positions are");
   if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
     refuse("is_decoder", "a decoder is not built");
-  if (const Json* v = json.find("tie_word_embeddings"); v && v->is(Json::boolean) && !v->as_bool(where))
-    refuse("tie_word_embeddings", "false is not built; the decoder of masked words is the word embeddings");
 }
 
 static const Family& find_family(const std::string& model_type, const std::string& where) {
@@ -280,6 +279,9 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
     const bool own = find_architecture(c.architecture);  // ElectraForPreTraining is no BertForPreTraining
     if (!own && c.architecture.starts_with(f.classes)) c.architecture = "Bert" + c.architecture.substr(std::strlen(f.classes));
   }
+  const HeadKind* head = find_architecture(c.architecture);
+  if (const Json* v = given("tie_word_embeddings"); v && !v->as_bool(where + ": tie_word_embeddings") && head && head->masked_words)
+    throw Error(where + ": tie_word_embeddings: false is not built; the decoder of masked words is the word embeddings");
   if (const Json* v = given("problem_type")) c.problem_type = v->as_string(where + ": problem_type");
   if (const Json* v = given("id2label")) {
     c.labels = parse_labels(*v, where);
@@ -514,6 +516,7 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
   Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                        // [N,H]
   Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                           // [N,H]
   Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
+  qkv = mix = out = {};  // without a tape nobody wants them any more: their room is free for the next
   Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                                      // [N,F]
   Tensor down = linear(up, p.down.weight, p.down.bias);                                                             // [N,H]
   return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);           // [N,H]
@@ -550,7 +553,8 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
 // The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
 Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
   Dropout none;
-  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, config.hidden_act);  // [M,H]
+  const Activation act = family(config).pooler == Activation::gelu ? Activation::gelu : config.hidden_act;  // ELECTRA's heads know no other
+  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, act);  // [M,E]
   x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, (float)config.layer_norm_eps, none);
   return linear(x, decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
 }
@@ -1808,6 +1812,8 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   const std::string& where = files[0].where();
   if (!f.is_bert() && head_kind(task).next_sentence)
     throw Error(where + ": a model of type " + f.model_type + " has no head for next sentences; pretrain with --no-nsp");
+  if (f.model_type == std::string_view("electra") && task == Task::choice)
+    throw Error(where + ": ElectraForMultipleChoice is not built: its sequence_summary may be of several kinds; take a BERT or DistilBERT");
   std::set<std::string> wanted;
   visit_parameters(model,
                    [&](const std::string& name, Tensor&, const Shape&, int64_t, int64_t) { wanted.insert(canonical(families[0], name)); });
@@ -1831,11 +1837,11 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     if (found == there.end()) {
       if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
       if (!plan.draw_heads || !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
-        return missing.push_back(name_in_file(f, name));
+        return missing.push_back(name_in_file(f, head_kind(task), name));
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
       draw({name, t, first, rows}, model.config.initializer_range, plan.seed, number);
-      return report.newly_initialised.push_back(name_in_file(f, name));
+      return report.newly_initialised.push_back(name_in_file(f, head_kind(task), name));
     }
     const auto& [file, entry] = found->second;
     const std::vector<int64_t> want = whole.rank() == 1 ? std::vector{rows} : std::vector{rows, whole[1]};
@@ -1904,23 +1910,6 @@ std::map<std::string, std::string> tokenizer_files(const std::string& path, cons
   return files;
 }
 
-std::string folder_prompt(const std::string& folder, const std::string& name) {
-  const std::string path = folder + "/config_sentence_transformers.json";
-  if (!exists(path) && name.empty()) return "";
-  if (!exists(path)) throw Error(path + ": missing, so the model has no prompts");
-  const Json json = Json::parse(read_file(path), path);
-  const Json *prompts = json.find("prompts"), *standard = json.find("default_prompt_name");
-  const bool has_standard = standard && !standard->is(Json::null);
-  if (name.empty() && !has_standard) return "";
-  const std::string wanted = name.empty() ? standard->as_string(path + ": default_prompt_name") : name;
-  const Json* found = prompts ? prompts->find(wanted) : nullptr;
-  if (found) return found->as_string(path + ": prompts");
-  std::vector<std::string> names;
-  if (prompts)
-    for (const auto& member : prompts->members()) names.push_back(member.first);
-  throw Error(path + ": no prompt '" + wanted + "'; there " + (names.empty() ? "is none" : "are " + list_names(names)));
-}
-
 // The modules of a sentence-transformers folder: the last word of the type, and the place.
 struct Module {
   std::string type, folder;
@@ -1940,6 +1929,37 @@ static std::vector<Module> read_modules(const std::string& folder) {
       throw Error(path + ": the transformer is in " + place + "; give that folder, or save the model again with sentence-transformers");
   }
   return all;
+}
+
+// A prompt's tokens count in the pooling like others.
+static void need_prompts_pooled(const std::string& folder) {
+  for (const Module& m : read_modules(folder))
+    if (const std::string path = folder + "/" + m.folder + "/config.json"; m.type == "Pooling") {
+      const Json config = Json::parse(read_file(path), path);
+      if (const Json* v = config.find("include_prompt"); v && !v->as_bool(path + ": include_prompt"))
+        throw Error(path + ": include_prompt: false is not built; the model can embed texts without a prompt");
+    }
+}
+
+std::string folder_prompt(const std::string& folder, const std::string& name) {
+  const std::string path = folder + "/config_sentence_transformers.json";
+  if (!exists(path) && name.empty()) return "";
+  if (!exists(path)) throw Error(path + ": missing, so the model has no prompts");
+  const Json json = Json::parse(read_file(path), path);
+  const Json *prompts = json.find("prompts"), *standard = json.find("default_prompt_name");
+  const bool has_standard = standard && !standard->is(Json::null);
+  if (name.empty() && !has_standard) return "";
+  const std::string wanted = name.empty() ? standard->as_string(path + ": default_prompt_name") : name;
+  const Json* found = prompts ? prompts->find(wanted) : nullptr;
+  if (found) {
+    const std::string& prompt = found->as_string(path + ": prompts");
+    if (!prompt.empty()) need_prompts_pooled(folder);
+    return prompt;
+  }
+  std::vector<std::string> names;
+  if (prompts)
+    for (const auto& member : prompts->members()) names.push_back(member.first);
+  throw Error(path + ": no prompt '" + wanted + "'; there " + (names.empty() ? "is none" : "are " + list_names(names)));
 }
 
 // The names that sentence-transformers has for the ways of pooling, in the order in which its old flags are joined.
@@ -1985,10 +2005,14 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
   const std::string path = folder + "/config.json";
   const Json config = Json::parse(read_file(path), path);
   const Json *name = config.find("activation_function"), *residual = config.find("use_residual");
-  const std::string text = name ? name->as_string(path + ": activation_function") : "Tanh", act = text.substr(text.rfind('.') + 1);
+  const std::string text = name ? name->as_string(path + ": activation_function") : "torch.nn.Tanh", act = text.substr(text.rfind('.') + 1);
   const auto* found = std::find_if(std::begin(known), std::end(known), [&](const auto& a) { return act == a.first; });
-  if (found == std::end(known)) throw Error(path + ": activation_function: '" + text + "' is not built; Tanh, Identity, ReLU and GELU are");
+  if (found == std::end(known) || !text.starts_with("torch.nn."))
+    throw Error(path + ": activation_function: '" + text + "' is not built; torch.nn's Tanh, Identity, ReLU and GELU are");
   if (residual && residual->as_bool(path + ": use_residual")) throw Error(path + ": use_residual: true is not built");
+  for (const char* key : {"module_input_name", "module_output_name"})
+    if (const Json* v = config.find(key); v && !v->is(Json::null) && v->as_string(path + ": " + key) != "sentence_embedding")
+      throw Error(path + ": " + key + ": '" + v->as_string(path) + "' is not built; sentence_embedding is");
   Pooling::Layer layer{{}, found->second};
   for (const SafeTensors& file : open_checkpoint(folder))
     for (const SafeTensors::Entry& e : file.entries()) {
@@ -2049,17 +2073,23 @@ std::string Pooling::name() const {
   return text;
 }
 
-// sentence_bert_config.json's max_seq_length, else the tokenizer's limit, else the positions there are; never more than those.
-static int64_t read_max_length(const std::string& folder, const ModelFolder& m) {
-  int64_t length = m.config.max_position_embeddings;
-  if (m.tokenizer.model_max_length > 0) length = std::min(length, m.tokenizer.model_max_length);
+// What sentence_bert_config.json says of the text: that it is lower-cased (as Hugging Face's Lowercase does it: accents stay, whatever the
+// tokenizer itself does then), and how long it may be. Its max_seq_length, else the tokenizer's limit, else the positions there are; never
+// more than those.
+static void read_sentence_config(const std::string& folder, ModelFolder& m) {
+  m.max_length = m.config.max_position_embeddings;
+  if (m.tokenizer.model_max_length > 0) m.max_length = std::min(m.max_length, m.tokenizer.model_max_length);
   std::string path = folder + "/sentence_bert_config.json";
   if (!exists(path)) path = folder + "/sentence_distilbert_config.json";
-  if (!exists(path)) return length;
+  if (!exists(path)) return;
   const Json json = Json::parse(read_file(path), path);
-  const Json* v = json.find("max_seq_length");
-  return v && !v->is(Json::null) ? std::min(m.config.max_position_embeddings, std::max<int64_t>(1, v->as_int(path + ": max_seq_length")))
-                                 : length;
+  const Json *length = json.find("max_seq_length"), *lower = json.find("do_lower_case");
+  if (length && !length->is(Json::null))
+    m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
+  TokenizerSettings settings = m.tokenizer.settings();
+  if (!lower || lower->is(Json::null) || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
+  settings.lowercase = true, settings.strip_accents = settings.strip_accents.value_or(false);
+  m.tokenizer = m.tokenizer.with_settings(settings);
 }
 
 // Everything of a folder but the weights, whose files are opened: where config.json says too little, they tell the rest.
@@ -2076,7 +2106,7 @@ static ModelFolder read_folder(const std::string& folder, const std::vector<Safe
       if (!module.folder.empty()) names.push_back(module.folder + "/" + file);
   for (const std::string& name : names)
     if (exists(folder + "/" + name)) m.carried[name] = read_file(folder + "/" + name);
-  m.max_length = read_max_length(folder, m);
+  read_sentence_config(folder, m);
   m.prompt = folder_prompt(folder, "");
   return m;
 }
@@ -2122,7 +2152,7 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
   const char* torch_dtype = dtype == "F16" ? "float16" : dtype == "BF16" ? "bfloat16" : "float32";
   write_file(folder + "/config.json", bert.config.to_json(torch_dtype));
   std::vector<NamedTensor> tensors;
-  for (const Parameter& p : bert.parameters()) tensors.push_back({name_in_file(family(bert.config), p.name), p.shape(), p.data()});
+  for (const Parameter& p : bert.parameters()) tensors.push_back({name_in_file(family(bert.config), head_kind(bert.task), p.name), p.shape(), p.data()});
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
 

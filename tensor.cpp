@@ -954,8 +954,9 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
   int64_t k = 0;
   if (a_step == 1)
     // Four steps at a time, with no more instructions than needed: a busy hyper-thread takes half of the core's decoders. The next R
-    // rows are fetched meanwhile, three cache lines each time: coming from memory they would cost a tenth of the time.
-    for (const float* ahead = a + R * a_row; k + 4 <= depth; k += 4) {
+    // rows are fetched meanwhile, three cache lines each time: coming from memory they would cost a tenth of the time. (Of few columns the
+    // rows themselves, a little ahead: narrow_part.)
+    for (const float* ahead = N == 1 ? a + 128 : a + R * a_row; k + 4 <= depth; k += 4) {
       if constexpr (R > 4) {
         const float* const line = ahead + (k & 12) / 4 * 3 * a_row + (k & ~(int64_t)15);
         UNROLL for (int i = 0; i < 3; i++) __builtin_prefetch(line + i * a_row);
@@ -1272,6 +1273,17 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   }
   finish(p, i0, i1, j0, j1);
 }
+
+// The same where b is one packed panel, as of one query against all that is searched: a comes from memory and is read once. Each row of a
+// tile walks through rows of its own, from end to end: so many streams, which the processor fetches ahead by itself.
+void narrow_part(const Product& p, int64_t i0, int64_t i1, int64_t, int64_t) {
+  const int64_t rows = i1 - i0, strips = (rows + p.table.mr - 1) / p.table.mr;
+  for (int64_t s = 0; s < strips; s++)
+    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth)
+      p.table.tile(std::min(kDepth, p.k - k0), p.a + (i0 + s) * p.lda + k0, strips * p.lda, 1, p.panels + k0 * p.table.nr,
+                   p.c + (i0 + s) * p.ldc, strips * p.ldc, (int)((rows - s + strips - 1) / strips), (int)p.n, p.how.add || k0);
+  finish(p, i0, i1, 0, p.n);
+}
 }  // namespace
 
 #ifndef BERT_NO_BLAS
@@ -1359,12 +1371,13 @@ static void run(const Product& p, Backend backend) {
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows
   // to be worth it; where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20;
-  const int64_t rows = even_piece(p.m, blas ? 512 : p.panels ? 120 : large ? 640 : 240, p.table.mr);
+  const bool narrow = !blas && p.panels && p.k && p.n <= p.table.nr;
+  const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? 120 : large ? 640 : 240, p.table.mr);
   const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : p.panels ? 768 : 192, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
-    (blas ? blas_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
+    (blas ? blas_part : narrow ? narrow_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
   };
   [[maybe_unused]] std::optional<OneBlasThread> one;
   if (blas) {

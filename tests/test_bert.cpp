@@ -6,6 +6,7 @@
 #include <limits>
 #include <numeric>
 #include <sstream>
+#include <set>
 #include <thread>
 #include <tuple>
 
@@ -244,7 +245,8 @@ TEST_CASE("config: what is missing, absurd or not BERT is refused by name") {
         Bad{"\"hidden_act\": \"gelu\"", "\"hidden_act\": \"swish\"", "swish"}, Bad{"\"hidden_act\": \"gelu\",", "", "hidden_act"},
         Bad{"\"layer_norm_eps\": 1e-12", "\"layer_norm_eps\": -1", "layer_norm_eps"},
         Bad{"\"model_type\": \"bert\"", "\"model_type\": \"roberta\"", "roberta"}, Bad{"\"absolute\"", "\"relative_key\"", "relative_key"},
-        Bad{"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "tie_word_embeddings"},
+        Bad{"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false, \"architectures\": [\"BertForMaskedLM\"]",
+            "tie_word_embeddings"},
         Bad{"\"num_hidden_layers\": 2", "\"num_hidden_layers\": 100000", "num_hidden_layers"},
         Bad{"\"vocab_size\": 1000", "\"vocab_size\": 1000, \"id2label\": [\"no\", \"yes\"]", "id2label"},
         Bad{"\"vocab_size\": 1000", "\"vocab_size\": 1000, \"num_labels\": 0", "num_labels"}}) {
@@ -259,6 +261,7 @@ TEST_CASE("config: what is missing, absurd or not BERT is refused by name") {
     }
   }
   CHECK_THROWS_AS(Config::named("huge", 10), Error);
+  CHECK(Config::parse(with("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false"), "c").hidden_size == 128);  // no decoder
   CHECK(c.labels.empty());
   CHECK(Config::parse(with("\"vocab_size\": 1000", "\"vocab_size\": 1000, \"num_labels\": 3"), "c").labels ==
         std::vector<std::string>{"LABEL_0", "LABEL_1", "LABEL_2"});
@@ -909,6 +912,50 @@ TEST_CASE("golden: DistilBERT and ELECTRA, layer by layer, their heads, saved an
                        Error);
 }
 
+TEST_CASE("golden: the other heads of DistilBERT and ELECTRA, saved and loaded again under the same names") {
+  const Batch batch = read_rows(kGolden + "variant-heads/rows.json", Task::mlm);
+  auto names = [](const std::string& folder) {
+    std::set<std::string> all;
+    const SafeTensors file = SafeTensors::open(folder + "/model.safetensors");
+    for (const SafeTensors::Entry& e : file.entries()) all.insert(e.name);
+    return all;
+  };
+  for (const auto& [name, task] : {std::pair{"DistilBertForTokenClassification", Task::tag},
+                                   {"DistilBertForQuestionAnswering", Task::qa},
+                                   {"DistilBertForMultipleChoice", Task::choice},
+                                   {"ElectraForMaskedLM", Task::mlm},
+                                   {"ElectraForSequenceClassification", Task::classify},
+                                   {"ElectraForTokenClassification", Task::tag},
+                                   {"ElectraForQuestionAnswering", Task::qa}}) {
+    CAPTURE(name);
+    const std::string folder = kGolden + "variant-heads/" + name;
+    testing::TemporaryFolder saved;
+    const ModelFolder plain = load_folder(folder, false);
+    save_folder(saved.path, plain.bert, plain.carried);
+    CHECK(names(saved.path) == names(folder));
+    for (const std::string& path : {folder, saved.path}) {
+      const ModelFolder m = load_folder(path);
+      REQUIRE(m.bert.task == task);
+      CHECK((m.report.ignored.empty() && m.report.newly_initialised.empty()));
+      const Tensor hidden = m.bert.forward(batch);
+      std::vector<int64_t> every((size_t)batch.tokens());
+      std::iota(every.begin(), every.end(), 0);
+      Dropout none;
+      const Tensor logits = task == Task::mlm          ? m.bert.masked_logits(hidden, every)
+                            : head_kind(task).tokens ? m.bert.token_logits(hidden, none)
+                                                     : m.bert.row_logits(hidden, batch, none);
+      CHECK(difference(SafeTensors::open(folder + "/golden.safetensors"), "logits", logits.data(), logits.size()) < 4 * 7.75e-7);
+    }
+  }
+  testing::TemporaryFolder folder;
+  const std::string path = folder / "m";
+  copy_folder(kGolden + "variant-heads/ElectraForSequenceClassification", path, [](std::string text) {
+    const size_t at = text.find("ForSequenceClassification");
+    return at == text.npos ? text : text.replace(at, 25, "ForMultipleChoice");
+  });
+  CHECK_THROWS_WITH_AS(load_folder(path), doctest::Contains("ElectraForMultipleChoice is not built"), Error);
+}
+
 TEST_CASE("folders: what config.json does not say, the tensors tell; strangers are refused by name") {
   struct Silent {
     const char *folder, *key;
@@ -1025,6 +1072,33 @@ TEST_CASE("folders: sentence-transformers' recipes: every way of pooling, side b
   recipe("{\"pooling_mode\":\"mean\"}", "");
   write_file(path + "/config_sentence_transformers.json", "{\"prompts\":{\"query\":\"the old \"},\"default_prompt_name\":\"query\"}");
   CHECK(Model::load(path).embed("dog") == Model::load(kGolden + "tiny-pretrain").embed("the old dog"));
+  recipe("{\"pooling_mode\":\"mean\",\"include_prompt\":false}", "");
+  CHECK_THROWS_WITH_AS(load_folder(path), doctest::Contains("1_Pooling/config.json: include_prompt"), Error);
+  write_file(path + "/config_sentence_transformers.json", "{\"prompts\":{\"query\":\"the old \",\"document\":\"\"}}");
+  CHECK(Model::load(path).embed("dog") == Model::load(kGolden + "tiny-pretrain").embed("dog"));
+  CHECK(folder_prompt(path, "document") == "");
+  CHECK_THROWS_WITH_AS(folder_prompt(path, "query"), doctest::Contains("include_prompt"), Error);
+  recipe("{\"pooling_mode\":\"mean\"}", dense);
+  for (const char* odd : {"\"use_residual\":true", "\"activation_function\":\"my.GELU\"", "\"module_input_name\":\"token_embeddings\""}) {
+    write_file(path + "/2_Dense/config.json", "{" + std::string(odd) + "}");
+    CHECK_THROWS_WITH_AS(load_folder(path), doctest::Contains("is not built"), Error);
+  }
+}
+
+TEST_CASE("folders: do_lower_case of a sentence-transformers folder lower-cases the text, accents stay") {
+  testing::TemporaryFolder folder;
+  const std::string path = folder / "m";
+  copy_folder(kGolden + "tiny-pretrain", path, [](const std::string& text) { return text; });
+  write_file(path + "/tokenizer_config.json", "{\"do_lower_case\": false}");
+  const WordPiece uncased = load_folder(kGolden + "tiny-pretrain").tokenizer, cased = load_folder(path).tokenizer;
+  REQUIRE(!cased.settings().lowercase);
+  CHECK(cased.encode("The DOG").ids != uncased.encode("the dog").ids);
+  write_file(path + "/sentence_bert_config.json", "{\"max_seq_length\": 20, \"do_lower_case\": true}");
+  const ModelFolder m = load_folder(path);
+  CHECK(m.max_length == 20);
+  CHECK(m.tokenizer.encode("The DOG").ids == uncased.encode("the dog").ids);
+  CHECK(m.tokenizer.encode("D\xC3\x93G").ids == cased.encode("d\xC3\xB3g").ids);
+  CHECK(m.tokenizer.encode("D\xC3\x93G").ids != uncased.encode("d\xC3\xB3g").ids);
 }
 
 TEST_CASE("folders: saved in f16 and bf16, and what bf16 held comes back without a difference") {
