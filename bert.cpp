@@ -1673,22 +1673,22 @@ Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold,
 
 // Percentile bootstrap (Efron 1979): the items drawn anew with replacement, 1,000 times; of more than 20,000 items fewer times, so that
 // no more than 20 million are drawn, but 100 times at least: the interval of so many is narrow, and its ends need no fine percentiles.
-std::vector<Metric> Scorer::metrics(uint64_t seed, std::optional<double> null_threshold) const {
+std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<double> null_threshold) const {
   if (!items_) throw Error("score: no labelled row");
-  const auto resamples = (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000);
+  const auto resamples = seed ? (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000) : 0;
   std::vector<int64_t> every((size_t)items_);
   std::iota(every.begin(), every.end(), 0);
   std::vector<Scores> drawn(resamples);
   parallel_for((int64_t)resamples, [&](int64_t s) {
-    Random random({seed, (uint32_t)s, 0, kSplitStream});
+    Random random({*seed, (uint32_t)s, 0, kSplitStream});
     std::vector<int64_t> which((size_t)items_);
     for (int64_t& i : which) i = random.below(items_);
     drawn[(size_t)s] = scores(which, null_threshold, false);
   });
   std::vector<Metric> out;
-  for (const auto& [name, value] : scores(every, null_threshold, true)) {
+  for (const auto& [name, value] : scores(every, null_threshold, seed.has_value())) {
     out.push_back({name, value, 0, 0});
-    if (out.size() > drawn[0].size()) continue;
+    if (!seed || out.size() > drawn[0].size()) continue;
     std::vector<double> sorted;
     for (const Scores& s : drawn) sorted.push_back(s[out.size() - 1].second);
     std::sort(sorted.begin(), sorted.end());

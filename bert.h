@@ -487,8 +487,9 @@ class Scorer {
   Scorer(Task task, std::vector<std::string> labels);
   void add(const Outcome& said, const Gold& is);   // throws Error when they do not fit each other or the task
   int64_t size() const { return items_; }
-  // The main one first. qa: an item whose null_margin is above null_threshold counts as answered by "no answer".
-  std::vector<Metric> metrics(uint64_t seed, std::optional<double> null_threshold = {}) const;
+  // The main one first. qa: an item whose null_margin is above null_threshold counts as answered by "no answer". Without a seed the main
+  // figures alone, without intervals: for a look in between.
+  std::vector<Metric> metrics(std::optional<uint64_t> seed, std::optional<double> null_threshold = {}) const;
   // qa: the one that F1 is largest with; of several the smallest, which answers least. Always some item's margin: the last to be
   // answered; where it is best to answer none, less than all of them.
   double best_null_threshold() const;

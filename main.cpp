@@ -2352,7 +2352,7 @@ Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set
   });
   auto threshold = bert.config.null_threshold;
   if (!threshold && f.tunes_null()) threshold = scorer.best_null_threshold();
-  for (const Metric& m : scorer.metrics(f.settings.seed, threshold)) list.emplace_back(m.name + ending, m.value);
+  for (const Metric& m : scorer.metrics({}, threshold)) list.emplace_back(m.name + ending, m.value);
   if (f.task == Task::classify) warn_of_one_class(scorer.confusion(), f.labels.names);
   if (!report) return list;
   std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
