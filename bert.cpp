@@ -2463,8 +2463,8 @@ static std::vector<float> mean_outputs(std::span<const Window> windows, std::spa
   return means;
 }
 
-std::vector<Outcome> answer_items(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
-                                  std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
+std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
+                                    std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
   const Task task = bert.task;
   const HeadKind& head = head_kind(task);
   std::vector<Example> examples;
@@ -2499,6 +2499,45 @@ std::vector<Outcome> answer_items(const Bert& bert, const Pooling& pooling, std:
     at += own.size(), row += rows;
   }
   return out;
+}
+
+// The items' windows, cut in parallel.
+static std::vector<std::vector<Window>> windows_of(const Asked& how, std::span<const Item> items) {
+  std::vector<std::vector<Window>> windows(items.size());
+  parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
+    for (size_t i = (size_t)begin; i < (size_t)end; i++)
+      windows[i] = make_windows(how.tokenizer, how.bert.task, items[i], how.max_length, how.stride);
+  });
+  return windows;
+}
+
+std::vector<Outcome> answer_items(const Asked& how, std::span<const Item> items) {
+  return answer_windows(how.bert, how.pooling, items, windows_of(how, items), how.batch_tokens);
+}
+
+void score_items(const Asked& how, std::span<const Item> items, std::span<const Gold> golds, Scorer& scorer,
+                 const std::function<void(size_t, const Outcome&)>& each) {
+  constexpr size_t kAtOnce = 2048;  // so that memory does not grow with the number of items
+  for (size_t at = 0; at < items.size(); at += kAtOnce) {
+    const std::vector<Outcome> said = answer_items(how, items.subspan(at, std::min(kAtOnce, items.size() - at)));
+    for (size_t i = 0; i < said.size(); i++) {
+      scorer.add(said[i], golds[at + i]);
+      if (each) each(at + i, said[i]);
+    }
+  }
+}
+
+RankScores rank_partners(const Asked& how, std::span<const Item> items) {
+  Tensor vectors[2];
+  for (size_t side = 0; side < 2; side++) {
+    std::vector<Example> examples(items.size());
+    parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
+      for (size_t i = (size_t)begin; i < (size_t)end; i++)
+        examples[i] = make_windows(how.tokenizer, Task::embed, items[i], how.max_length, 0).at(side).example;
+    });
+    vectors[side] = embed_examples(how.bert, examples, how.pooling, how.batch_tokens);
+  }
+  return rank_scores(vectors[0], vectors[1]);
 }
 
 // ==== Model =======================================================================================================
@@ -2619,8 +2658,7 @@ std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) cons
 // What the model says of one item, however long.
 Outcome Model::ask(const Item& item) const {
   const ModelFolder& f = *folder_;
-  const std::vector<Window> windows = make_windows(f.tokenizer, f.bert.task, item, f.max_length, kStride);
-  return answer_items(f.bert, f.pooling, {&item, 1}, {&windows, 1}, 8192)[0];
+  return answer_items({f.bert, f.tokenizer, f.pooling, f.max_length, kStride, 8192}, {&item, 1})[0];
 }
 void Model::need(Task task, const char* what) const {
   if (folder_->bert.task != task)

@@ -597,8 +597,21 @@ std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Ex
 
 // Each item's windows put to the model and merged: of a class the mean of the outputs, of a word the tag of the window that sees most around
 // it, of a question the best answers of all windows, of two texts the cosine.
-std::vector<Outcome> answer_items(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
-                                  std::span<const std::vector<Window>> windows, int64_t batch_tokens);
+std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
+                                    std::span<const std::vector<Window>> windows, int64_t batch_tokens);
+// Who is asked, and how: a model in training as well as one of a folder.
+struct Asked {
+  const Bert& bert;
+  const WordPiece& tokenizer;
+  const Pooling& pooling;
+  int64_t max_length, stride, batch_tokens;
+};
+std::vector<Outcome> answer_items(const Asked& how, std::span<const Item> items);
+// Adds what the model says of the items to the scorer, a few thousand at a time; each(number, outcome) sees it too.
+void score_items(const Asked& how, std::span<const Item> items, std::span<const Gold> golds, Scorer& scorer,
+                 const std::function<void(size_t, const Outcome&)>& each = {});
+// Of texts and their partners: how near each one's partner is among the partners of all.
+RankScores rank_partners(const Asked& how, std::span<const Item> items);
 
 // A named part of a text, with the mean of its words' probabilities.
 struct TextEntity {

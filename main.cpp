@@ -2063,49 +2063,9 @@ void check_partners(LabelledSet& set, PairLoss loss) {
   }
 }
 
-// The items' windows, cut in parallel.
-std::vector<std::vector<Window>> windows_of(const WordPiece& t, Task task, std::span<const Item> items, int64_t max_length, int64_t stride) {
-  std::vector<std::vector<Window>> windows(items.size());
-  parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) windows[i] = make_windows(t, task, items[i], max_length, stride);
-  });
-  return windows;
-}
-
-// How a model that is being trained, or one of a folder, answers.
-struct Answers {
-  const Bert& bert;
-  const WordPiece& tokenizer;
-  const Pooling& pooling;
-  int64_t max_length, stride, batch_tokens;
-};
 constexpr size_t kItems = 2048;  // answered at once
 
-// Adds what the model says of the items to the scorer, and shows it to each(item number, outcome).
-template <class Each>
-void score_items(const Answers& how, std::span<const Item> items, std::span<const Gold> golds, Scorer& scorer, Each each) {
-  for (size_t at = 0; at < items.size(); at += kItems) {
-    const auto some = items.subspan(at, std::min(kItems, items.size() - at));
-    const auto windows = windows_of(how.tokenizer, how.bert.task, some, how.max_length, how.stride);
-    const std::vector<Outcome> said = answer_items(how.bert, how.pooling, some, windows, how.batch_tokens);
-    for (size_t i = 0; i < some.size(); i++) scorer.add(said[i], golds[at + i]), each(at + i, said[i]);
-  }
-}
-
-// Texts with partners and no score: how near each one's partner is among the partners of all.
-Numbers partner_scores(const Answers& how, std::span<const Item> items) {
-  Tensor vectors[2];
-  for (size_t side = 0; side < 2; side++) {
-    std::vector<Example> examples(items.size());
-    parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        examples[i] = make_windows(how.tokenizer, Task::embed, items[i], how.max_length, 0)[side].example;
-    });
-    vectors[side] = embed_examples(how.bert, examples, how.pooling, how.batch_tokens);
-  }
-  const RankScores s = rank_scores(vectors[0], vectors[1]);
-  return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
-}
+// Texts with partners and no score.
 bool only_partners(Task task, std::span<const Gold> golds) {
   return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
 }
@@ -2152,6 +2112,11 @@ std::optional<Mistake> mistake(Task task, const Labels& labels, const Item& item
   return Mistake{(double)(p[(size_t)said] - p[(size_t)gold.label]), text, name(gold.label), name(said)};
 }
 
+Numbers partner_scores(const Asked& how, std::span<const Item> items) {
+  const RankScores s = rank_partners(how, items);
+  return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
+}
+
 // A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
 struct Finetuning {
   Args& a;
@@ -2183,7 +2148,7 @@ struct Finetuning {
     return task == Task::qa && !null_threshold && std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
   }
   ModelFolder start() const;
-  Answers answers(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, max_length, stride, 8192}; }
+  Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, max_length, stride, 8192}; }
   int64_t epoch_steps() const { return ((int64_t)examples.size() + batch * settings.accumulate - 1) / (batch * settings.accumulate); }
 };
 
@@ -2233,14 +2198,17 @@ void Finetuning::split(uint64_t seed) {
     }
     train = std::move(rest);
   }
-  for (size_t at = 0; at < train.items.size(); at += kItems) {
-    const auto items = std::span<const Item>(train.items).subspan(at, std::min(kItems, train.items.size() - at));
-    auto windows = windows_of(tokenizer, task, items, max_length, stride);
-    for (size_t i = 0; i < items.size(); i++) {
-      cut += task != Task::tag && task != Task::qa && windows[i].size() > 1 && windows[i][1].part == windows[i][0].part;
-      for (Example& e : make_examples(task, std::move(windows[i]), train.golds[at + i])) examples.push_back(std::move(e));
+  std::vector<std::vector<Example>> made(train.items.size());
+  std::vector<uint8_t> is_cut(made.size());
+  parallel_ranges((int64_t)made.size(), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      std::vector<Window> windows = make_windows(tokenizer, task, train.items[i], max_length, stride);
+      is_cut[i] = task != Task::tag && task != Task::qa && windows.size() > 1 && windows[1].part == windows[0].part;
+      made[i] = make_examples(task, std::move(windows), train.golds[i]);
     }
-  }
+  });
+  cut = std::count(is_cut.begin(), is_cut.end(), 1);
+  for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(examples));
   if (!balanced) return;
   std::vector<double> counts(labels.names.size(), 0);  // a class weighs n / (C its own number), as scikit-learn's "balanced"
   double all = 0;
@@ -2339,12 +2307,12 @@ Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set
   Numbers list;
   if (set.items.empty()) return list;
   if (only_partners(f.task, set.golds)) {
-    for (const auto& [name, value] : partner_scores(f.answers(bert), set.items)) list.emplace_back(name + ending, value);
+    for (const auto& [name, value] : partner_scores(f.asked(bert), set.items)) list.emplace_back(name + ending, value);
     return list;
   }
   Scorer scorer(f.task, f.labels.names);
   std::vector<Mistake> worst;
-  score_items(f.answers(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
+  score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
     if (auto m = report ? mistake(f.task, f.labels, set.items[i], set.golds[i], o) : std::nullopt) worst.push_back(std::move(*m));
     if (worst.size() < 4 * kMistakes) return;
     std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
@@ -2397,7 +2365,7 @@ bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& 
 void store_null_threshold(const Finetuning& f, const ModelFolder& start) {
   ModelFolder saved = load_folder(f.run.output, false);
   Scorer scorer(f.task, {});
-  score_items(f.answers(saved.bert), f.dev.items, f.dev.golds, scorer, [](size_t, const Outcome&) {});
+  score_items(f.asked(saved.bert), f.dev.items, f.dev.golds, scorer);
   saved.bert.config.null_threshold = scorer.best_null_threshold();
   save_folder(f.run.output, saved.bert, start.carried);
 }
@@ -2552,7 +2520,7 @@ Numbers label_scores(Answering& s) {
   Labels labels{s.folder.bert.task, {}, {}};
   labels.set(s.folder.config.labels);
   s.source.labels = true, s.source.task = labels.task;
-  const Answers how = {s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens};
+  const Asked how = {s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens};
   Scorer scorer(labels.task, labels.names);
   std::vector<Item> partners;  // without a score: they are ranked when all are read
   Rows rows(s.source);
@@ -2570,7 +2538,7 @@ Numbers label_scores(Answering& s) {
     if (only_partners(labels.task, golds))
       partners.insert(partners.end(), items.begin(), items.end());
     else
-      score_items(how, items, golds, scorer, [](size_t, const Outcome&) {});
+      score_items(how, items, golds, scorer);
   }
   rows.report();
   if (!partners.empty()) return partner_scores(how, partners);
@@ -2702,6 +2670,13 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   return windows;
 }
 
+// The raw outputs of every token, window after window.
+std::string token_logits(const Bert& bert, const std::vector<Window>& windows, int64_t batch_tokens) {
+  std::vector<Example> examples;
+  for (const Window& w : windows) examples.push_back(w.example);
+  return numbers(head_outputs(bert, examples, batch_tokens));
+}
+
 void cmd_predict(Args& a) {
   Answering s(a, "the folder of a task model, as bert finetune writes it");
   Prediction p{};
@@ -2718,7 +2693,6 @@ void cmd_predict(Args& a) {
   if (!s.head().output && !s.head().next_sentence && p.task != Task::embed) s.wrong_model("a task; make one with bert finetune");
   const bool one_of = p.task == Task::classify || p.task == Task::choice || s.head().next_sentence;
   if (a.given("top") && !one_of) a.fail("--top is for one label of several; this model is for " + task_name(p.task));
-  if (p.logits && (p.task == Task::tag || p.task == Task::qa)) a.fail("--logits is for models of whole texts; this one is for " + task_name(p.task));
   s.source.task = p.task;
   Rows rows(s.source);
   std::vector<Row> chunk;
@@ -2742,8 +2716,12 @@ void cmd_predict(Args& a) {
       good++;
     }
     windows.resize(good);
-    const std::vector<Outcome> said = answer_items(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
-    for (size_t i = 0; i < good; i++) s.out.write(p.lines(chunk[i], said[i], rows.tokens_come_in_lines()));
+    if (p.logits && s.head().tokens) {
+      for (size_t i = 0; i < good; i++) s.out.line(token_logits(s.folder.bert, windows[i], s.batch_tokens));
+    } else {
+      const std::vector<Outcome> said = answer_windows(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
+      for (size_t i = 0; i < good; i++) s.out.write(p.lines(chunk[i], said[i], rows.tokens_come_in_lines()));
+    }
     if (rows.from_terminal()) s.out.flush();
   }
   rows.report();
