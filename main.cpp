@@ -15,6 +15,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iostream>
 #include <numeric>
 #include <set>
@@ -1662,9 +1663,12 @@ std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o,
 TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results* out) {
   TokenCounts total;
   Rows rows(source);
-  std::vector<Row> chunk;
+  std::vector<Row> chunk, next;
   Strings lines;
-  while (read_chunk(rows, chunk, 4096)) {
+  for (bool more = read_chunk(rows, chunk, 4096); more; chunk.swap(next)) {
+    // Threads that have worked off a chunk would wait for the next, so it is read meanwhile; not where somebody types.
+    const bool meanwhile = threads() > 1 && !rows.from_terminal();
+    auto reading = std::async(meanwhile ? std::launch::async : std::launch::deferred, [&] { return read_chunk(rows, next, 4096); });
     constexpr int64_t kPiece = 32;
     lines.resize(chunk.size() / kPiece + 1);
     for (std::string& text : lines) text.clear();
@@ -1678,9 +1682,10 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
           lines[i / kPiece] += tokenized(t, chunk[i], o, counts[i / kPiece]);
     });
     for (const TokenCounts& c : counts) total.add(c);
-    if (!out) continue;
-    for (const std::string& text : lines) out->write(text);
-    if (rows.from_terminal()) out->flush();
+    for (const std::string& text : lines)
+      if (out) out->write(text);
+    if (out && !meanwhile) out->flush();
+    more = reading.get();
   }
   rows.report();
   return total;

@@ -642,7 +642,9 @@ TEST_CASE("wordpiece: repair_utf8 and offsets in code points") {
   std::string text =
       "ab\xFF"
       "cd\xF0\x90 \xE0\x80";  // FF; F0 90, which could have gone on; E0; 80
+  CHECK(!bert::valid_utf8(text));
   CHECK(bert::repair_utf8(text) == 4);
+  CHECK(bert::valid_utf8(text));
   CHECK(text == "ab\uFFFDcd\uFFFD \uFFFD\uFFFD");
   CHECK(bert::repair_utf8(text) == 0);
   const std::string chinese =
@@ -653,6 +655,16 @@ TEST_CASE("wordpiece: repair_utf8 and offsets in code points") {
   CHECK(chars[1] == std::array<int64_t, 2>{0, 1});
   CHECK(chars[2] == std::array<int64_t, 2>{1, 2});
   CHECK((chars[3][0] == 3 && chars[chars.size() - 2][1] == 6));
+}
+
+TEST_CASE("wordpiece: append_pieces joins the pieces by spaces, whatever their lengths and ids") {
+  const std::string fifteen(15, 'x'), sixteen(16, 'y'), long_one(100, 'z');
+  const WordPiece t = WordPiece::from_vocab("[UNK]\na\n" + fifteen + "\n" + sixteen + "\n" + long_one + "\n", {}, "test");
+  std::string out = "before ";
+  t.append_pieces(std::vector<int32_t>{}, out);
+  CHECK(out == "before ");
+  t.append_pieces(std::vector<int32_t>{4, 1, 3, 2, -1, 5, 1}, out);  // of the two that it lacks nothing
+  CHECK(out == "before " + long_one + " a " + sixteen + " " + fifteen + "   a");
 }
 
 // ==== loading ===================================================================================================

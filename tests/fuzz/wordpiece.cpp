@@ -128,7 +128,8 @@ Encoding check_encoding(const WordPiece& t, std::string_view text, bool valid) {
 
 void check_text(std::string_view text) {
   std::string repaired(text);
-  const bool valid = !bert::repair_utf8(repaired);
+  const bool valid = bert::valid_utf8(text);
+  must(valid == !bert::repair_utf8(repaired), "what is not valid is repaired", text);
   must(bert::repair_utf8(repaired) == 0, "repaired once is enough", text);
   {
     const WordPiece& t = letters(text.size() & 1);  // the one setting or the other
