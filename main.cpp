@@ -2456,11 +2456,11 @@ struct Answering {
   Results out;
   ModelFolder folder;  // by open(), when every option is taken
 
-  Answering(Args& a, const std::string& which)
+  Answering(Args& a, const std::string& which, int64_t usual_tokens = 8192)
       : common(a),
         model(a.need("model", which)),
         source(take_source(a)),
-        batch_tokens(a.take_int("batch-tokens", 8192, 1, 1 << 30)),
+        batch_tokens(a.take_int("batch-tokens", usual_tokens, 1, 1 << 30)),
         out(a) {}
   void open() { folder = open_model(model); }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
@@ -2887,7 +2887,7 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
 
 void cmd_search(Args& a) {
   const std::string path = a.need("corpus", "a file with a text a line"), index_path = a.take("index", path + ".bert-index");
-  Answering s(a, "a model's folder");
+  Answering s(a, "a model's folder", 2048);  // no slower, and beside the vectors the memory of a batch shows
   const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool pairs = a.take_switch("pairs");
   a.exclude("pairs", "input");
@@ -2895,6 +2895,8 @@ void cmd_search(Args& a) {
   s.open();
   Pooling pooling = s.folder.pooling;
   pooling.normalize = true;
+  if (format_of(path) != kLines)  // its lines, names and quotes included, would be taken for texts
+    throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
   LineFile corpus(path);
   VectorIndex index(index_path, {folder_fingerprint(s.model), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
@@ -3326,10 +3328,11 @@ const Command kCommands[] = {
   --max-length N   --long truncate|error                 --prompt NAME      a prompt of the folder in front
   --to tsv|jsonl|npy (npy of a pipe waits in memory)     --batch-tokens N   (default 8192))"},
     {"search", "the lines of a file that are closest in meaning", cmd_search, R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]
-  --corpus FILE    a text a line; each input text is a query. Results: query, rank, cosine, line, text
+  --corpus FILE    plain text, a text a line (a table or JSON is refused); each input text is a query
+                   results: query, rank, cosine, line, text
   --top K          lines for each query (default 5)      --pairs            the K closest pairs of lines instead of queries
   --index FILE     the corpus's vectors, made once (default: the corpus's name and .bert-index); a run that was killed goes on
-  --batch-tokens N (default 8192))"},
+  --batch-tokens N (default 2048))"},
     {"info", "what a model folder holds, or what this machine has", cmd_info,
      R"(bert info [--model DIR [--compare DIR]] [--json] [--output FILE]
   --compare DIR    the largest difference of each tensor from that model's)"},

@@ -511,6 +511,9 @@ TEST_CASE("search: vectors beside the corpus, killed and gone on with, made agai
   CHECK(has(bert_run(command).err, "empty"));
   CHECK(bert_run("search --pairs --input x --corpus y --model " + model).status == 2);
   CHECK(bert_run("search --corpus /dev/null --model " + model).status == 1);
+  put(folder / "corpus.tsv", "text\tlabel\nthe dog\t1\n");
+  const Ran table = bert_run("search --corpus " + (folder / "corpus.tsv") + " --model " + model);
+  CHECK((table.status == 1 && has(table.err, "a text a line") && !std::filesystem::exists(folder / "corpus.tsv.bert-index")));
 }
 
 TEST_CASE("pretrain: sentences end at . ! ? before white space, but not after Mr. and its like or an initial") {
