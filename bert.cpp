@@ -227,8 +227,10 @@ static const HeadKind head_kinds[] = {
     {Task::replaced, "replaced", "ElectraForPreTraining", "", false, false, false, nullptr, 1, true},
     {Task::mlm, "mlm", "BertForMaskedLM", "", false, true, false, nullptr, 0, false},
     {Task::next_sentence, "next_sentence", "BertForNextSentencePrediction", "", true, false, true, nullptr, 0, false},
-    {Task::classify, "classify", "BertForSequenceClassification", "single_label_classification", true, false, false, "classifier", 0, false},
-    {Task::multilabel, "multilabel", "BertForSequenceClassification", "multi_label_classification", true, false, false, "classifier", 0, false},
+    {Task::classify, "classify", "BertForSequenceClassification", "single_label_classification", true, false, false, "classifier", 0,
+     false},
+    {Task::multilabel, "multilabel", "BertForSequenceClassification", "multi_label_classification", true, false, false, "classifier", 0,
+     false},
     {Task::regress, "regress", "BertForSequenceClassification", "regression", true, false, false, "classifier", 0, false},
     {Task::tag, "tag", "BertForTokenClassification", "", false, false, false, "classifier", 0, true},
     {Task::qa, "qa", "BertForQuestionAnswering", "", false, false, false, "qa_outputs", 2, true},
@@ -360,11 +362,11 @@ const HeadKind& head_kind(const Config& config) {
   if (problem.empty()) problem = config.labels.size() == 1 ? "regression" : "single_label_classification";
   for (const HeadKind& h : head_kinds)
     if (config.architecture == h.architecture && (!*h.problem_type || problem == h.problem_type)) return h;
-  throw Error(
-      "config.json: architecture " + config.class_name() +
-      (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
-      " is not built; BertModel, and BertFor with PreTraining, MaskedLM, NextSentencePrediction, SequenceClassification, TokenClassification, "
-      "QuestionAnswering and MultipleChoice are");
+  throw Error("config.json: architecture " + config.class_name() +
+              (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
+              " is not built; BertModel, and BertFor with PreTraining, MaskedLM, NextSentencePrediction, SequenceClassification, "
+              "TokenClassification, "
+              "QuestionAnswering and MultipleChoice are");
 }
 
 // The one table of parameters: visit(name, tensor, shape of the whole tensor, first row, rows) in checkpoint order. Query, key and
@@ -517,9 +519,9 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
   Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                           // [N,H]
   Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
   qkv = mix = out = {};  // without a tape nobody wants them any more: their room is free for the next
-  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                                      // [N,F]
-  Tensor down = linear(up, p.down.weight, p.down.bias);                                                             // [N,H]
-  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);           // [N,H]
+  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                             // [N,F]
+  Tensor down = linear(up, p.down.weight, p.down.bias);                                                    // [N,H]
+  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
 }
 
 Tensor Bert::forward(const Batch& batch, Dropout& drop) const {
@@ -554,7 +556,7 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
 Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
   Dropout none;
   const Activation act = family(config).pooler == Activation::gelu ? Activation::gelu : config.hidden_act;  // ELECTRA's heads know no other
-  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, act);  // [M,E]
+  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, act);                    // [M,E]
   x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, (float)config.layer_norm_eps, none);
   return linear(x, decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
 }
@@ -598,7 +600,7 @@ static Tensor pair_loss(const Bert& model, const Tensor& hidden, const Batch& ba
   const Pooling::Kind kind = rule.pooling.kinds[0];
   if (rule.pooling.kinds.size() > 1 || !rule.pooling.layers.empty() || kind > Pooling::pooler || kind == Pooling::max)
     throw Error("similarity: pooling by " + rule.pooling.name() + " cannot be trained; mean, cls and pooler can, without dense layers");
-  const Tensor v = pool_rows(model, hidden, batch, rule.pooling);  // [R,H]
+  const Tensor v = pool_rows(model, hidden, batch, rule.pooling);                   // [R,H]
   auto text = [&](int64_t k) { return gather_rows(v, rows_of_groups(batch, k)); };  // [G,H]
   if (rule.pairs == PairLoss::triplet) return triplet_loss(text(0), text(1), text(2), 5.f, counts.rows);
   const Tensor a = normalize_rows(text(0)), b = normalize_rows(text(1));
@@ -623,11 +625,16 @@ static Tensor output_loss(const Bert& model, const Tensor& hidden, const Batch& 
   const double each = counts.rows * (double)logits.cols();
   switch (model.task) {
     case Task::classify:
-    case Task::tag: return cross_entropy(logits, batch.labels, counts.rows, &report.next_right, rule.classes);
-    case Task::qa: return position_cross_entropy(logits, batch.offsets, batch.labels, counts.rows, &report.next_right);
-    case Task::choice: return position_cross_entropy(logits, batch.groups, batch.labels, counts.rows, &report.next_right);
-    case Task::multilabel: return bce_with_logits(logits, Tensor(logits.shape(), batch.targets), each);
-    default: return mse_loss(logits, Tensor(logits.shape(), batch.targets), each);
+    case Task::tag:
+      return cross_entropy(logits, batch.labels, counts.rows, &report.next_right, rule.classes);
+    case Task::qa:
+      return position_cross_entropy(logits, batch.offsets, batch.labels, counts.rows, &report.next_right);
+    case Task::choice:
+      return position_cross_entropy(logits, batch.groups, batch.labels, counts.rows, &report.next_right);
+    case Task::multilabel:
+      return bce_with_logits(logits, Tensor(logits.shape(), batch.targets), each);
+    default:
+      return mse_loss(logits, Tensor(logits.shape(), batch.targets), each);
   }
 }
 
@@ -1174,9 +1181,7 @@ FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batc
   if (examples.empty() || batch < 1 || accumulate < 1) throw Error("FinetuneSampler: no examples, or batches of none");
 }
 
-int64_t FinetuneSampler::epoch_steps() const {
-  return ((int64_t)examples_.size() + batch_ * accumulate_ - 1) / (batch_ * accumulate_);
-}
+int64_t FinetuneSampler::epoch_steps() const { return ((int64_t)examples_.size() + batch_ * accumulate_ - 1) / (batch_ * accumulate_); }
 
 // Shuffled; then within stretches of fifty batches by length, so that a batch holds similar ones; then the batches shuffled, but for
 // a last one that is not full.
@@ -1230,7 +1235,8 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
   std::vector<float> out((size_t)at.back());
   Dropout none;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor hidden = model.forward(batch), logits = finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+    const Tensor hidden = model.forward(batch),
+                 logits = finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
     const float* from = logits.data();
     for (const int64_t r : rows) {
       const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
@@ -1820,7 +1826,8 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   // A checkpoint may hold more than its architecture uses: bert-base-uncased is a BertForMaskedLM with a next-sentence head and a pooler.
   auto no_use = [&](const std::string& name) {
     if (name == "embeddings.position_ids" || (!plan.classifier && starts_with_any(name, {"classifier.", "qa_outputs."}))) return true;
-    for (const std::string head : {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions.", "qa_outputs."})
+    for (const std::string head :
+         {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions.", "qa_outputs."})
       if (name.starts_with(head)) return !wanted.lower_bound(head)->starts_with(head);
     return false;
   };
@@ -1836,7 +1843,8 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
     if (found == there.end()) {
       if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
-      if (!plan.draw_heads || !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
+      if (!plan.draw_heads ||
+          !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
         return missing.push_back(name_in_file(f, head_kind(task), name));
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
@@ -2051,13 +2059,12 @@ std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_
   const std::string type = "sentence_transformers.models.";
   std::string modules, flags;
   auto add = [&](const char* number, const std::string& path, const std::string& name) {
-    modules += (modules.empty() ? "[\n  " : ",\n  ") + std::string("{\"idx\": ") + number + ", \"name\": \"" + number + "\", \"path\": \"" + path +
-               "\", \"type\": \"" + type + name + "\"}";
+    modules += (modules.empty() ? "[\n  " : ",\n  ") + std::string("{\"idx\": ") + number + ", \"name\": \"" + number + "\", \"path\": \"" +
+               path + "\", \"type\": \"" + type + name + "\"}";
   };
   add("0", "", "Transformer"), add("1", "1_Pooling", "Pooling");
   if (pooling.normalize) add("2", "2_Normalize", "Normalize");
-  for (const PoolingMode& m : pooling_modes)
-    flags += std::string(",\n  \"") + m.flag + "\": " + (pooling.has(m.kind) ? "true" : "false");
+  for (const PoolingMode& m : pooling_modes) flags += std::string(",\n  \"") + m.flag + "\": " + (pooling.has(m.kind) ? "true" : "false");
   return {{"modules.json", modules + "\n]\n"},
           {"1_Pooling/config.json", "{\n  \"word_embedding_dimension\": " + std::to_string(hidden) + flags + "\n}\n"},
           {"sentence_bert_config.json", "{\n  \"max_seq_length\": " + std::to_string(max_length) + ",\n  \"do_lower_case\": false\n}\n"}};
@@ -2136,6 +2143,8 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
   const HeadKind& head = head_kind(task);
   const bool same_head = folder_task(folder, m.config) == task && m.config.labels == labels;  // else its rows mean something else
   m.config.labels = labels, m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
+  if (task != Task::embed)  // a recipe for sentence vectors would say that it still makes those
+    std::erase_if(m.carried, [](const auto& file) { return !starts_with_any(file.first, {"vocab.txt", "tokenizer", "special_tokens"}); });
   load_weights(m, files, task, {.own = true, .classifier = same_head, .draw_heads = true, .seed = seed});
   return m;
 }
@@ -2152,7 +2161,8 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
   const char* torch_dtype = dtype == "F16" ? "float16" : dtype == "BF16" ? "bfloat16" : "float32";
   write_file(folder + "/config.json", bert.config.to_json(torch_dtype));
   std::vector<NamedTensor> tensors;
-  for (const Parameter& p : bert.parameters()) tensors.push_back({name_in_file(family(bert.config), head_kind(bert.task), p.name), p.shape(), p.data()});
+  for (const Parameter& p : bert.parameters())
+    tensors.push_back({name_in_file(family(bert.config), head_kind(bert.task), p.name), p.shape(), p.data()});
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
 
@@ -2253,8 +2263,8 @@ static std::vector<Encoding> pair_windows(const WordPiece& t, Task task, std::st
   return t.encode_windows(a, b, options);
 }
 
-// Marks the first piece of each word, and the tokens that a window decides about: of the windows that hold a token the one that sees most on
-// both sides of it. google-research/bert run_squad.py, _check_is_max_context
+// Marks the first piece of each word, and the tokens that a window decides about: of the windows that hold a token the one that sees most
+// on both sides of it. google-research/bert run_squad.py, _check_is_max_context
 static void mark_tokens(std::span<Window> windows, int64_t stride) {
   struct Token {
     double context = -1;
@@ -2405,8 +2415,8 @@ std::vector<TextEntity> entities_in(const Outcome& o, std::span<const std::strin
   return list;
 }
 
-// The best parts of the context over all windows. A part goes from one of the twenty best starts that its window decides about to one of the
-// twenty best ends, at most thirty pieces; its score is the sum of both. "No answer" scores least of what [CLS] scores in any window.
+// The best parts of the context over all windows. A part goes from one of the twenty best starts that its window decides about to one of
+// the twenty best ends, at most thirty pieces; its score is the sum of both. "No answer" scores least of what [CLS] scores in any window.
 // google-research/bert run_squad.py, write_predictions
 static Outcome answer_outcome(const Item& item, std::span<const Window> windows, std::span<const float> outputs) {
   constexpr size_t kBest = 20, kLongest = 30;
@@ -2422,7 +2432,8 @@ static Outcome answer_outcome(const Item& item, std::span<const Window> windows,
       std::vector<size_t> list;
       for (size_t i = 0; i < w.words.size(); i++)
         if (w.words[i] >= 0 && (which || w.decides[i])) list.push_back(i);
-      std::stable_sort(list.begin(), list.end(), [&](size_t a, size_t b) { return scores[2 * a + (size_t)which] > scores[2 * b + (size_t)which]; });
+      std::stable_sort(list.begin(), list.end(),
+                       [&](size_t a, size_t b) { return scores[2 * a + (size_t)which] > scores[2 * b + (size_t)which]; });
       list.resize(std::min(list.size(), kBest));
       return list;
     };
@@ -2829,7 +2840,8 @@ VectorIndex::VectorIndex(const std::string& path, const Key& key) : path_(path),
   const int file = ::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   if (file < 0) throw Error(path + ": cannot write: " + std::strerror(errno) + "; give --index a place that may be written");
   part_ = {new int(file), [](const int* f) { ::close(*f), delete f; }};
-  struct stat mine {}, named {};
+  struct stat mine {
+  }, named{};
   if (flock(file, LOCK_EX | LOCK_NB) || fstat(file, &mine) || stat(part.c_str(), &named) || mine.st_ino != named.st_ino)
     throw Error(path + ": another process is making it; wait for it, or give another --index");
   if (read_header(file, part, header)) {
@@ -2859,8 +2871,7 @@ void VectorIndex::append(std::span<const float> vectors) {
   const Header header{.key = key_, .count = count_};  // after the vectors that it counts
   write(&header, sizeof header, 0);
   if (count_ < key_.lines) return;
-  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str()))
-    throw Error(path_ + ": cannot write: " + std::strerror(errno));
+  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str())) throw Error(path_ + ": cannot write: " + std::strerror(errno));
   map(*part_), part_ = {};
 }
 
@@ -2870,7 +2881,8 @@ void VectorIndex::map(int file) {
   if (at == MAP_FAILED) throw Error(path_ + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
   const std::shared_ptr<const void> owner(at, [size](const void* p) { munmap(const_cast<void*>(p), size); });
   count_ = key_.lines;
-  vectors_ = Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
+  vectors_ =
+      Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
 }
 
 }  // namespace bert

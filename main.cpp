@@ -357,11 +357,11 @@ struct Source {
   Format format = kByEnding;
   std::string columns;  // empty: by name
   bool header = true, skip_bad = false;
-  std::optional<Task> task; // what the rows are for, where it needs more than texts and a label
-  bool labels = false;      // every row must have one
-  bool word_lists = false;  // tokenize --split-words
-  bool keep_bytes = false;  // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
-  bool raw = false;         // running text: a TAB is white space, an empty line the end of a document
+  std::optional<Task> task;  // what the rows are for, where it needs more than texts and a label
+  bool labels = false;       // every row must have one
+  bool word_lists = false;   // tokenize --split-words
+  bool keep_bytes = false;   // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
+  bool raw = false;          // running text: a TAB is white space, an empty line the end of a document
 };
 
 Source take_source(Args& a, const std::string& name = "input") {
@@ -417,7 +417,8 @@ class Rows {
           row.text.insert(0, prompt);
           return true;
         }
-        if (lines_->name() != "standard input" && !lines_->number() && format_ != kSquad) throw Error(lines_->name() + ": empty; there is nothing to read");
+        if (lines_->name() != "standard input" && !lines_->number() && format_ != kSquad)
+          throw Error(lines_->name() + ": empty; there is nothing to read");
         lines_.reset();
       } catch (const BadLine& e) {
         number_++;
@@ -471,7 +472,9 @@ class Rows {
     terminal_ = path == "-" && isatty(0);
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" +
-                  (task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : ""));
+                  (task == Task::tag  ? " or conll"
+                   : task == Task::qa ? " or squad"
+                                      : ""));
     said_ = false, names_.clear(), columns_ = 0;
     if (format_ == kSquad) read_squad(path);
     if (format_ == kTsv || format_ == kCsv) try {
@@ -527,9 +530,9 @@ class Rows {
       if (!columns_) columns_ = parts.size();
       if (wrong.empty() && (parts.size() != columns_ || (s_.labels && parts.size() < 2))) {
         first = row.where;
-        wrong = s_.labels && parts.size() < 2 ? "no tag; a line is a token, perhaps other columns, and its tag"
-                                              : counted((int64_t)parts.size(), "column") + ", but the file's first line has " +
-                                                    to_string(columns_);
+        wrong = s_.labels && parts.size() < 2
+                    ? "no tag; a line is a token, perhaps other columns, and its tag"
+                    : counted((int64_t)parts.size(), "column") + ", but the file's first line has " + to_string(columns_);
       }
       row.words.push_back(parts[0]);
       if (s_.labels) row.answers.push_back(parts.back());
@@ -559,7 +562,7 @@ class Rows {
         if (!text) throw BadLine("an answer without 'text'");
         add_answer(row, text->as_string("text"), start ? std::optional<int64_t>(start->as_int("answer_start")) : std::nullopt);
       }
-    } else if (const Json *texts = v.find("text"), *starts = v.find("answer_start"); texts) {
+    } else if (const Json* texts = v.find("text"), *starts = v.find("answer_start"); texts) {
       for (size_t i = 0; i < texts->items("text").size(); i++) {
         if (starts && i >= starts->items("answer_start").size()) throw BadLine("fewer answer_start than texts of answers");
         add_answer(row, texts->items("text")[i].as_string("text"),
@@ -753,7 +756,8 @@ class Rows {
     for (const int i : others_) {
       const Json& other = values[i].second;
       if (other.is(Json::string)) row.others.push_back(other.as_string(names[i]));
-      for (size_t k = 0; other.is(Json::array) && k < other.items(names[i]).size(); k++) row.others.push_back(answer(other.items(names[i])[k]));
+      for (size_t k = 0; other.is(Json::array) && k < other.items(names[i]).size(); k++)
+        row.others.push_back(answer(other.items(names[i])[k]));
     }
     if (const Json* id = s_.task == Task::qa ? v.find("id") : nullptr) row.id = answer(*id);
     if (label_ < 0) return;
@@ -1156,7 +1160,9 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
   if (!s_.resume) states.remove_all();
   std::string remark;
-  About stored = s_.resume ? states.load(trainer, [&](const About& about) { check(about); }, remark) : About();
+  About stored = s_.resume ? states.load(
+                                 trainer, [&](const About& about) { check(about); }, remark)
+                           : About();
   if (!remark.empty()) say("bert: " + remark);
   if (!stored.empty()) {
     fixed_["backend"] = stored["backend"];
@@ -1380,8 +1386,8 @@ void Run::write_report() const {
       std::string("<div class=\"grid tables\"><div>") + html_table("Data", data) +
       html_table("Machine",
                  {{"processor", cpu_name()}, {"threads", to_string(threads())}, {"kernels", backend_description()}, {"bert", kVersion}}) +
-      "</div>" + html_table("Settings", settings_) + "</div>" + part + "</main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ +
-      "</script>\n" + kReportScript + "</body></html>\n";
+      "</div>" + html_table("Settings", settings_) + "</div>" + part + "</main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" +
+      log_ + "</script>\n" + kReportScript + "</body></html>\n";
   write_file(s_.output + "/report.html", page);
 }
 
@@ -1402,7 +1408,8 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
     bytes += (int64_t)(row.text.size() + (row.pair ? row.pair->size() : 0)) + 1;
     if (rows.count() % 4096) continue;
     const double left = (now() - began) / (double)bytes * (double)(total - bytes);
-    progress.show(grouped(rows.count()) + " lines, " + grouped(trainer.words()) + " words" + (left > 0 ? ", " + duration(left) + " left" : ""));
+    progress.show(grouped(rows.count()) + " lines, " + grouped(trainer.words()) + " words" +
+                  (left > 0 ? ", " + duration(left) + " left" : ""));
   }
   rows.report();
   if (!trainer.words()) throw Error(join(source.files, ", ") + ": no words; give files of text");
@@ -1416,7 +1423,8 @@ void write_vocabulary(const std::string& output, const Strings& pieces, const To
                       bool with_model) {
   std::map<std::string, std::string> files;
   if (!extend.empty()) files = tokenizer_files(extend, open_tokenizer(extend), 512);
-  if (files.erase("tokenizer.json")) note("bert: " + extend + "/tokenizer.json is left behind: vocab.txt and tokenizer_config.json say it all");
+  if (files.erase("tokenizer.json"))
+    note("bert: " + extend + "/tokenizer.json is left behind: vocab.txt and tokenizer_config.json say it all");
   if (!files.count("tokenizer_config.json")) files["tokenizer_config.json"] = tokenizer_config_json(settings, 512);
   files["vocab.txt"] = join(pieces, "\n") + "\n";
   if (with_model) {
@@ -1462,8 +1470,8 @@ void cmd_vocab(Args& a) {
     progress.show(grouped(pieces) + " of " + grouped(options.size) + " pieces, " + duration(left) + " left");
   };
   options.on_left_out = [&](int64_t left_out, int64_t all) {
-    note("bert: the alphabet has room for " + grouped(all - left_out) + " of " + grouped(all) + " characters; the rarer " + grouped(left_out) +
-         " become [UNK]; " +
+    note("bert: the alphabet has room for " + grouped(all - left_out) + " of " + grouped(all) + " characters; the rarer " +
+         grouped(left_out) + " become [UNK]; " +
          (options.alphabet ? "say a larger --alphabet to keep them"
                            : "ask for a --size of " + to_string(options.size + 2 * left_out + 1) + " or more to keep them"));
   };
@@ -1549,7 +1557,7 @@ struct TokenCounts {
     int64_t words = 0, pieces = 0, unknown = 0;
   };
   int64_t texts = 0, words = 0, tokens = 0, unknown = 0, longest = 0;
-  std::map<std::string, Script> scripts;  // by a word's first letter
+  std::map<std::string, Script> scripts;    // by a word's first letter
   std::map<std::string, int64_t> suspects;  // letters of unknown words
 
   void add(const WordPiece& t, const Encoding& e, const Row& row) {
@@ -1560,8 +1568,8 @@ struct TokenCounts {
       if (e.special[i]) continue;
       const bool second = e.sequence[i];
       const auto& [begin, end] = e.offsets[i];
-      const std::string& text = row.words.empty() && row.pair_words.empty() ? (second ? *row.pair : row.text)
-                                                                            : (second ? row.pair_words : row.words)[e.words[i]];
+      const std::string& text =
+          row.words.empty() && row.pair_words.empty() ? (second ? *row.pair : row.text) : (second ? row.pair_words : row.words)[e.words[i]];
       const std::string_view source = std::string_view(text).substr(begin, end - begin);
       size_t n;
       if (e.words[i] != word || e.sequence[i] != sequence || !script) {
@@ -1585,14 +1593,12 @@ struct TokenCounts {
 
 // All words, then each script's, commonest first, then the characters that the vocabulary lacks, by the words that they make unknown.
 std::string TokenCounts::report(const WordPiece& t) const {
-  Numbers out = {{"texts", (double)texts},
-                 {"words", (double)words},
-                 {"tokens", (double)tokens},
-                 {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
-                 {"unknown", (double)unknown},
-                 {"longest", (double)longest}};
+  Numbers out = {{"texts", (double)texts},     {"words", (double)words},
+                 {"tokens", (double)tokens},   {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
+                 {"unknown", (double)unknown}, {"longest", (double)longest}};
   auto by_count = [](std::vector<std::pair<int64_t, std::string>> list) {
-    std::sort(list.begin(), list.end(), [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
+    std::sort(list.begin(), list.end(),
+              [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
     return list;
   };
   std::vector<std::pair<int64_t, std::string>> names, lacking;
@@ -1983,7 +1989,8 @@ Strings label_names(const Row& row, const Labels& labels, bool known) {
   for (const std::string& name : names) {
     if (name.empty() || name.find_first_of("\t\r\n") != name.npos)
       throw BadLine("a label that is empty, or holds a TAB or an end of line; results are lines of columns");
-    if (labels.task == Task::tag && !scheme_tag(name) && std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && scheme_tag(n); }))
+    if (labels.task == Task::tag && !scheme_tag(name) &&
+        std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && scheme_tag(n); }))
       throw BadLine("tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
     if (known && !labels.ids.count(name))
       throw BadLine("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
@@ -2063,7 +2070,9 @@ void check_partners(LabelledSet& set, PairLoss loss) {
     const size_t texts = (item.pair ? 2 : 1) + item.others.size();
     const bool scored = !set.golds[i].targets.empty();
     const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
-    if (!fits) throw Error("--loss of similarity: row " + to_string(i + 1) + " does not hold " + wants[(size_t)loss] + "; give such data, or another --loss");
+    if (!fits)
+      throw Error("--loss of similarity: row " + to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
+                  "; give such data, or another --loss");
     if (loss == PairLoss::inbatch) set.golds[i].targets.clear();
   }
 }
@@ -2150,7 +2159,8 @@ struct Finetuning {
   void read();
   void split(uint64_t seed);
   bool tunes_null() const {  // some held-out questions have no answer, and nobody said when to say so
-    return task == Task::qa && !null_threshold && std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
+    return task == Task::qa && !null_threshold &&
+           std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
   }
   ModelFolder start() const;
   Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, max_length, stride, 8192}; }
@@ -2179,7 +2189,8 @@ void Finetuning::read() {
   if (seeds == 1) check_output(run.output, run.resume, run.overwrite);
   const Config config = open_config(model + "/config.json");
   for (const auto& [option, n] : {std::pair("freeze", settings.freeze), {"reinit", reinit}})
-    if (n > config.num_hidden_layers) throw Error(std::string("--") + option + " " + to_string(n) + ": the model has " + to_string(config.num_hidden_layers) + " layers");
+    if (n > config.num_hidden_layers)
+      throw Error(std::string("--") + option + " " + to_string(n) + ": the model has " + to_string(config.num_hidden_layers) + " layers");
   max_length = task == Task::qa && !max_length ? std::min<int64_t>(384, config.max_position_embeddings) : length_limit(max_length, config);
   tokenizer = open_tokenizer(model);
   if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config);
@@ -2246,7 +2257,8 @@ std::string label_shares(const LabelledSet& set, const Labels& labels) {
   std::vector<double> counts(labels.names.size(), 0);
   double all = 0;  // texts, or words
   for (const Gold& g : set.golds) {
-    for (size_t c = 0; c < counts.size() && g.tags.empty(); c++) counts[c] += g.targets.empty() ? g.label == (int32_t)c : (double)g.targets[c];
+    for (size_t c = 0; c < counts.size() && g.tags.empty(); c++)
+      counts[c] += g.targets.empty() ? g.label == (int32_t)c : (double)g.targets[c];
     for (const int32_t tag : g.tags) counts[(size_t)tag]++;
     all += labels.task == Task::tag ? (double)g.tags.size() : 1;
   }
@@ -2265,7 +2277,8 @@ void warn_of_one_class(const std::vector<int64_t>& confusion, const Strings& lab
   auto used = [](const std::vector<int64_t>& list) { return std::count_if(list.begin(), list.end(), [](int64_t n) { return n > 0; }); };
   if (used(said) != 1 || used(is) < 2) return;
   const size_t only = (size_t)(std::max_element(said.begin(), said.end()) - said.begin());
-  say("bert: every text was given one label, " + labels[only] + ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
+  say("bert: every text was given one label, " + labels[only] +
+      ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
 }
 
 std::string confusion_table(const std::vector<int64_t>& confusion, const Strings& labels) {
@@ -2292,7 +2305,8 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
     return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
   };
   std::string out = "<section><h2>The worst mistakes</h2><table><tr><th>right</th><th>said</th><th>text</th></tr>";
-  for (const Mistake& m : worst) out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
+  for (const Mistake& m : worst)
+    out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
   return out + "</table></section>\n";
 }
 
@@ -2308,7 +2322,8 @@ Named data_facts(const Finetuning& f) {
 }
 
 // The metrics of a set; with `report` its confusion matrix and the worst mistakes as a part of the page.
-Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "", std::string* report = nullptr) {
+Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "",
+                   std::string* report = nullptr) {
   Numbers list;
   if (set.items.empty()) return list;
   if (only_partners(f.task, set.golds)) {
@@ -2358,7 +2373,8 @@ bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& 
       const auto& [name, value] = metrics[0];
       best.since = value > best.value ? 0 : best.since + 1;
       best.value = std::max(best.value, value), best.ended = best.since && best.since == f.patience;
-      note("epoch " + to_string((done - 1) / per_epoch + 1) + ": " + name + " " + fixed(value, 4) + " on dev" + (best.since ? "" : ", the best so far"));
+      note("epoch " + to_string((done - 1) / per_epoch + 1) + ": " + name + " " + fixed(value, 4) + " on dev" +
+           (best.since ? "" : ", the best so far"));
     }
     run.save(trainer);  // the state first: where it says "best", its weights are the best model's, and a resumed run writes them again
     if (!best.since) save_folder(f.run.output, trainer.model(), start.carried);
@@ -2629,13 +2645,18 @@ struct Prediction {
   std::string entities(const Row& row, const Outcome& o) const {
     Strings list;
     for (const TextEntity& e : entities_in(o, labels, row.text))
-      list.push_back(json_object({{"type", json_quote(e.type)}, {"text", json_quote(e.text)}, {"start", place(row.text, e.start)},
-                                  {"end", place(row.text, e.end)}, {"score", format_number((float)e.score)}}));
+      list.push_back(json_object({{"type", json_quote(e.type)},
+                                  {"text", json_quote(e.text)},
+                                  {"start", place(row.text, e.start)},
+                                  {"end", place(row.text, e.end)},
+                                  {"score", format_number((float)e.score)}}));
     return json_list(list);
   }
   std::string place(std::string_view text, int64_t byte) const { return to_string(chars ? code_points(text, byte) : byte); }
   Named answer_facts(const Row& row, const Answer& a) const {
-    return {{"answer", json_quote(a.text)}, {"start", place(*row.pair, a.start)}, {"end", place(*row.pair, a.end)},
+    return {{"answer", json_quote(a.text)},
+            {"start", place(*row.pair, a.start)},
+            {"end", place(*row.pair, a.end)},
             {"score", format_number((float)a.score)}};
   }
   std::string answer_json(const Row& row, const Outcome& o) const {
@@ -2645,7 +2666,8 @@ struct Prediction {
     if (!json) return json_object(record);
     Strings list;
     for (const Answer& a : o.answers) list.push_back(json_object(answer_facts(row, a)));
-    record.insert(record.end(), {{"answers", json_list(list)}, {"null_margin", std::isfinite(o.null_margin) ? format_number(o.null_margin) : "null"}});
+    record.insert(record.end(),
+                  {{"answers", json_list(list)}, {"null_margin", std::isfinite(o.null_margin) ? format_number(o.null_margin) : "null"}});
     return json_object(record);
   }
 };
@@ -2667,7 +2689,8 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   if (task == Task::tag && !row.words.empty()) item.text.clear();
   std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride);
   const bool is_long = windows.size() > (task == Task::choice ? row.others.size() : task == Task::embed ? windows.size() : 1);
-  if (is_long && how == "error") throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
+  if (is_long && how == "error")
+    throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
   if (is_long && how == "truncate" && task != Task::choice) {
     windows.resize(1);
     windows[0].decides.assign(windows[0].words.size(), 1);
@@ -2881,7 +2904,8 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
     const double left = (now() - start) * (double)(corpus.size() - index.count()) / (double)(index.count() - before);
     progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " + duration(left) + " left");
   };
-  s.each_chunk(s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""), before);
+  s.each_chunk(
+      s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""), before);
   if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
 }
 
@@ -2899,7 +2923,8 @@ void cmd_search(Args& a) {
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
   LineFile corpus(path);
-  VectorIndex index(index_path, {folder_fingerprint(s.model), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
+  VectorIndex index(index_path,
+                    {folder_fingerprint(s.model), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
   if (index.stale()) note("bert: " + index_path + ": made with another model or of another text; it is made again");
   if (!index.vectors()) {
     if (index.count()) note("bert: " + index_path + ".part: going on after " + counted(index.count(), "vector"));
@@ -2913,10 +2938,12 @@ void cmd_search(Args& a) {
     const auto found = nearest_rows(embed_examples(s.folder.bert, examples, pooling, s.batch_tokens), index.vectors(), top);
     for (size_t i = 0; i < chunk.size(); i++)
       for (size_t rank = 0; rank < found[i].size(); rank++)
-        s.out.line(to_string(chunk[i].number) + "\t" + to_string(rank + 1) + "\t" +
-                   score_and_line(found[i][rank], found[i][rank].b) + "\t" + corpus.line(found[i][rank].b));
+        s.out.line(to_string(chunk[i].number) + "\t" + to_string(rank + 1) + "\t" + score_and_line(found[i][rank], found[i][rank].b) +
+                   "\t" + corpus.line(found[i][rank].b));
   };
-  if (!pairs) s.each_chunk(s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""));
+  if (!pairs)
+    s.each_chunk(
+        s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""));
   if (pairs)
     for (const Match& m : nearest_pairs(index.vectors(), top)) s.out.line(score_and_line(m, m.a) + "\t" + to_string(m.b + 1));
   s.out.finish();
@@ -3327,7 +3354,8 @@ const Command kCommands[] = {
   --tokens         one line a token                      --layer N          the output of layer N (0: the embeddings)
   --max-length N   --long truncate|error                 --prompt NAME      a prompt of the folder in front
   --to tsv|jsonl|npy (npy of a pipe waits in memory)     --batch-tokens N   (default 8192))"},
-    {"search", "the lines of a file that are closest in meaning", cmd_search, R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]
+    {"search", "the lines of a file that are closest in meaning", cmd_search,
+     R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]
   --corpus FILE    plain text, a text a line (a table or JSON is refused); each input text is a query
                    results: query, rank, cosine, line, text
   --top K          lines for each query (default 5)      --pairs            the K closest pairs of lines instead of queries
@@ -3340,7 +3368,8 @@ const Command kCommands[] = {
      R"(bert convert --model DIR --output DIR
   --dtype f32|f16|bf16    of the weights (default f32)
   --overwrite      write into a folder that holds files)"},
-    {"bench", "how fast, beside this machine's own multiply", cmd_bench, R"(bert bench gemm | infer CONFIG | train CONFIG | tokenize CONFIG | vocab
+    {"bench", "how fast, beside this machine's own multiply", cmd_bench,
+     R"(bert bench gemm | infer CONFIG | train CONFIG | tokenize CONFIG | vocab
   CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name
   --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
   --tsv            rows: what engine config metric value)"},

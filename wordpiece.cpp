@@ -602,22 +602,24 @@ struct Normalizer {
 };
 
 // Scripts as people know them, by the blocks that their letters stand in.
-static const std::pair<char32_t, const char*> kScripts[] = {  // from this code point on
-    {0x0, "other"},          {0x30, "digits"},      {0x3A, "other"},      {0x41, "latin"},      {0x5B, "other"},     {0x61, "latin"},
-    {0x7B, "other"},         {0xAA, "latin"},       {0xAB, "other"},      {0xC0, "latin"},      {0x2B0, "other"},    {0x370, "greek"},
-    {0x400, "cyrillic"},     {0x530, "armenian"},   {0x590, "hebrew"},    {0x600, "arabic"},    {0x700, "other"},    {0x900, "devanagari"},
-    {0x980, "bengali"},      {0xA00, "gurmukhi"},   {0xA80, "gujarati"},  {0xB00, "other"},     {0xB80, "tamil"},    {0xC00, "telugu"},
-    {0xC80, "kannada"},      {0xD00, "malayalam"},  {0xD80, "other"},     {0xE00, "thai"},      {0xE80, "lao"},      {0xF00, "tibetan"},
-    {0x1000, "burmese"},     {0x10A0, "georgian"},  {0x1100, "hangul"},   {0x1200, "ethiopic"}, {0x1380, "other"},   {0x1780, "khmer"},
-    {0x1800, "other"},       {0x1E00, "latin"},     {0x1F00, "greek"},    {0x2000, "other"},    {0x3040, "kana"},    {0x3100, "other"},
-    {0x3130, "hangul"},      {0x3190, "other"},     {0x31F0, "kana"},     {0x3200, "other"},    {0x3400, "chinese"}, {0x4DC0, "other"},
-    {0x4E00, "chinese"},     {0xA000, "other"},     {0xAC00, "hangul"},   {0xD7B0, "other"},    {0xF900, "chinese"}, {0xFB00, "latin"},
-    {0xFB07, "other"},       {0xFB1D, "hebrew"},    {0xFB50, "arabic"},   {0xFE00, "other"},    {0xFE70, "arabic"},  {0xFEFF, "other"},
-    {0xFF21, "latin"},       {0xFF3B, "other"},     {0xFF41, "latin"},    {0xFF5B, "other"},    {0xFF66, "kana"},    {0xFFA0, "hangul"},
-    {0xFFE0, "other"},       {0x20000, "chinese"},  {0x32000, "other"},
+static const std::pair<char32_t, const char*> kScripts[] = {
+    // from this code point on
+    {0x0, "other"},      {0x30, "digits"},     {0x3A, "other"},     {0x41, "latin"},      {0x5B, "other"},     {0x61, "latin"},
+    {0x7B, "other"},     {0xAA, "latin"},      {0xAB, "other"},     {0xC0, "latin"},      {0x2B0, "other"},    {0x370, "greek"},
+    {0x400, "cyrillic"}, {0x530, "armenian"},  {0x590, "hebrew"},   {0x600, "arabic"},    {0x700, "other"},    {0x900, "devanagari"},
+    {0x980, "bengali"},  {0xA00, "gurmukhi"},  {0xA80, "gujarati"}, {0xB00, "other"},     {0xB80, "tamil"},    {0xC00, "telugu"},
+    {0xC80, "kannada"},  {0xD00, "malayalam"}, {0xD80, "other"},    {0xE00, "thai"},      {0xE80, "lao"},      {0xF00, "tibetan"},
+    {0x1000, "burmese"}, {0x10A0, "georgian"}, {0x1100, "hangul"},  {0x1200, "ethiopic"}, {0x1380, "other"},   {0x1780, "khmer"},
+    {0x1800, "other"},   {0x1E00, "latin"},    {0x1F00, "greek"},   {0x2000, "other"},    {0x3040, "kana"},    {0x3100, "other"},
+    {0x3130, "hangul"},  {0x3190, "other"},    {0x31F0, "kana"},    {0x3200, "other"},    {0x3400, "chinese"}, {0x4DC0, "other"},
+    {0x4E00, "chinese"}, {0xA000, "other"},    {0xAC00, "hangul"},  {0xD7B0, "other"},    {0xF900, "chinese"}, {0xFB00, "latin"},
+    {0xFB07, "other"},   {0xFB1D, "hebrew"},   {0xFB50, "arabic"},  {0xFE00, "other"},    {0xFE70, "arabic"},  {0xFEFF, "other"},
+    {0xFF21, "latin"},   {0xFF3B, "other"},    {0xFF41, "latin"},   {0xFF5B, "other"},    {0xFF66, "kana"},    {0xFFA0, "hangul"},
+    {0xFFE0, "other"},   {0x20000, "chinese"}, {0x32000, "other"},
 };
 const char* script_of(char32_t c) {
-  return std::upper_bound(std::begin(kScripts), std::end(kScripts), c, [](char32_t x, const auto& row) { return x < row.first; })[-1].second;
+  return std::upper_bound(std::begin(kScripts), std::end(kScripts), c, [](char32_t x, const auto& row) { return x < row.first; })[-1]
+      .second;
 }
 
 // ==== 3 words ====================================================================================================
