@@ -2721,7 +2721,7 @@ void cmd_predict(Args& a) {
   if (!s.head().output && !s.head().next_sentence && p.task != Task::embed) s.wrong_model("a task; make one with bert finetune");
   const bool one_of = p.task == Task::classify || p.task == Task::choice || s.head().next_sentence;
   if (a.given("top") && !one_of) a.fail("--top is for one label of several; this model is for " + task_name(p.task));
-  s.source.task = p.task;
+  s.source.task = p.task, s.source.raw = p.task == Task::tag;  // one text a line
   Rows rows(s.source);
   std::vector<Row> chunk;
   while (read_chunk(rows, chunk, kItems)) {

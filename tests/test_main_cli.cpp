@@ -104,7 +104,8 @@ TEST_CASE("cli: help, version, unknown commands") {
   CHECK(bert_run("").status == 2);
   CHECK(bert_run("help").status == 0);
   CHECK(has(bert_run("--version").out, "bert "));
-  for (const char* name : {"vocab", "tokenize", "pretrain", "finetune", "evaluate", "predict", "fill-mask", "embed", "search", "info", "bench"}) {
+  for (const char* name :
+       {"vocab", "tokenize", "pretrain", "finetune", "evaluate", "predict", "fill-mask", "embed", "search", "info", "bench"}) {
     CAPTURE(name);
     const Ran r = bert_run(std::string("help ") + name);
     CHECK(r.status == 0);
@@ -172,8 +173,7 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
     CHECK(r.out.empty());
     CHECK(lines_in(r.err) == 1);
   }
-  for (const char* later :
-       {"embed --model m --device opencl", "embed --model m --dtype int8"}) {
+  for (const char* later : {"embed --model m --device opencl", "embed --model m --dtype int8"}) {
     const Ran r = bert_run(later);
     CHECK(r.status == 1);
     CHECK(has(r.err, "not built yet"));
@@ -565,8 +565,9 @@ std::string tagged_text(int sentences, uint64_t seed) {
   out << "-DOCSTART- X O\n\n";
   for (int s = 0; s < sentences; s++) {
     const int64_t noun = random.below(4), verb = random.below(4);
-    out << "the DT O\n" << nouns[noun] << " NN " << (noun < 2 ? "B-PET" : "B-WILD") << "\n" << verbs[verb] << " VB I-" << (noun < 2 ? "PET" : "WILD")
-        << "\nin IN O\nthe DT O\ngarden NN B-PLACE\n\n";
+    out << "the DT O\n"
+        << nouns[noun] << " NN " << (noun < 2 ? "B-PET" : "B-WILD") << "\n"
+        << verbs[verb] << " VB I-" << (noun < 2 ? "PET" : "WILD") << "\nin IN O\nthe DT O\ngarden NN B-PLACE\n\n";
   }
   return out.str();
 }
@@ -575,8 +576,8 @@ TEST_CASE("tags: trained from CoNLL, answered as CoNLL, as entities with offsets
   const TemporaryFolder folder;
   put(folder / "train.conll", tagged_text(300, 1)), put(folder / "dev.conll", tagged_text(20, 2));
   const std::string model = folder / "tagger";
-  const Ran r = bert_run("finetune --task tag --model " + pretrained() + " --train " + (folder / "train.conll") + " --dev " + (folder / "dev.conll") +
-                         " --epochs 8 --lr 5e-3 --batch 8 --stride 8 --output " + model);
+  const Ran r = bert_run("finetune --task tag --model " + pretrained() + " --train " + (folder / "train.conll") + " --dev " +
+                         (folder / "dev.conll") + " --epochs 8 --lr 5e-3 --batch 8 --stride 8 --output " + model);
   REQUIRE_MESSAGE(r.status == 0, r.err);
   CHECK_MESSAGE(has(r.out, "entity_f1_dev\t1\n"), r.out);
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "dev.conll")).out, "entity_f1\t1\n"));
@@ -595,11 +596,13 @@ TEST_CASE("tags: trained from CoNLL, answered as CoNLL, as entities with offsets
   const Ran found = bert_run("predict --stride 8 --model " + model + " --input " + (folder / "long.txt"));
   CHECK(has(found.out, "\"text\":\"cat swims\",\"start\":" + std::to_string(long_text.size() + 4)));
   put(folder / "bad.conll", "the O\ndog B-PET extra\n\n");
-  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "bad.conll:2: 3 columns, but the file's first line has 2"));
+  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err,
+            "bad.conll:2: 3 columns, but the file's first line has 2"));
   put(folder / "bad.conll", "the O\ndog\n\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "bad.conll:2: no tag"));
   put(folder / "bad.conll", "the O\ndog PET\ncat B-PET\n\n");
-  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "bad.conll:1: tag 'PET' beside tags like B-PER"));
+  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err,
+            "bad.conll:1: tag 'PET' beside tags like B-PER"));
   put(folder / "bad.conll", "the O\ndog B-CAR\n\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "label 'B-CAR', which training never saw"));
 }
@@ -625,8 +628,8 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   };
   put(folder / "train.json", squad(500, 1)), put(folder / "dev.json", squad(40, 2));
   const std::string model = folder / "qa";
-  const Ran r = bert_run("finetune --task qa --model " + pretrained() + " --train " + (folder / "train.json") + " --dev " + (folder / "dev.json") +
-                         " --epochs 8 --lr 5e-3 --batch 8 --max-length 48 --stride 8 --output " + model);
+  const Ran r = bert_run("finetune --task qa --model " + pretrained() + " --train " + (folder / "train.json") + " --dev " +
+                         (folder / "dev.json") + " --epochs 8 --lr 5e-3 --batch 8 --max-length 48 --stride 8 --output " + model);
   REQUIRE_MESSAGE(r.status == 0, r.err);
   CHECK(has(r.out, "f1_dev\t"));
   CHECK_MESSAGE(has(bert::read_file(model + "/config.json"), "\"null_threshold\""), r.out);
@@ -634,8 +637,9 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   REQUIRE_MESSAGE(scores.status == 0, scores.err);
   CHECK(has(scores.out, "exact\t"));
   put(folder / "ask.jsonl", "{\"id\":\"a\",\"question\":\"the dog\",\"context\":\"the dog sleeps by the river.\"}\n");
-  const Ran answer = bert_run("predict --model " + model + " --input " + (folder / "ask.jsonl"));
-  CHECK_MESSAGE(has(answer.out, "{\"id\":\"a\",\"answer\":\"by the river\",\"start\":15,\"end\":27,\"score\":"), (answer.out + answer.err));
+  CHECK(bert_run("predict --model " + model + " --input " + (folder / "ask.jsonl")).out.starts_with("{\"id\":\"a\",\"answer\":\""));
+  const Ran answer = bert_run("predict --jsonl --model " + model + " --input " + (folder / "ask.jsonl"));  // whether or not it says so
+  CHECK_MESSAGE(has(answer.out, "\"answers\":[{\"answer\":\"by the river\",\"start\":15,\"end\":27,\"score\":"), (answer.out + answer.err));
   std::string filler;
   for (int i = 0; i < 300; i++) filler += "a bird sings and a cat swims. ";
   put(folder / "ask.jsonl", "{\"question\":\"the dog\",\"context\":\"" + filler + "the dog sleeps by the river. " + filler + "\"}\n");
@@ -655,7 +659,8 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
   for (int i = 0; i < 80; i++) {
     const bool dog = i % 2, first = i % 3 == 0;
     const std::string right = dog ? "barks" : "sings", wrong = dog ? "sings" : "barks", noun = dog ? "the dog" : "the bird";
-    choices += "{\"text\":\"" + noun + "\",\"choices\":[\"" + (first ? right : wrong) + "\",\"" + (first ? wrong : right) + "\"],\"label\":" + (first ? "0" : "1") + "}\n";
+    choices += "{\"text\":\"" + noun + "\",\"choices\":[\"" + (first ? right : wrong) + "\",\"" + (first ? wrong : right) +
+               "\"],\"label\":" + (first ? "0" : "1") + "}\n";
     pairs += noun + " " + right + "\t" + (first ? noun : wrong) + "\t" + (first ? "1" : "0") + "\n";
     partners += "{\"text\":\"" + noun + "\",\"positive\":\"" + right + "\",\"negative\":\"" + wrong + "\"}\n";
   }
@@ -668,21 +673,26 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
   const Ran said = bert_run("predict --model " + (folder / "choice") + " --input " + (folder / "ask.jsonl"));
   CHECK_MESSAGE(said.out.starts_with("1\t0."), (said.out + said.err));
   put(folder / "bad.jsonl", "{\"text\":\"a\",\"choices\":[\"b\",\"c\"],\"label\":2}\n");
-  CHECK(has(bert_run("evaluate --model " + (folder / "choice") + " --input " + (folder / "bad.jsonl")).err, "bad.jsonl:1: '2' is no choice's number, from 0 to 1"));
+  CHECK(has(bert_run("evaluate --model " + (folder / "choice") + " --input " + (folder / "bad.jsonl")).err,
+            "bad.jsonl:1: '2' is no choice's number, from 0 to 1"));
 
   for (const char* loss : {"cosine", "contrastive"}) {
     const std::string out = folder / loss;
     const Ran r = bert_run("finetune --task similarity --train " + (folder / "pairs.tsv") + " --loss " + loss + rest + out);
     REQUIRE_MESSAGE(r.status == 0, r.err);
     CHECK_MESSAGE(has(r.out, "spearman_dev\t"), r.out);
-    for (const char* file : {"/modules.json", "/1_Pooling/config.json", "/sentence_bert_config.json"}) CHECK(std::filesystem::exists(out + file));
+    for (const char* file : {"/modules.json", "/1_Pooling/config.json", "/sentence_bert_config.json"})
+      CHECK(std::filesystem::exists(out + file));
     CHECK(bert_run("evaluate --model " + out + " --input " + (folder / "pairs.tsv")).status == 0);
     const Ran cosine = testing::run("printf 'the dog barks\\tthe dog barks\\n' | ./bert predict --model " + out);
     CHECK_MESSAGE(std::fabs(std::atof(cosine.out.c_str()) - 1) < 1e-6, (cosine.out + cosine.err));
   }
   for (const char* loss : {"inbatch", "triplet"})
-    CHECK(bert_run("finetune --task similarity --dev-split 0 --train " + (folder / "partners.jsonl") + " --loss " + loss + rest + (folder / loss)).status == 0);
-  CHECK(has(bert_run("finetune --task similarity --loss triplet --train " + (folder / "pairs.tsv") + rest + (folder / "no")).err, "a text, a positive and a negative one"));
+    CHECK(bert_run("finetune --task similarity --dev-split 0 --train " + (folder / "partners.jsonl") + " --loss " + loss + rest +
+                   (folder / loss))
+              .status == 0);
+  CHECK(has(bert_run("finetune --task similarity --loss triplet --train " + (folder / "pairs.tsv") + rest + (folder / "no")).err,
+            "a text, a positive and a negative one"));
   put(folder / "one.tsv", "text\tscore\nthe dog\t1\nthe cat\t0\n");
   CHECK(has(bert_run("finetune --task similarity --train " + (folder / "one.tsv") + rest + (folder / "no")).err, "one.tsv:2: one text"));
   CHECK(!std::filesystem::exists(folder / "no"));
@@ -691,17 +701,23 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
 TEST_CASE("finetune: frozen layers stay, the options of other tasks are refused, one answer for all is said") {
   const TemporaryFolder folder;
   const std::string out = folder / "frozen";
-  REQUIRE(bert_run(small().finetune(pretrained(), out) + "--epochs 1 --freeze 1 --layer-decay 0.9 --label-smoothing 0.1 --class-weights balanced").status == 0);
+  REQUIRE(bert_run(small().finetune(pretrained(), out) +
+                   "--epochs 1 --freeze 1 --layer-decay 0.9 --label-smoothing 0.1 --class-weights balanced")
+              .status == 0);
   const Ran same = bert_run("info --model " + pretrained() + " --compare " + out);
   CHECK(has(same.out, "only in"));
   const bert::ModelFolder before = bert::load_folder(pretrained(), false), after = bert::load_folder(out, false);
-  auto moved = [](const bert::Tensor& a, const bert::Tensor& b) { return std::memcmp(a.data(), b.data(), (size_t)a.size() * sizeof(float)) != 0; };
+  auto moved = [](const bert::Tensor& a, const bert::Tensor& b) {
+    return std::memcmp(a.data(), b.data(), (size_t)a.size() * sizeof(float)) != 0;
+  };
   CHECK(!moved(before.bert.word, after.bert.word));
   CHECK(!moved(before.bert.layers[0].up.weight, after.bert.layers[0].up.weight));
   CHECK(moved(before.bert.layers[1].up.weight, after.bert.layers[1].up.weight));
-  CHECK(has(bert_run(small().finetune(pretrained(), folder / "x") + "--loss triplet").err, "--loss is for --task similarity, not for classify"));
+  CHECK(has(bert_run(small().finetune(pretrained(), folder / "x") + "--loss triplet").err,
+            "--loss is for --task similarity, not for classify"));
   CHECK(has(bert_run(small().finetune(pretrained(), folder / "x") + "--freeze 3").err, "--freeze 3: the model has 2 layers"));
-  const Ran none = bert_run("finetune --task classify --epochs 1 --lr 1e-9 --model " + pretrained() + " --train " + (small().folder / "train.tsv") + " --output " + (folder / "none"));
+  const Ran none = bert_run("finetune --task classify --epochs 1 --lr 1e-9 --model " + pretrained() + " --train " +
+                            (small().folder / "train.tsv") + " --output " + (folder / "none"));
   CHECK_MESSAGE(has(none.err, "every text was given one label"), none.err);
   CHECK(has(bert::read_file((folder / "none") + "/report.html"), "The worst mistakes"));
 }
