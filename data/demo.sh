@@ -15,6 +15,8 @@ stage() {   # what happens, then the command that does it, shown as one could ty
   awk -v a="$start" -v b="$(date +%s.%N)" 'BEGIN { printf "   %.1f s\n", b - a }'
 }
 
+main_figures() { grep -vE '^(precision|recall|f1_(micro|weighted|[^m]))'; }   # those of single authors are left out
+
 stage "1. A vocabulary of 4,000 word pieces from 1.5 MB of novels" \
   vocab --input "$data/english.txt" --size 4000 --output "$out/vocab" --overwrite
 stage "2. Pretraining: masked words and next sentences. loss_dev is on other books; unigram_loss_dev is what guessing by frequency gets" \
@@ -30,9 +32,9 @@ stage "5. The same from random weights, for comparison" \
   finetune --task classify --model "$out/pretrained" --from-scratch --train "$data/authors/train.tsv" --dev "$data/authors/dev.tsv" \
   --output "$out/from-scratch" --epochs 3 --lr 2e-4 --overwrite
 stage "6. Both on the held-out test set (guessing the commonest author gets 0.2)" \
-  evaluate --model "$out/classifier" --input "$data/authors/test.tsv"
+  evaluate --model "$out/classifier" --input "$data/authors/test.tsv" | main_figures
 stage "   from random weights:" \
-  evaluate --model "$out/from-scratch" --input "$data/authors/test.tsv"
+  evaluate --model "$out/from-scratch" --input "$data/authors/test.tsv" | main_figures
 cat > "$out/typed.txt" <<'TEXT'
 The steamboat was aground again, and the pilot swore by the great Mississippi that the river had moved in the night.
 Miss Bennet was obliged to own that his manners were agreeable, though his conversation was not remarkable for good sense.

@@ -5,8 +5,8 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
-#include <sstream>
 #include <set>
+#include <sstream>
 #include <thread>
 #include <tuple>
 
@@ -199,7 +199,7 @@ TEST_CASE("golden: heads, their losses and every gradient") {
     Losses losses;
     Tape tape;
     const Tensor hidden = m.bert.forward(batch, none);
-    const Tensor logits = h.task == Task::mlm          ? m.bert.masked_logits(hidden, batch.masked)
+    const Tensor logits = h.task == Task::mlm        ? m.bert.masked_logits(hidden, batch.masked)
                           : head_kind(h.task).tokens ? m.bert.token_logits(hidden, none)
                                                      : m.bert.row_logits(hidden, batch, none);
     if (h.task == Task::qa) {
@@ -211,7 +211,8 @@ TEST_CASE("golden: heads, their losses and every gradient") {
       CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * h.logits);
     }
     double rows = (double)(h.task == Task::choice ? (int64_t)batch.groups.size() - 1 : batch.rows());
-    if (h.task == Task::tag) rows = (double)std::count_if(batch.labels.begin(), batch.labels.end(), [](int32_t l) { return l != kIgnored; });
+    if (h.task == Task::tag)
+      rows = (double)std::count_if(batch.labels.begin(), batch.labels.end(), [](int32_t l) { return l != kIgnored; });
     tape.backward(batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), rows}, none, losses));
     // a loss moves as far as its logits do: where the README's figure is below their error, it is luck
     CHECK(std::fabs(losses.total - golden_number(folder, "loss")) < std::max(4 * h.loss, h.logits));
@@ -658,9 +659,8 @@ TEST_CASE("search: a query beside reading all vectors once: 1.5 times on a quiet
     least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   };
   for (int i = 0; i < 60; i++) {
-    time(read, [&] {
-      parallel_for(200, [&](int64_t part) { sums[(size_t)part] = kernels().sum(vectors.data() + part * 384000, 384000); });
-    });
+    time(read,
+         [&] { parallel_for(200, [&](int64_t part) { sums[(size_t)part] = kernels().sum(vectors.data() + part * 384000, 384000); }); });
     time(search, [&] { nearest_rows(query, vectors, 5); });
   }
   MESSAGE("reading " << 1e3 * read << " ms, searching " << 1e3 * search << " ms");
@@ -920,13 +920,15 @@ TEST_CASE("golden: the other heads of DistilBERT and ELECTRA, saved and loaded a
     for (const SafeTensors::Entry& e : file.entries()) all.insert(e.name);
     return all;
   };
-  for (const auto& [name, task] : {std::pair{"DistilBertForTokenClassification", Task::tag},
-                                   {"DistilBertForQuestionAnswering", Task::qa},
-                                   {"DistilBertForMultipleChoice", Task::choice},
-                                   {"ElectraForMaskedLM", Task::mlm},
-                                   {"ElectraForSequenceClassification", Task::classify},
-                                   {"ElectraForTokenClassification", Task::tag},
-                                   {"ElectraForQuestionAnswering", Task::qa}}) {
+  for (const auto& head : {std::pair{"DistilBertForTokenClassification", Task::tag},
+                           {"DistilBertForQuestionAnswering", Task::qa},
+                           {"DistilBertForMultipleChoice", Task::choice},
+                           {"ElectraForMaskedLM", Task::mlm},
+                           {"ElectraForSequenceClassification", Task::classify},
+                           {"ElectraForTokenClassification", Task::tag},
+                           {"ElectraForQuestionAnswering", Task::qa}}) {
+    const std::string name = head.first;
+    const Task task = head.second;
     CAPTURE(name);
     const std::string folder = kGolden + "variant-heads/" + name;
     testing::TemporaryFolder saved;
@@ -941,7 +943,7 @@ TEST_CASE("golden: the other heads of DistilBERT and ELECTRA, saved and loaded a
       std::vector<int64_t> every((size_t)batch.tokens());
       std::iota(every.begin(), every.end(), 0);
       Dropout none;
-      const Tensor logits = task == Task::mlm          ? m.bert.masked_logits(hidden, every)
+      const Tensor logits = task == Task::mlm        ? m.bert.masked_logits(hidden, every)
                             : head_kind(task).tokens ? m.bert.token_logits(hidden, none)
                                                      : m.bert.row_logits(hidden, batch, none);
       CHECK(difference(SafeTensors::open(folder + "/golden.safetensors"), "logits", logits.data(), logits.size()) < 4 * 7.75e-7);
@@ -1273,13 +1275,14 @@ TEST_CASE("metrics: classes and labels as scikit-learn's") {
     std::vector<std::string> labels;
     for (int64_t i = 0; i < C; i++) labels.push_back("L" + std::to_string(i));
     Scorer scorer(many ? Task::multilabel : Task::classify, labels);
-    const std::vector<Json> &said = c.find("said")->items("said"), &is = c.find("is")->items("is");
+    const std::vector<Json>&said = c.find("said")->items("said"), &is = c.find("is")->items("is");
     for (size_t i = 0; i < is.size(); i++) {
       Outcome o{.outputs = std::vector<float>((size_t)C, -1)};
       Gold g;
       if (many)
         for (size_t k = 0; k < (size_t)C; k++)
-          o.outputs[k] = said[i].items("said")[k].as_int("said") ? 1.f : -1.f, g.targets.push_back((float)is[i].items("is")[k].as_int("is"));
+          o.outputs[k] = said[i].items("said")[k].as_int("said") ? 1.f : -1.f,
+          g.targets.push_back((float)is[i].items("is")[k].as_int("is"));
       else
         o.outputs[(size_t)said[i].as_int("said")] = 1, g.label = (int32_t)is[i].as_int("is");
       scorer.add(o, g);
