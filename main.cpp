@@ -1027,14 +1027,17 @@ void check_output(const std::string& path, bool resume, bool overwrite) {
   if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
   if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
   const bool state = has("training_state.safetensors") || has("training_state-1.safetensors");
-  if (resume && !state && (has("model.safetensors") || !has("log.jsonl")))
-    throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
-  static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html"};  // ended before its first save
-  if (overwrite || resume || !there) return;
-  for (const auto& entry : fs::directory_iterator(path))
-    if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run))
-      throw Error(path + ": holds files already (" + name + "); give another --output, or --overwrite" +
-                  (state ? ", or go on with --resume" : ""));
+  // What a run leaves that ended before its first save; with nothing else there, it begins again.
+  static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html", "training_state-new.safetensors"};
+  std::string foreign;
+  if (there)
+    for (const auto& entry : fs::directory_iterator(path))
+      if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run) && name.find(".tmp-") == name.npos)
+        foreign = name;
+  if (foreign.empty() || overwrite || (resume && state)) return;
+  if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
+  throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
+              (state ? ", or go on with --resume" : ""));
 }
 // The folder that a command writes: made, and locked against a second run.
 FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
@@ -1297,7 +1300,8 @@ path{fill:none;stroke:var(--line)}path.curve{stroke:var(--c);stroke-width:2;stro
 path.raw{opacity:.28;stroke-width:1.2}circle{fill:var(--c)}
 .tables{align-items:start}.tables>div{display:grid;gap:16px}table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{padding:3px 12px 3px 0;border-top:1px solid var(--line);text-align:left;vertical-align:top;font-weight:400}
-tr:first-child>*{border-top:0}th{color:var(--soft);white-space:nowrap}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+tr:first-child>*{border-top:0}.part{display:grid;gap:16px}.part td:not(:last-child){overflow-wrap:normal}
+th{color:var(--soft);white-space:nowrap}td{overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 </style>)";
 
 const char* const kReportScript = R"js(<script>
@@ -1386,8 +1390,8 @@ void Run::write_report() const {
       std::string("<div class=\"grid tables\"><div>") + html_table("Data", data) +
       html_table("Machine",
                  {{"processor", cpu_name()}, {"threads", to_string(threads())}, {"kernels", backend_description()}, {"bert", kVersion}}) +
-      "</div>" + html_table("Settings", settings_) + "</div>" + part + "</main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" +
-      log_ + "</script>\n" + kReportScript + "</body></html>\n";
+      "</div>" + html_table("Settings", settings_) + "</div><div class=\"part\">" + part +
+      "</div></main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ + "</script>\n" + kReportScript + "</body></html>\n";
   write_file(s_.output + "/report.html", page);
 }
 

@@ -434,6 +434,11 @@ TEST_CASE(
   put(copy + "/tokenizer.json", "{}"), put(copy + "/modules.json", "[]");
   const std::string before = bert::read_file(copy + "/model.safetensors");
   CHECK(has(bert_run(small().pretrain + "--steps 2 --resume --output " + copy).err, "holds no run that could go on"));
+  std::filesystem::create_directory(small().folder / "begun");  // killed before anything was saved
+  put((small().folder / "begun") + "/.lock", "");
+  const Ran begun = bert_run(small().pretrain + "--steps 2 --resume --output " + (small().folder / "begun"));
+  CHECK(begun.status == 0);
+  CHECK(has(begun.err, "nothing was saved yet"));
   CHECK(has(bert_run(small().finetune(model, copy) + "--resume").err, "holds no run that could go on"));
   CHECK(bert::read_file(copy + "/model.safetensors") == before);
   const Ran over = bert_run(small().pretrain + "--steps 2 --overwrite --output " + copy);
