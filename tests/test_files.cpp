@@ -778,7 +778,8 @@ TEST_CASE("pytorch_model.bin: views, strides and shared storages are read as tor
   const std::string object = "}(" + tensor("plain", 6, "K\0"s, "K\2K\3\x86", "K\3K\1\x86") +
                              tensor("turned", 6, "K\0"s, "K\3K\2\x86", "K\1K\3\x86") + tensor("part", 6, "K\2", "K\3\x85", "K\1\x85") +
                              tensor("one", 6, "K\5", ")", ")") + tensor("none", 6, "K\0"s, "K\0\x85"s, "K\1\x85") + "u";
-  const SafeTensors file = SafeTensors::parse_torch(legacy(object, keys, data), "f.bin");
+  const std::string bytes = legacy(object, keys, data);  // which the views are into
+  const SafeTensors file = SafeTensors::parse_torch(bytes, "f.bin");
   auto values = [&](const char* name) {
     const bert::Tensor t = file.load(*file.find(name));
     return std::vector<float>(t.data(), t.data() + t.size());
