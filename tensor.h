@@ -31,6 +31,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <initializer_list>
 #include <map>
@@ -278,6 +279,8 @@ inline std::string read_file(const std::string& path) {
   std::FILE* f = std::fopen(path.c_str(), "rb");
   if (!f) throw Error(path + ": cannot open: " + std::strerror(errno));
   std::string bytes;
+  std::error_code unknown;  // of a pipe, say
+  if (const auto size = std::filesystem::file_size(path, unknown); !unknown) bytes.reserve((size_t)size + 64);
   char part[1 << 16];
   errno = 0;
   for (size_t n; (n = std::fread(part, 1, sizeof part, f)) > 0;) bytes.append(part, n);

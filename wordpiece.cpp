@@ -745,7 +745,9 @@ static void each_word(const Normalizer& normal, std::string_view s, size_t i, Wo
 }
 
 // ==== 4 pieces ===================================================================================================
-// Strings with ids, as beginnings of words and as continuations: a hash table whose keys of up to 15 bytes stand in its cells, so that
+static constexpr char kTooLong[] = "more than 4 GiB of pieces; is this a vocabulary?";
+
+// Strings with ids, as beginnings of words and as continuations: a hash table whose keys of up to 11 bytes stand in its cells, so that
 // one look into memory answers for a word. The whole word is asked for first, which in text that the vocabulary was made for nearly
 // always is a piece; then the lengths of the pieces that begin with the same four bytes, from the longest. A trie (with failure links:
 // LinMaxMatch, Song et al. 2021) would take a look into memory for each byte, every one waiting for the last, and longer to fill.
@@ -757,23 +759,22 @@ class Lexicon {
 
   // In all of these n > 0, and 16 bytes from s[n] on can be read, whatever they are.
   // The id of s[0 .. n), to be written to: kNone if the key is new.
-  int32_t& at(const char* s, size_t n, bool inner) {
-    if (used_ * 4 > cells_.size() * 3) resize(cells_.size() * 2);
+  BERT_INLINE int32_t& at(const char* s, size_t n, bool inner) {
+    if (used_ > mask_ / 4 * 3) resize(mask_ * 2 + 2);
     const Key key = key_of(s, n, inner);
     Cell& cell = cells_[place(key, s, n)];
     if (!cell.high) {
       cell = {key.low, key.high, kNone}, used_++;
-      if (n > kInline) {
-        const uint32_t size = (uint32_t)n;
-        cell.high |= long_.size();
-        long_.append((const char*)&size, 4).append(s, n);
-      }
+      if (n > kInline) add_long(cell, {s, n});
       longest_ = std::max(longest_, n);
       if (n >= 4) lengths_[four(s, inner)] |= length_bit(n);
     }
     return cell.id;
   }
-  BERT_INLINE int32_t find(const char* s, size_t n, bool inner) const { return cells_[place(key_of(s, n, inner), s, n)].id; }
+  BERT_INLINE int32_t find(const char* s, size_t n, bool inner) const {
+    const Cell& c = cells_[place(key_of(s, n, inner), s, n)];
+    return c.high ? c.id : kNone;
+  }
 
   // The longest key that s[0 .. n) begins with: its id and length; kNone where there is none.
   int32_t longest(const char* s, size_t n, bool inner, size_t& length) const {
@@ -792,32 +793,30 @@ class Lexicon {
   }
 
  private:
-  static constexpr size_t kInline = 15;
-  static constexpr uint64_t kInner = (uint64_t)1 << 62, kLong = (uint64_t)1 << 61, kOffset = ((uint64_t)1 << 56) - 1;
-  // A key of up to 15 bytes: they themselves, and in the highest byte their number. A longer one: a hash, and where it stands in long_.
+  static constexpr size_t kInline = 11;
+  static constexpr uint32_t kInner = 1u << 30, kLong = 1u << 29, kPlace = kLong - 1;
+  // A key of up to 11 bytes: they themselves, and from bit 24 on their number. A longer one: a hash, and where it stands in long_.
   struct Key {
-    uint64_t low, high;
+    uint64_t low;
+    uint32_t high;
   };
   struct Cell {
-    uint64_t low = 0, high = 0;  // high 0: free
-    int32_t id = kNone;
+    uint64_t low;
+    uint32_t high;  // 0: free
+    int32_t id;
   };
   std::vector<Cell> cells_;
-  size_t used_ = 0, longest_ = 0;
+  size_t used_ = 0, longest_ = 0, mask_ = 0;
   int shift_ = 0;
-  std::string long_ = "-";  // not empty: the offset 0 means none
+  // The longer keys, each behind the number of its bytes and from a multiple of eight on. Not empty: the place 0 means none.
+  std::string long_ = std::string(8, '\0');
   // Of keys that begin with four such bytes: bit n - 4 says that there is one of n, bit 31 one of 35 or more.
   std::vector<uint32_t> lengths_ = std::vector<uint32_t>(1 << 14);
 
-  // What is left of 16 bytes when the first n are wanted: [n] for the first eight, [16 + n] for the others.
-  static constexpr std::array<uint64_t, 32> kMasks = [] {
-    std::array<uint64_t, 32> masks = {};
-    for (size_t n = 0; n < 16; n++) {
-      masks[n] = n < 8 ? ((uint64_t)1 << 8 * n) - 1 : ~(uint64_t)0;
-      masks[16 + n] = n < 8 ? 0 : ((uint64_t)1 << 8 * (n - 8)) - 1;
-    }
-    return masks;
-  }();
+  // What is left of eight bytes, and of the four after them, when the first n are wanted.
+  static constexpr uint64_t kMasks[kInline + 1] = {
+      0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF, 0xFFFFFFFFFF, 0xFFFFFFFFFFFF, 0xFFFFFFFFFFFFFF, ~0ull, ~0ull, ~0ull, ~0ull};
+  static constexpr uint32_t kMasksAfter[kInline + 1] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFFFF, 0xFFFFFF};
   static uint64_t load(const char* s, size_t n) {
     uint64_t x;
     std::memcpy(&x, s, 8);
@@ -830,38 +829,45 @@ class Lexicon {
   }
   static uint32_t length_bit(size_t n) { return (uint32_t)1 << std::min<size_t>(n - 4, 31); }
   BERT_INLINE static Key key_of(const char* s, size_t n, bool inner) {
-    const uint64_t kind = inner ? kInner : 0;
+    const uint32_t kind = inner ? kInner : 0;
     if (n <= kInline) {  // both halves for any n: short and long words follow one another without rule, and a branch would be guessed wrong
-      uint64_t low, high;
-      std::memcpy(&low, s, 8), std::memcpy(&high, s + 8, 8);
-      return {low & kMasks[n], (high & kMasks[n + 16]) | kind | (uint64_t)n << 56};
+      uint64_t low;
+      uint32_t high;
+      std::memcpy(&low, s, 8), std::memcpy(&high, s + 8, 4);
+      return {low & kMasks[n], (high & kMasksAfter[n]) | kind | (uint32_t)n << 24};
     }
     uint64_t hash = n;
     for (size_t i = 0; i < n; i += 8) hash = (hash ^ load(s + i, n - i)) * 0x9E3779B97F4A7C15u, hash ^= hash >> 32;
     return {hash, kind | kLong};
   }
   std::string_view long_key(const Cell& c) const {
-    const char* at = long_.data() + (c.high & kOffset);
+    const char* at = long_.data() + (size_t)(c.high & kPlace) * 8;
     uint32_t size;
     std::memcpy(&size, at, 4);
     return {at + 4, size};
   }
+  __attribute__((noinline)) void add_long(Cell& cell, std::string_view s) {
+    if (long_.size() / 8 > kPlace) throw Error(kTooLong);
+    const uint32_t size = (uint32_t)s.size();
+    cell.high |= (uint32_t)(long_.size() / 8);
+    long_.append((const char*)&size, 4).append(s).append(7 - (s.size() + 3) % 8, '\0');
+  }
   // The cell where the key stands, or the free one where it would.
   BERT_INLINE size_t place(const Key& key, const char* s, size_t n) const {
     const uint64_t hash = key.low * 0x9E3779B97F4A7C15u + key.high * 0xC2B2AE3D27D4EB4Fu;
-    for (size_t i = hash >> shift_;; i = (i + 1) & (cells_.size() - 1)) {
+    for (size_t i = hash >> shift_;; i = (i + 1) & mask_) {
       const Cell& c = cells_[i];
       if ((c.low == key.low && c.high == key.high) || !c.high) return i;
-      if (n > kInline && c.low == key.low && (c.high & ~kOffset) == key.high && long_key(c) == std::string_view(s, n)) return i;
+      if (n > kInline && c.low == key.low && (c.high & ~kPlace) == key.high && long_key(c) == std::string_view(s, n)) return i;
     }
   }
   void resize(size_t size) {
     std::vector<Cell> old(size);
     old.swap(cells_);
-    shift_ = 64 - std::countr_zero(size);
+    shift_ = 64 - std::countr_zero(size), mask_ = size - 1;
     for (const Cell& c : old)
       if (c.high & kLong)
-        cells_[place({c.low, c.high & ~kOffset}, long_key(c).data(), long_key(c).size())] = c;
+        cells_[place({c.low, c.high & ~kPlace}, long_key(c).data(), long_key(c).size())] = c;
       else if (c.high)
         cells_[place({c.low, c.high}, nullptr, 0)] = c;
   }
@@ -904,8 +910,6 @@ struct TokenSet {
   }
 };
 
-static constexpr char kTooLong[] = "more than 4 GiB of pieces; is this a vocabulary?";
-
 // Everything that loading makes, and nothing changes after.
 struct WordPiece::Tables {
   enum : uint8_t { kExists = 1, kContinues = 2, kSpecial = 4 };
@@ -915,6 +919,7 @@ struct WordPiece::Tables {
   std::vector<uint8_t> facts;                  // of each id, as bits
   Lexicon lexicon;                             // pieces as they stand in the file begin a word, without ## they go on in one
   std::string prefix = "##";
+  bool apart = true;                     // its first character is punctuation, which is a word of its own
   size_t limit = 100;                    // code points of a word; longer ones are unknown
   int32_t unk = -1, cls = -1, sep = -1;  // cls, sep: what is put around a sequence; -1: nothing is
   std::vector<AddedToken> added;
@@ -924,9 +929,15 @@ struct WordPiece::Tables {
   explicit Tables(const TokenizerSettings& settings) : normal(settings) {}
 
   std::string_view piece(size_t id) const { return {text.data() + spans[id][0], spans[id][1]}; }
+  bool continues(std::string_view piece) const {  // the first look spares a call for nearly every piece
+    return piece.size() > prefix.size() && (prefix.empty() || piece[0] == prefix[0]) && piece.starts_with(prefix);
+  }
+  // How much of a piece its key leaves out: ## where no word can begin with it.
+  size_t skip(std::string_view piece) const { return apart && continues(piece) ? prefix.size() : 0; }
   int32_t find(std::string_view piece) const {
-    const std::string padded = std::string(piece) + std::string(16, '\0');
-    return piece.empty() ? -1 : lexicon.find(padded.data(), piece.size(), false);
+    const size_t n = piece.size() - skip(piece);
+    const std::string padded = std::string(piece.substr(piece.size() - n)) + std::string(16, '\0');
+    return n == 0 ? -1 : lexicon.find(padded.data(), n, n < piece.size());
   }
   void add_piece(size_t id, std::string_view piece, const std::string& where) {
     if (text.size() + piece.size() > UINT32_MAX - 64) throw Error(where + ": " + kTooLong);
@@ -1400,7 +1411,7 @@ static bool flag(const Json& object, std::string_view key, bool otherwise, const
 }
 
 // The next line as the reference's reader sees it, from `at` on, which moves: it ends at LF, a CR before it goes, nothing else ends one.
-static std::string_view next_line(std::string_view bytes, size_t& at) {
+BERT_INLINE static std::string_view next_line(std::string_view bytes, size_t& at) {
   const size_t begin = at, end = std::min(bytes.find('\n', at), bytes.size());
   at = end + 1;
   const std::string_view line = bytes.substr(begin, end - begin);
@@ -1408,7 +1419,6 @@ static std::string_view next_line(std::string_view bytes, size_t& at) {
 }
 // Without the white space at its end, Unicode's included: what U+2028 stands for in bert-base-chinese becomes the empty piece.
 static std::string_view trim_end(std::string_view line) {
-  if (!line.empty() && line.back() > ' ') return line;  // ASCII, and no space: nearly always
   while (!line.empty()) {
     char32_t c;
     const size_t n = decode_before(line, line.size(), c);
@@ -1432,18 +1442,21 @@ struct TokenizerFiles {
   void note(const std::string& what) { odd += (odd.empty() ? "" : ", ") + what; }
 
   // Checks and takes the pieces; an id has one line.
-  void read_vocab(std::string_view bytes, const std::string& where) {
+  void read_vocab(std::string vocab, const std::string& where) {
     int64_t blank = 0, spaces = 0;
+    tables.text = std::move(vocab);
+    const std::string_view bytes = tables.text;
     if (const size_t bad = invalid_from(bytes, 0); bad < bytes.size()) {
       const size_t line = bad ? bytes.rfind('\n', bad - 1) + 1 : 0;
       throw Error(where + ":" + std::to_string(1 + std::count(bytes.begin(), bytes.begin() + (int64_t)bad, '\n')) +
                   ": invalid UTF-8 at byte " + std::to_string(bad - line + 1) + " of the line; is this a vocab.txt?");
     }
     if (bytes.size() > UINT32_MAX - 64) throw Error(where + ": " + kTooLong);
-    tables.text.reserve(bytes.size() + 64), tables.text = bytes;
+    tables.spans.reserve(bytes.size() / 7);  // pieces of English have some 7 bytes with their line end, those of Chinese fewer
     for (size_t at = 0; at < bytes.size();) {
-      const std::string_view line = next_line(bytes, at), piece = trim_end(line);
-      blank += piece.empty(), spaces += !piece.empty() && piece.size() < line.size();
+      const std::string_view line = next_line(bytes, at),
+                             piece = !line.empty() && line.back() > ' ' ? line : trim_end(line);  // mostly ASCII
+      blank += piece.empty(), spaces += piece.size() < line.size() && !piece.empty();
       tables.spans.push_back({(uint32_t)(line.data() - bytes.data()), (uint32_t)piece.size()});
     }
     if (tables.spans.size() > INT32_MAX) throw Error(where + ": more lines than ids");
@@ -1639,8 +1652,10 @@ struct TokenizerFiles {
 
 // The lexicon of all pieces. Of a piece that stands twice the last id counts, and the earlier has no piece. Returns what it saw.
 std::string WordPiece::Tables::build_pieces(std::vector<uint8_t>& exists) {
+  char32_t c = 0;
+  apart = !prefix.empty() && decode_utf8(prefix, 0, c) && properties()[c] & kPunctuation;
   text.append(16, '\0');
-  lexicon = Lexicon(spans.size() + spans.size() / 4);
+  lexicon = Lexicon(spans.size());
   facts.resize(spans.size());
   int64_t twice = 0;
   int32_t blank = -1;
@@ -1648,15 +1663,14 @@ std::string WordPiece::Tables::build_pieces(std::vector<uint8_t>& exists) {
   for (size_t i = 0; i < spans.size(); i++) {
     if (!exists[i]) continue;
     const std::string_view s = piece(i);
-    int32_t& id = s.empty() ? blank : lexicon.at(s.data(), s.size(), false);
+    const size_t n = s.size() - skip(s);
+    int32_t& id = s.empty() ? blank : lexicon.at(s.data() + s.size() - n, n, n < s.size());
     if (id >= 0) {
       if (!twice++) first = "'" + std::string(s) + "' twice (ids " + std::to_string(id) + " and " + std::to_string(i) + ")";
       facts[(size_t)id] = 0, spans[(size_t)id] = {0, 0};
     }
-    id = (int32_t)i, facts[i] = kExists;
-    if (!s.starts_with(prefix)) continue;
-    facts[i] |= kContinues;
-    if (s.size() > prefix.size()) lexicon.at(s.data() + prefix.size(), s.size() - prefix.size(), true) = (int32_t)i;
+    id = (int32_t)i, facts[i] = kExists | (continues(s) || s == prefix ? kContinues : 0);
+    if (!apart && continues(s)) lexicon.at(s.data() + prefix.size(), s.size() - prefix.size(), true) = (int32_t)i;
   }
   return twice > 1 ? first + " and " + std::to_string(twice - 1) + " more" : first;
 }
@@ -1679,7 +1693,7 @@ void WordPiece::Tables::build_tokens() {
 WordPiece WordPiece::from_vocab(std::string_view vocab_txt, const TokenizerSettings& settings, const std::string& where) {
   TokenizerFiles files;
   files.settings = settings;
-  files.read_vocab(vocab_txt, where);
+  files.read_vocab(std::string(vocab_txt), where);
   return files.finish(where);
 }
 
@@ -1687,12 +1701,15 @@ WordPiece WordPiece::load(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code ignored;
   if (!fs::exists(path, ignored)) throw Error(path + ": no such file or folder; give a model folder or a vocab.txt");
-  if (!fs::is_directory(path, ignored) && !path.ends_with("tokenizer.json")) return from_vocab(read_file(path), {}, path);
+  TokenizerFiles files;
+  if (!fs::is_directory(path, ignored) && !path.ends_with("tokenizer.json")) {
+    files.read_vocab(read_file(path), path);
+    return files.finish(path);
+  }
   const std::string folder = fs::is_directory(path, ignored) ? path + "/" : path.substr(0, path.rfind('/') + 1);
   const std::string vocab = folder + "vocab.txt", json = folder + "tokenizer.json", config = folder + "tokenizer_config.json";
   const bool has_vocab = fs::exists(vocab, ignored), has_json = fs::exists(json, ignored);
   if (!has_vocab && !has_json) throw Error(path + ": neither vocab.txt nor tokenizer.json is there; a model folder needs one of them");
-  TokenizerFiles files;
   if (has_json) {
     files.read_json(Json::parse(read_file(json), json), json);
     if (has_vocab) files.compare(read_file(vocab), vocab);

@@ -743,6 +743,42 @@ TEST_CASE("wordpiece: which file wins") {
   CHECK(says(error_of([&] { WordPiece::load(folder.path); }), "tokenizer.json:1:2: not JSON"));
 }
 
+TEST_CASE("wordpiece: pieces of every length, which differ in their last letter alone") {
+  std::string vocab = "[UNK]\n", text;
+  std::vector<int32_t> expected;
+  for (size_t n = 1; n <= 60; n++)
+    for (const char last : {'b', 'c', 'd'}) {  // d is no piece
+      const std::string word = std::string(n - 1, 'a') + last;
+      if (last != 'd') vocab += word + "\n";
+      text += word + " ", expected.push_back(last == 'd' ? 0 : (int32_t)(2 * n - (last == 'b')));
+    }
+  std::vector<int32_t> ids;
+  WordPiece::from_vocab(vocab, {}, "test").append_ids(text, ids);
+  CHECK(ids == expected);
+}
+
+// Answers of the tokenizers library. Where the prefix is no punctuation, a word may begin with it, and a piece is both.
+TEST_CASE("wordpiece: other prefixes than ##") {
+  testing::TemporaryFolder folder;
+  auto ids = [&](const std::string& prefix) {
+    std::string vocab;
+    int n = 0;
+    std::set<std::string> seen;
+    for (const std::string& piece : {std::string("[PAD]"), std::string("[UNK]"), std::string("a"), std::string("b"), prefix + "b",
+                                     prefix + "ab", std::string("#"), std::string("##"), std::string("##b")})
+      if (seen.insert(piece).second) vocab += (n ? ",\"" : "\"") + piece + "\":" + std::to_string(n), n++;
+    put(folder / "tokenizer.json", R"({"model":{"type":"WordPiece","unk_token":"[UNK]","continuing_subword_prefix":")" + prefix +
+                                       R"(","vocab":{)" + vocab + R"(}},"normalizer":{"type":"BertNormalizer","lowercase":false},)" +
+                                       R"("pre_tokenizer":{"type":"BertPreTokenizer"}})");
+    const WordPiece t = WordPiece::load(folder.path);
+    CHECK(t.id(prefix + "b") == (prefix.empty() ? 3 : 4));
+    return t.encode("ab aab xb xab ##b b##b # ab").ids;
+  };
+  CHECK(ids("##") == std::vector<int32_t>{2, 4, 2, 5, 1, 1, 6, 6, 3, 3, 6, 6, 3, 6, 2, 4});
+  CHECK(ids("x") == std::vector<int32_t>{2, 4, 2, 5, 4, 5, 6, 6, 3, 3, 6, 6, 3, 6, 2, 4});
+  CHECK(ids("") == std::vector<int32_t>{4, 2, 4, 1, 1, 5, 5, 3, 3, 5, 5, 3, 5, 4});
+}
+
 TEST_CASE("wordpiece: added tokens beside a vocab.txt, and names of its special tokens") {
   testing::TemporaryFolder folder;
   put(folder / "vocab.txt", "<pad>\n<unk>\n<s>\n</s>\n[MASK]\na\n");
