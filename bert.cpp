@@ -1,12 +1,12 @@
-// bert.cpp -- the model, its heads, batches, training, metrics, model folders.   Interface: bert.h, 2 to 9.
+// bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, search.   Interface: bert.h, 2 to 10.
 //
 // Read in this order: encoder_layer (the paper's figure 1 in seven lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step;
 // where its batches come from: mask_tokens, PretrainSampler::next.
-// Data comes in as ids: this file knows no text file and no word. It computes nothing itself: every product, norm and softmax is an
-// op of tensor.h.
+// Data comes in as ids, or as the texts of an Item, which make_windows makes ids of: this file reads no data file and writes no result.
+// It computes nothing itself: every product, norm and softmax is an op of tensor.h.
 //
-// Contents:  config  parameters  the model  heads  batches  training  pretraining data (pairs, masking)  fine-tuning  metrics
-//            model folders  Model
+// Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (pairs, masking)  fine-tuning
+//            metrics  model folders  tasks (windows, and what they answer together)  Model  search
 #include "bert.h"
 
 #include <fcntl.h>
@@ -459,10 +459,6 @@ int64_t Bert::parameter_count() const {
   int64_t n = 0;
   for (const Parameter& p : parameters()) n += p.shape().size();
   return n;
-}
-
-void Bert::set_trainable() {
-  for (const Parameter& p : parameters()) Tensor(p.tensor).set_needs_grad();
 }
 
 void Bert::pack() {
@@ -1342,6 +1338,8 @@ static Tag read_tag(std::string_view tag) {
   return {prefix, tag.size() > 2 ? tag.substr(2) : "_"};
 }
 
+bool entity_tag(std::string_view tag) { return tag == "O" || (tag.size() > 2 && has_prefix(tag)); }
+
 std::vector<Entity> find_entities(std::span<const std::string> tags) {
   std::vector<Entity> found;
   Tag before;
@@ -1459,7 +1457,7 @@ Scorer::Scorer(Task task, std::vector<std::string> labels) : task_(task), labels
     throw Error("score: a model for " + std::string(head_kind(task).name) + " has no labelled data");
   width_ = task == Task::multilabel ? (int64_t)labels_.size() : task == Task::qa ? 5 : 2;
   if (task != Task::tag) return;
-  for (const std::string& label : labels_) entities_ |= label == "O" || (label.size() > 2 && has_prefix(label));
+  for (const std::string& label : labels_) entities_ |= entity_tag(label);
   for (const std::string& label : labels_) {
     const std::string type(entities_ ? read_tag(label).type : label);
     if ((!entities_ || label != "O") && std::find(types_.begin(), types_.end(), type) == types_.end()) types_.push_back(type);
@@ -2302,7 +2300,6 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
   std::vector<Encoding> encodings = !item.words.empty() ? t.encode_words_windows(item.words, {}, false, options)
                                     : pair              ? pair_windows(t, task, item.text, *pair, options, asked)
                                                         : t.encode_windows(item.text, {}, options);
-  if (task == Task::embed) encodings.resize(1);
   std::vector<Window> windows;
   for (Encoding& e : encodings) {
     for (size_t i = 0; i < e.ids.size(); i++)
@@ -2315,7 +2312,8 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
   return windows;
 }
 
-std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item, int64_t max_length, int64_t stride) {
+std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item, int64_t max_length, int64_t stride,
+                                 const std::string& prompt) {
   if (task == Task::qa && !item.pair) throw Error("a question without a context");
   if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
   if (task != Task::choice && task != Task::embed) return text_windows(t, task, item, item.pair, max_length, stride);
@@ -2324,13 +2322,13 @@ std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item
     for (Window& w : text_windows(t, task, one, pair, max_length, stride)) w.part = part, all.push_back(std::move(w));
   };
   if (task == Task::embed) {
-    add({item.text, {}}, {}, 0);
-    if (item.pair) add({*item.pair, {}}, {}, 1);
+    add({prompt + item.text, {}}, {}, 0);
+    if (item.pair) add({prompt + *item.pair, {}}, {}, 1);
   }
   for (size_t i = 0; i < item.others.size(); i++) {
     const int32_t part = (int32_t)i + (task == Task::embed) + (task == Task::embed && item.pair);
     if (task == Task::embed)
-      add({item.others[i], {}}, {}, part);
+      add({prompt + item.others[i], {}}, {}, part);
     else
       add(item, item.pair ? *item.pair + " " + item.others[i] : item.others[i], part);
   }
@@ -2474,40 +2472,76 @@ static std::vector<float> mean_outputs(std::span<const Window> windows, std::spa
   return means;
 }
 
+Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens) {
+  std::vector<Example> examples;
+  std::vector<int64_t> row;     // of each window in the result
+  std::vector<double> decided;  // tokens
+  int64_t rows = 0;
+  for (const std::vector<Window>& list : windows)
+    for (const Window& w : list) {
+      if (&w == list.data() || w.part != (&w)[-1].part) rows++;
+      examples.push_back(w.example), row.push_back(rows - 1);
+      decided.push_back((double)std::count(w.decides.begin(), w.decides.end(), 1));
+    }
+  Pooling plain = pooling;
+  plain.normalize = false;
+  const Tensor v = embed_examples(bert, examples, plain, batch_tokens);
+  Tensor out({rows, v.cols()});
+  for (size_t w = 0, n; w < row.size(); w += n) {
+    double all = 0;
+    for (n = 0; w + n < row.size() && row[w + n] == row[w]; n++) all += decided[w + n];
+    for (int64_t h = 0; h < v.cols(); h++) {
+      double sum = 0;
+      for (size_t k = w; k < w + n; k++) sum += decided[k] / all * (double)v.data()[(int64_t)k * v.cols() + h];
+      out.data()[row[w] * v.cols() + h] = n == 1 ? v.data()[(int64_t)w * v.cols() + h] : (float)sum;
+    }
+  }
+  return pooling.normalize ? normalize_rows(out) : out;
+}
+
+// The cosines of items' first two texts; none for an item of one text.
+static std::vector<Outcome> similarity_outcomes(const Bert& bert, const Pooling& pooling, std::span<const std::vector<Window>> windows,
+                                                int64_t batch_tokens) {
+  if (windows.empty()) return {};
+  const Tensor vectors = normalize_rows(embed_windows(bert, windows, pooling, batch_tokens));
+  std::vector<int64_t> first, second;  // rows of `vectors`
+  std::vector<size_t> compared;        // items
+  int64_t row = 0;
+  for (size_t i = 0; i < windows.size(); i++) {
+    const int64_t texts = windows[i].back().part + 1;
+    if (texts > 1) first.push_back(row), second.push_back(row + 1), compared.push_back(i);
+    row += texts;
+  }
+  std::vector<Outcome> out(windows.size());
+  if (compared.empty()) return out;
+  const Tensor cosines = row_dots(gather_rows(vectors, first), gather_rows(vectors, second));
+  for (size_t k = 0; k < compared.size(); k++) out[compared[k]].outputs = {cosines.data()[k]};
+  return out;
+}
+
 std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
-  const Task task = bert.task;
-  const HeadKind& head = head_kind(task);
+  if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
+  const HeadKind& head = head_kind(bert.task);
   std::vector<Example> examples;
   for (const std::vector<Window>& list : windows)
     for (const Window& w : list) examples.push_back(w.example);
-  Tensor vectors;
-  std::vector<float> outputs;
-  if (task == Task::embed)
-    vectors = embed_examples(bert, examples, pooling, batch_tokens);
-  else
-    outputs = head_outputs(bert, examples, batch_tokens);
-  const int64_t classes = task == Task::embed ? vectors.cols() : head.classes(bert.config);
+  const std::vector<float> outputs = head_outputs(bert, examples, batch_tokens);
+  const int64_t classes = head.classes(bert.config);
   std::vector<Outcome> out(items.size());
   size_t at = 0;  // in outputs
-  for (size_t i = 0, row = 0; i < items.size(); i++) {
+  for (size_t i = 0; i < items.size(); i++) {
     const std::span<const Window> list = windows[i];
     size_t rows = list.size();
     if (head.tokens) rows = 0, std::for_each(list.begin(), list.end(), [&](const Window& w) { rows += w.words.size(); });
-    const auto own = std::span<const float>(outputs).subspan(at, task == Task::embed ? 0 : rows * (size_t)classes);
-    if (task == Task::tag)
+    const auto own = std::span<const float>(outputs).subspan(at, rows * (size_t)classes);
+    if (bert.task == Task::tag)
       out[i] = tag_outcome(items[i], list, own, classes);
-    else if (task == Task::qa)
+    else if (bert.task == Task::qa)
       out[i] = answer_outcome(items[i], list, own);
-    else if (task != Task::embed)
+    else
       out[i].outputs = mean_outputs(list, own, classes);
-    else if (rows > 1) {
-      const Tensor two = normalize_rows(Tensor(Shape{2, classes}, {vectors.data() + (int64_t)row * classes, (size_t)(2 * classes)}));
-      out[i].outputs = {row_dots(Tensor(Shape{1, classes}, {two.data(), (size_t)classes}),
-                                 Tensor(Shape{1, classes}, {two.data() + classes, (size_t)classes}))
-                            .item()};
-    }
-    at += own.size(), row += rows;
+    at += own.size();
   }
   return out;
 }
@@ -2517,7 +2551,7 @@ static std::vector<std::vector<Window>> windows_of(const Asked& how, std::span<c
   std::vector<std::vector<Window>> windows(items.size());
   parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
     for (size_t i = (size_t)begin; i < (size_t)end; i++)
-      windows[i] = make_windows(how.tokenizer, how.bert.task, items[i], how.max_length, how.stride);
+      windows[i] = make_windows(how.tokenizer, how.bert.task, items[i], how.max_length, how.stride, how.prompt);
   });
   return windows;
 }
@@ -2539,16 +2573,14 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
 }
 
 RankScores rank_partners(const Asked& how, std::span<const Item> items) {
-  Tensor vectors[2];
-  for (size_t side = 0; side < 2; side++) {
-    std::vector<Example> examples(items.size());
-    parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
-      for (size_t i = (size_t)begin; i < (size_t)end; i++)
-        examples[i] = make_windows(how.tokenizer, Task::embed, items[i], how.max_length, 0).at(side).example;
-    });
-    vectors[side] = embed_examples(how.bert, examples, how.pooling, how.batch_tokens);
+  std::vector<std::vector<Window>> windows = windows_of(how, items);
+  std::vector<int64_t> texts, partners;  // rows of the vectors
+  for (size_t i = 0; i < windows.size(); i++) {
+    std::erase_if(windows[i], [](const Window& w) { return w.part > 1; });
+    texts.push_back(2 * (int64_t)i), partners.push_back(2 * (int64_t)i + 1);
   }
-  return rank_scores(vectors[0], vectors[1]);
+  const Tensor vectors = embed_windows(how.bert, windows, how.pooling, how.batch_tokens);
+  return rank_scores(gather_rows(vectors, texts), gather_rows(vectors, partners));
 }
 
 // ==== Model =======================================================================================================
@@ -2669,7 +2701,7 @@ std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) cons
 // What the model says of one item, however long.
 Outcome Model::ask(const Item& item) const {
   const ModelFolder& f = *folder_;
-  return answer_items({f.bert, f.tokenizer, f.pooling, f.max_length, kStride, 8192}, {&item, 1})[0];
+  return answer_items({f.bert, f.tokenizer, f.pooling, f.prompt, f.max_length, kStride, 8192}, {&item, 1})[0];
 }
 void Model::need(Task task, const char* what) const {
   if (folder_->bert.task != task)

@@ -14,7 +14,7 @@
 //       std::vector<float> v = model.embed("A sentence to embed.");     // hidden_size floats
 //     }
 //
-//   Contents:   1 WordPiece  2 config  3 batches  4 the model  5 training  6 pretraining data  7 fine-tuning  8 metrics
+//   Contents:   1 WordPiece  2 config  3 batches  4 the model  5 training  6 pretraining data  7 tasks  8 metrics
 //               9 model folders and Model  10 search
 #pragma once
 #include <bit>
@@ -239,7 +239,6 @@ struct Bert {
   static Bert empty(const Config& config, Task task);   // storage without values
   std::vector<Parameter> parameters() const;       // each once, in checkpoint order
   int64_t parameter_count() const;
-  void set_trainable();                            // every parameter needs a gradient
   void draw_again(int64_t layers, uint64_t seed);  // the top layers, and the pooler, begin anew
   void pack();                                     // for inference: linear weights into panels (word embeddings stay plain)
 
@@ -268,7 +267,8 @@ struct Pooling {
 Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
 
 // How texts are compared in training for similarity: the cosine against a number; each text's partner among all partners of the batch
-// (Henderson et al. 2017, section 4.4); alike or not (Hadsell et al. 2006); closer to the second text than to the third (Schroff et al. 2015).
+// (Henderson et al. 2017, section 4.4); alike or not (Hadsell et al. 2006); closer to the second text than to the third (Schroff et al.
+// 2015).
 enum class PairLoss { cosine, inbatch, contrastive, triplet };
 // What a loss may be told beside the model and the batch.
 struct LossRule {
@@ -427,7 +427,7 @@ struct Answer {                                    // a part of the context
 };
 // What a model says of an item.
 struct Outcome {
-  std::vector<float> outputs = {};                 // classify, multilabel, regress: the head's [C]; choice: one a choice; similarity: the cosine
+  std::vector<float> outputs = {};                 // classify, multilabel, regress: the head's [C]; choice: one each; similarity: cosine
   std::vector<int32_t> tags = {};                  // tag: each word's best one ...
   std::vector<float> scores = {};                  // ... its probability ...
   std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
@@ -452,9 +452,10 @@ struct Window {
   int32_t part = 0;                                // choice: which one; similarity: which text
 };
 // The item in windows of at most max_length tokens, `stride` tokens of each repeated in the next (at most half of what a window has room
-// for). Of a pair the longer text goes through the windows; of a question at most its first 64 pieces stand in each. Similarity: one
-// window a text, cut as embedding does.
-std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const Item& item, int64_t max_length, int64_t stride);
+// for). Of a pair the longer text goes through the windows; of a question at most its first 64 pieces stand in each. Similarity: each
+// text by itself, with the prompt in front.
+std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const Item& item, int64_t max_length, int64_t stride,
+                                 const std::string& prompt = "");
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
@@ -523,6 +524,7 @@ struct Entity {
   friend bool operator==(const Entity&, const Entity&) = default;
 };
 std::vector<Entity> find_entities(std::span<const std::string> tags);
+bool entity_tag(std::string_view tag);             // O, or one of those prefixes and a type
 // SQuAD's official scores of an answer, the best over the right ones: whether it is one of them, and the F1 of their words. An empty list
 // is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
 struct AnswerScore { double exact = 0, f1 = 0; };
@@ -595,8 +597,8 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
 struct TextScore { double log_likelihood = 0; int64_t tokens = 0; };
 std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Example> examples, int64_t batch_tokens);
 
-// Each item's windows put to the model and merged: of a class the mean of the outputs, of a word the tag of the window that sees most around
-// it, of a question the best answers of all windows, of two texts the cosine.
+// Each item's windows put to the model and merged: of a class the mean of the outputs, of a word the tag of the window that sees most
+// around it, of a question the best answers of all windows, of two texts the cosine of what embed_windows makes of them.
 std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens);
 // Who is asked, and how: a model in training as well as one of a folder.
@@ -604,6 +606,7 @@ struct Asked {
   const Bert& bert;
   const WordPiece& tokenizer;
   const Pooling& pooling;
+  const std::string& prompt;                       // similarity: in front of every text
   int64_t max_length, stride, batch_tokens;
 };
 std::vector<Outcome> answer_items(const Asked& how, std::span<const Item> items);
@@ -646,6 +649,9 @@ class Model {
 };
 // Vectors of examples, one each, in their order, computed in batches to a token budget.   [examples, hidden_size]
 Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
+// Vectors of texts in windows: of each item one for each of its parts, the mean of that part's windows, which count by the tokens that
+// they decide about.   [parts of all items, width]
+Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);
 
 // ==== 10 search ==================================================================================================
 // Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.

@@ -5,10 +5,12 @@
 //
 //   Contents:   1 errors and what is said   2 options   3 files into lines, lines into rows   4 results   5 text into ids
 //               6 model folders   7 a training run: folder, log, progress, signals   8 report.html   9 vocab, tokenize   10 pretrain
-//               11 finetune   12 evaluate, predict, fill-mask, embed, search   13 info   14 bench   15 the table of commands, main
+//               11 finetune   12 evaluate, predict, fill-mask, embed, search   13 info, convert   14 bench
+//               15 the table of commands, main
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <bit>
 #include <chrono>
 #include <cmath>
@@ -937,29 +939,17 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   return corpus;
 }
 
-// Rows as examples of at most `limit` tokens; cut[i]: row i was longer. Rows of format ids are taken as they are.
-std::vector<Example> encode_rows(const WordPiece& tokenizer, const std::vector<Row>& rows, int64_t limit, bool parse_special,
-                                 std::vector<uint8_t>& cut) {
-  std::vector<Example> examples(rows.size());
-  cut.assign(rows.size(), 0);
-  parallel_ranges((int64_t)rows.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const Row& row = rows[i];
-      Example& example = examples[i];
-      EncodeOptions options;
-      options.parse_special = parse_special;
-      auto encode = [&] {
-        Encoding e = row.pair ? tokenizer.encode(row.text, *row.pair, options) : tokenizer.encode(row.text, options);
-        example.ids = std::move(e.ids), example.segments = std::move(e.type_ids);
-      };
-      example.ids = row.ids, example.segments = row.segments;
-      if (row.ids.empty()) encode();
-      cut[i] = row.ids.empty() && (int64_t)example.ids.size() > limit;
-      options.max_length = limit;
-      if (cut[i]) encode();
-    }
-  });
-  return examples;
+// A row as an example of at most `limit` tokens; cut: it was longer. A row of format ids is taken as it is.
+Example encode_row(const WordPiece& tokenizer, const Row& row, int64_t limit, bool parse_special, bool& cut) {
+  if (!row.ids.empty()) return {row.ids, row.segments};
+  EncodeOptions options;
+  options.parse_special = parse_special;
+  auto encode = [&] { return row.pair ? tokenizer.encode(row.text, *row.pair, options) : tokenizer.encode(row.text, options); };
+  Encoding e = encode();
+  cut = (int64_t)e.ids.size() > limit;
+  options.max_length = limit;
+  if (cut) e = encode();
+  return {std::move(e.ids), std::move(e.type_ids)};
 }
 
 // Token and segment ids of format ids must be ones that the model has, and fit its positions.
@@ -1530,6 +1520,11 @@ WordPiece tokenizer_of(const Tokenization& o) {
   return t.with_settings(s);
 }
 
+// Code points in front of a byte of the text.
+int64_t code_points(std::string_view text, int64_t bytes) {
+  return std::count_if(text.begin(), text.begin() + bytes, [](char c) { return (c & 0xC0) != 0x80; });
+}
+
 // Offsets counted in code points of the text, or of each given word.
 void offsets_in_chars(Encoding& e, const Row& row, bool split_words) {
   if (!split_words) return void(e.offsets = code_point_offsets(e, row.text, row.pair.value_or("")));
@@ -1537,7 +1532,7 @@ void offsets_in_chars(Encoding& e, const Row& row, bool split_words) {
     for (int64_t& at : e.offsets[i]) {
       if (e.special[i]) continue;
       const std::string& word = (e.sequence[i] ? row.pair_words : row.words)[e.words[i]];
-      at = std::count_if(word.begin(), word.begin() + at, [](char c) { return (c & 0xC0) != 0x80; });
+      at = code_points(word, at);
     }
 }
 
@@ -1979,9 +1974,6 @@ struct LabelledSet {
   std::vector<Gold> golds;
 };
 
-// A tag of a scheme: O, or B- I- E- S- L- U- M- and a type.
-bool scheme_tag(const std::string& tag) { return tag == "O" || (tag.size() > 2 && tag[1] == '-' && std::strchr("BIESLUM", tag[0])); }
-
 // The names of labels that a row may use.
 Strings label_names(const Row& row, const Labels& labels, bool known) {
   Strings names = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
@@ -1993,8 +1985,8 @@ Strings label_names(const Row& row, const Labels& labels, bool known) {
   for (const std::string& name : names) {
     if (name.empty() || name.find_first_of("\t\r\n") != name.npos)
       throw BadLine("a label that is empty, or holds a TAB or an end of line; results are lines of columns");
-    if (labels.task == Task::tag && !scheme_tag(name) &&
-        std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && scheme_tag(n); }))
+    if (labels.task == Task::tag && !entity_tag(name) &&
+        std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && entity_tag(n); }))
       throw BadLine("tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
     if (known && !labels.ids.count(name))
       throw BadLine("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
@@ -2038,21 +2030,30 @@ void set_labels(Gold& gold, const Labels& labels, const Strings& names) {
   }
 }
 
-// Labelled rows. Training data (`of_model` given) says itself which labels there are.
+// The next rows, at most `most`, and the names of their labels, which training data (not `known`) says itself; false: there are none.
+bool next_labelled(Rows& rows, const Labels& labels, bool known, size_t most, LabelledSet& set, std::vector<Strings>& names) {
+  set = {}, names.clear();
+  for (Row row; set.items.size() < most && rows.next(row);) try {
+      Strings own;
+      set.golds.push_back(gold_of(row, labels, known, own));
+      names.push_back(std::move(own));
+      if (labels.task == Task::tag) row.text.clear();
+      set.items.push_back(std::move(static_cast<Item&>(row)));
+    } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
+  return !set.items.empty();
+}
+
+[[noreturn]] void no_labelled(const Source& source) { throw Error(join(source.files, ", ") + ": no labelled text; give a file with some"); }
+
+// All of them. Training data is told the labels of the model that it starts from.
 LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model = nullptr) {
   source.labels = true, source.task = labels.task;
   LabelledSet set;
   Rows rows(source);
   std::vector<Strings> names;
-  for (Row row; rows.next(row);) try {
-      Strings own;
-      set.golds.push_back(gold_of(row, labels, !of_model, own));
-      names.push_back(std::move(own));
-      if (labels.task == Task::tag) row.text.clear();
-      set.items.push_back(std::move(static_cast<Item&>(row)));
-    } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
+  next_labelled(rows, labels, !of_model, SIZE_MAX, set, names);
   rows.report();
-  if (set.items.empty()) throw Error(join(source.files, ", ") + ": no labelled text; give a file with some");
+  if (set.items.empty()) no_labelled(source);
   if (of_model && labels.named()) labels.learn(names, *of_model);
   for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
   return set;
@@ -2135,6 +2136,12 @@ Numbers partner_scores(const Asked& how, std::span<const Item> items) {
   return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
 }
 
+// Whether some text of an item did not fit into one window.
+bool in_windows(const std::vector<Window>& windows) {
+  auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
+  return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
+}
+
 // A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
 struct Finetuning {
   Args& a;
@@ -2157,6 +2164,7 @@ struct Finetuning {
   Labels labels = {task, {}, {}};
   LabelledSet train = {}, dev = {}, test = {};
   std::vector<Example> examples = {};  // of train, in windows
+  std::string prompt = {};             // similarity: the model's default, in front of every text
   int64_t cut = 0;                     // training texts that are longer than what is trained with
 
   void check();
@@ -2167,8 +2175,7 @@ struct Finetuning {
            std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
   }
   ModelFolder start() const;
-  Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, max_length, stride, 8192}; }
-  int64_t epoch_steps() const { return ((int64_t)examples.size() + batch * settings.accumulate - 1) / (batch * settings.accumulate); }
+  Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, prompt, max_length, stride, 8192}; }
 };
 
 // What can be seen before anything is read, and options that only some tasks have.
@@ -2197,7 +2204,7 @@ void Finetuning::read() {
       throw Error(std::string("--") + option + " " + to_string(n) + ": the model has " + to_string(config.num_hidden_layers) + " layers");
   max_length = task == Task::qa && !max_length ? std::min<int64_t>(384, config.max_position_embeddings) : length_limit(max_length, config);
   tokenizer = open_tokenizer(model);
-  if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config);
+  if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config), prompt = folder_prompt(model, "");
   if (task == Task::regress) labels.set({"LABEL_0"});
   train = read_labelled(train_input, labels, &config.labels);
   if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
@@ -2222,8 +2229,8 @@ void Finetuning::split(uint64_t seed) {
   std::vector<uint8_t> is_cut(made.size());
   parallel_ranges((int64_t)made.size(), 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      std::vector<Window> windows = make_windows(tokenizer, task, train.items[i], max_length, stride);
-      is_cut[i] = task != Task::tag && task != Task::qa && windows.size() > 1 && windows[1].part == windows[0].part;
+      std::vector<Window> windows = make_windows(tokenizer, task, train.items[i], max_length, stride, prompt);
+      is_cut[i] = task != Task::tag && task != Task::qa && in_windows(windows);
       made[i] = make_examples(task, std::move(windows), train.golds[i]);
     }
   });
@@ -2325,32 +2332,37 @@ Named data_facts(const Finetuning& f) {
           {"training texts cut to --max-length", some(f.cut)}};
 }
 
-// The metrics of a set; with `report` its confusion matrix and the worst mistakes as a part of the page.
-Numbers metrics_on(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "",
-                   std::string* report = nullptr) {
-  Numbers list;
-  if (set.items.empty()) return list;
+// A set's metrics, their names with `ending`, and what was learned beside: the null threshold that they are at, and a part of the page.
+struct Evaluation {
+  Numbers metrics;
+  std::optional<double> null_threshold;
+  std::string report;  // confusion matrix and worst mistakes
+};
+Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "") {
+  Evaluation e;
+  if (set.items.empty()) return e;
   if (only_partners(f.task, set.golds)) {
-    for (const auto& [name, value] : partner_scores(f.asked(bert), set.items)) list.emplace_back(name + ending, value);
-    return list;
+    for (const auto& [name, value] : partner_scores(f.asked(bert), set.items)) e.metrics.emplace_back(name + ending, value);
+    return e;
   }
   Scorer scorer(f.task, f.labels.names);
   std::vector<Mistake> worst;
-  score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (auto m = report ? mistake(f.task, f.labels, set.items[i], set.golds[i], o) : std::nullopt) worst.push_back(std::move(*m));
-    if (worst.size() < 4 * kMistakes) return;
+  auto keep_worst = [&] {
     std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
-    worst.resize(kMistakes);
+    worst.resize(std::min(worst.size(), kMistakes));
+  };
+  score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
+    if (auto m = mistake(f.task, f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
+    if (worst.size() >= 4 * kMistakes) keep_worst();
   });
-  auto threshold = bert.config.null_threshold;
-  if (!threshold && f.tunes_null()) threshold = scorer.best_null_threshold();
-  for (const Metric& m : scorer.metrics({}, threshold)) list.emplace_back(m.name + ending, m.value);
+  keep_worst();
+  e.null_threshold = bert.config.null_threshold;
+  if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
+  for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
   if (f.task == Task::classify) warn_of_one_class(scorer.confusion(), f.labels.names);
-  if (!report) return list;
-  std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
-  worst.resize(std::min(worst.size(), kMistakes));
-  *report = confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
-  return list;
+  e.report =
+      confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
+  return e;
 }
 
 // Where fine-tuning stands beside the trainer: the best evaluation, whose model is the one in the folder.
@@ -2365,14 +2377,13 @@ struct BestOnDev {
 };
 
 // The steps from where the trainer stands; false when a signal came first.
-bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& best, const ModelFolder& start) {
-  FinetuneSampler sampler(f.examples, f.batch, f.settings.accumulate, f.settings.seed);
+bool finetune_steps(const Finetuning& f, FinetuneSampler& sampler, Trainer& trainer, Run& run, BestOnDev& best, const ModelFolder& start) {
   const int64_t per_epoch = sampler.epoch_steps(), steps = trainer.settings().steps;
   while (trainer.done() < steps && !best.ended && !stop_signal) {
     run.after_step(trainer.step(sampler.next(trainer.done())));
     const int64_t done = trainer.done();
     if (done % per_epoch && done < steps) continue;
-    if (const Numbers metrics = metrics_on(f, trainer.model(), f.dev); !metrics.empty()) {
+    if (const Numbers metrics = evaluate(f, trainer.model(), f.dev).metrics; !metrics.empty()) {
       run.evaluated(done, metrics);
       const auto& [name, value] = metrics[0];
       best.since = value > best.value ? 0 : best.since + 1;
@@ -2386,21 +2397,13 @@ bool finetune_steps(const Finetuning& f, Trainer& trainer, Run& run, BestOnDev& 
   return trainer.done() >= steps || best.ended;
 }
 
-// How sure of "no answer" the best model must be, from the held-out questions, goes into its config.json.
-void store_null_threshold(const Finetuning& f, const ModelFolder& start) {
-  ModelFolder saved = load_folder(f.run.output, false);
-  Scorer scorer(f.task, {});
-  score_items(f.asked(saved.bert), f.dev.items, f.dev.golds, scorer);
-  saved.bert.config.null_threshold = scorer.best_null_threshold();
-  save_folder(f.run.output, saved.bert, start.carried);
-}
-
 // One run with one seed into one folder: its metrics.
 Numbers finetune_once(const Finetuning& f, const Named& taken) {
   Run run("Fine-tuning " + f.model + " to " + task_name(f.task), f.run);
   ModelFolder start = f.start();
+  FinetuneSampler sampler(f.examples, f.batch, f.settings.accumulate, f.settings.seed);
   TrainSettings settings = f.settings;
-  settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)f.epoch_steps()));
+  settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)sampler.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
   Fingerprint fingerprint;
   for (const Example& e : f.examples) {
@@ -2414,18 +2417,22 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
   if (const About stored = run.take_up(trainer, taken, fingerprint); !stored.empty()) {
     best.set(stored);
     const int64_t done = trainer.done();
-    const bool just_evaluated = done == trainer.settings().steps || (done && done % f.epoch_steps() == 0);
+    const bool just_evaluated = done == trainer.settings().steps || (done && done % sampler.epoch_steps() == 0);
     if (just_evaluated && !best.since) save_folder(f.run.output, trainer.model(), start.carried);
   }
   run.place = [&] { return best.about(); };
   run.data = data_facts(f);
   run.data.emplace_back("model", model_size(trainer.model()));
   run.guarded(trainer, [&] {
-    if (!finetune_steps(f, trainer, run, best, start)) return false;
-    if (f.tunes_null()) store_null_threshold(f, start);
-    const ModelFolder saved = load_folder(f.run.output);  // the best one, as everybody else will read it
-    run.results = metrics_on(f, saved.bert, f.dev, "_dev", &run.part);
-    for (const auto& m : metrics_on(f, saved.bert, f.test, "_test")) run.results.push_back(m);
+    if (!finetune_steps(f, sampler, trainer, run, best, start)) return false;
+    ModelFolder saved = load_folder(f.run.output, false);  // the best one, as everybody else will read it
+    const Evaluation dev = evaluate(f, saved.bert, f.dev, "_dev");
+    run.results = dev.metrics, run.part = dev.report;
+    if (f.tunes_null()) {  // how sure of "no answer" the model must be goes into its config.json
+      saved.bert.config.null_threshold = dev.null_threshold;
+      save_folder(f.run.output, saved.bert, start.carried);
+    }
+    for (const auto& m : evaluate(f, saved.bert, f.test, "_test").metrics) run.results.push_back(m);
     return true;
   });
   return run.results;
@@ -2487,47 +2494,57 @@ struct Answering {
   [[noreturn]] void wrong_model(const std::string& wanted) const {
     throw Error(model + ": a model for " + head().name + ", but this command wants one for " + wanted);
   }
-  // Runs `answer(rows, examples)` over the input, a chunk at a time, and says how many texts were cut; returns the number of texts.
-  // `usable(row, example)` throws BadLine for what the model cannot answer. long_cure: what to do about a text over the limit, which is
-  // an error then; empty: it is cut. pass_over: so many rows at the start were answered before.
-  template <class Usable, class Answer>
-  int64_t each_chunk(int64_t limit, bool parse_special, const std::string& long_cure, Usable&& usable, Answer&& answer,
-                     const std::string& prompt = "", int64_t pass_over = 0) {
+  // A row's ids. A text over the limit is cut, and counted; with a cure, what to do about it, it is an error.
+  Example encode(const Row& row, int64_t limit, const std::string& long_cure = "") {
+    bool cut = false;
+    check_ids(row, folder.config);
+    Example e = encode_row(folder.tokenizer, row, limit, true, cut);
+    if (cut && !long_cure.empty()) throw BadLine("longer than the model's " + to_string(limit) + " tokens; " + long_cure);
+    if (cut) were_cut++, cut_to = limit;
+    return e;
+  }
+  // Runs answer(rows, made) over the input, a chunk at a time; returns the number of rows. made[i] = make(rows[i]), which throws BadLine
+  // for what the model cannot answer; it runs in parallel. prompt: stands in front of every text; pass_over: so many rows at the start
+  // were answered before.
+  template <class Make, class Answer>
+  int64_t each_chunk(Make&& make, Answer&& answer, const std::string& prompt = "", int64_t pass_over = 0) {
     Rows rows(source);
     rows.prompt = prompt;
     for (Row row; row.number < pass_over && rows.next(row);) continue;
-    std::vector<Row> chunk;
-    std::vector<uint8_t> cut;
-    int64_t were_cut = 0, answered = 0;
-    while (read_chunk(rows, chunk, 2048)) {
-      std::vector<Example> examples = encode_rows(folder.tokenizer, chunk, limit, parse_special, cut);
+    int64_t answered = 0;
+    for (std::vector<Row> chunk; read_chunk(rows, chunk, kItems);) {
+      std::vector<std::invoke_result_t<Make&, const Row&>> made(chunk.size());
+      Strings wrong(chunk.size());
+      parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) try {
+            made[i] = make(chunk[i]);
+          } catch (const BadLine& e) { wrong[i] = e.what(); }
+      });
       size_t good = 0;
-      for (size_t i = 0; i < chunk.size(); i++) try {
-          check_ids(chunk[i], folder.config);
-          if (cut[i] && !long_cure.empty()) throw BadLine("longer than the model's " + to_string(limit) + " tokens; " + long_cure);
-          usable(chunk[i], examples[i]);
-          were_cut += cut[i];
-          if (good < i) chunk[good] = std::move(chunk[i]), examples[good] = std::move(examples[i]);
-          good++;
-        } catch (const BadLine& e) { rows.bad(chunk[i].where, e.what()); }
-      chunk.resize(good), examples.resize(good), answered += (int64_t)good;
-      if (good) answer(chunk, examples);
+      for (size_t i = 0; i < chunk.size(); i++) {
+        if (!wrong[i].empty()) {
+          rows.bad(chunk[i].where, wrong[i]);
+          continue;
+        }
+        if (good < i) chunk[good] = std::move(chunk[i]), made[good] = std::move(made[i]);
+        good++;
+      }
+      chunk.resize(good), made.resize(good), answered += (int64_t)good;
+      word_lines = rows.tokens_come_in_lines();
+      if (good) answer(chunk, made);
       if (rows.from_terminal()) out.flush();
     }
     rows.report();
     if (were_cut)
-      note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(limit) +
+      note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
            " tokens and were cut");
     return answered;
   }
-};
+  bool word_lines = false;  // the input is CoNLL: a word a line
 
-// What to say of a text that is too long; empty: it is cut.
-std::string take_long(Args& a, const Strings& ways) {
-  const std::string how = ways[(size_t)a.take_choice("long", ways)];
-  if (how == "window") throw Error("--long window: not built yet; truncate and error are");
-  return how == "error" ? "shorten it, or cut it with --long truncate" : "";
-}
+ private:
+  std::atomic<int64_t> were_cut = 0, cut_to = 0;
+};
 
 Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t seed) {
   PretrainSettings settings;
@@ -2545,29 +2562,22 @@ Numbers label_scores(Answering& s) {
   Labels labels{s.folder.bert.task, {}, {}};
   labels.set(s.folder.config.labels);
   s.source.labels = true, s.source.task = labels.task;
-  const Asked how = {s.folder.bert, s.folder.tokenizer, s.folder.pooling, s.folder.max_length, s.stride, s.batch_tokens};
+  const ModelFolder& f = s.folder;
+  const Asked how = {f.bert, f.tokenizer, f.pooling, f.prompt, f.max_length, s.stride, s.batch_tokens};
   Scorer scorer(labels.task, labels.names);
   std::vector<Item> partners;  // without a score: they are ranked when all are read
   Rows rows(s.source);
-  std::vector<Row> chunk;
-  while (read_chunk(rows, chunk, kItems)) {
-    std::vector<Item> items;
-    std::vector<Gold> golds;
-    for (Row& row : chunk) try {
-        Strings names;
-        Gold gold = gold_of(row, labels, true, names);
-        set_labels(gold, labels, names);
-        if (labels.task == Task::tag) row.text.clear();
-        items.push_back(std::move(static_cast<Item&>(row))), golds.push_back(std::move(gold));
-      } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
-    if (only_partners(labels.task, golds))
-      partners.insert(partners.end(), items.begin(), items.end());
+  LabelledSet set;
+  for (std::vector<Strings> names; next_labelled(rows, labels, true, kItems, set, names);) {
+    for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
+    if (only_partners(labels.task, set.golds))
+      std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
-      score_items(how, items, golds, scorer);
+      score_items(how, set.items, set.golds, scorer);
   }
   rows.report();
   if (!partners.empty()) return partner_scores(how, partners);
-  if (!scorer.size()) throw Error(join(s.source.files, ", ") + ": no labelled text; give a file with some");
+  if (!scorer.size()) no_labelled(s.source);
   Numbers list;
   for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {
     list.emplace_back(m.name, m.value);
@@ -2593,11 +2603,6 @@ std::string numbers(std::span<const float> values, bool json = false) {
     out.append(text, std::to_chars(text, text + sizeof text, (double)values[i], std::chars_format::general, 9).ptr);
   }
   return json ? out + "]" : out;
-}
-
-// Code points in front of a byte of the text.
-int64_t code_points(std::string_view text, int64_t bytes) {
-  return std::count_if(text.begin(), text.begin() + bytes, [](char c) { return (c & 0xC0) != 0x80; });
 }
 
 // What `predict` prints of one row by its task.
@@ -2691,15 +2696,14 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   if (row.others.empty() && task == Task::choice) throw BadLine("no choices; give jsonl with text and choices");
   Item item = row;
   if (task == Task::tag && !row.words.empty()) item.text.clear();
-  std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride);
-  const bool is_long = windows.size() > (task == Task::choice ? row.others.size() : task == Task::embed ? windows.size() : 1);
-  if (is_long && how == "error")
+  std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride, f.prompt);
+  if (how == "window" || !in_windows(windows)) return windows;
+  if (how == "error")
     throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
-  if (is_long && how == "truncate" && task != Task::choice) {
-    windows.resize(1);
-    windows[0].decides.assign(windows[0].words.size(), 1);
-  }
-  return windows;
+  std::vector<Window> first;  // of each part
+  for (Window& w : windows)
+    if (first.empty() || first.back().part != w.part) w.decides.assign(w.words.size(), 1), first.push_back(std::move(w));
+  return first;
 }
 
 // The raw outputs of every token, window after window.
@@ -2726,37 +2730,16 @@ void cmd_predict(Args& a) {
   const bool one_of = p.task == Task::classify || p.task == Task::choice || s.head().next_sentence;
   if (a.given("top") && !one_of) a.fail("--top is for one label of several; this model is for " + task_name(p.task));
   s.source.task = p.task, s.source.raw = p.task == Task::tag;  // one text a line
-  Rows rows(s.source);
-  std::vector<Row> chunk;
-  while (read_chunk(rows, chunk, kItems)) {
-    std::vector<std::vector<Window>> windows(chunk.size());
-    std::vector<std::string> wrong(chunk.size());
-    parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) try {
-          windows[i] = usable_windows(s, chunk[i], p.task, how);
-        } catch (const BadLine& e) { wrong[i] = e.what(); }
-    });
-    std::vector<Item> items;
-    size_t good = 0;
-    for (size_t i = 0; i < chunk.size(); i++) {
-      if (!wrong[i].empty()) {
-        rows.bad(chunk[i].where, wrong[i]);
-        continue;
-      }
-      items.push_back(chunk[i]);
-      if (good < i) chunk[good] = std::move(chunk[i]), windows[good] = std::move(windows[i]);
-      good++;
-    }
-    windows.resize(good);
+  auto make = [&](const Row& row) { return usable_windows(s, row, p.task, how); };
+  s.each_chunk(make, [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     if (p.logits && s.head().tokens) {
-      for (size_t i = 0; i < good; i++) s.out.line(token_logits(s.folder.bert, windows[i], s.batch_tokens));
-    } else {
-      const std::vector<Outcome> said = answer_windows(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
-      for (size_t i = 0; i < good; i++) s.out.write(p.lines(chunk[i], said[i], rows.tokens_come_in_lines()));
+      for (const std::vector<Window>& list : windows) s.out.line(token_logits(s.folder.bert, list, s.batch_tokens));
+      return;
     }
-    if (rows.from_terminal()) s.out.flush();
-  }
-  rows.report();
+    const std::vector<Item> items(chunk.begin(), chunk.end());
+    const std::vector<Outcome> said = answer_windows(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
+    for (size_t i = 0; i < chunk.size(); i++) s.out.write(p.lines(chunk[i], said[i], s.word_lines));
+  });
   s.out.finish();
 }
 
@@ -2769,9 +2752,11 @@ void cmd_fill_mask(Args& a) {
   s.open();
   if (!s.head().masked_words) s.wrong_model("masked words");
   const WordPiece& t = s.folder.tokenizer;
-  auto usable = [&](const Row&, const Example& e) {
+  auto make = [&](const Row& row) {
+    Example e = s.encode(row, s.folder.max_length, "shorten it");
     if (!score && std::find(e.ids.begin(), e.ids.end(), t.mask) == e.ids.end())
       throw BadLine("no " + std::string(t.piece(t.mask)) + " in this text; write it where a word is to be guessed");
+    return e;
   };
   auto answer = [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
     const auto scores = score ? score_texts(s.folder, examples, s.batch_tokens) : std::vector<TextScore>();
@@ -2788,7 +2773,7 @@ void cmd_fill_mask(Args& a) {
       }
     }
   };
-  s.each_chunk(s.folder.max_length, true, "shorten it", usable, answer);
+  s.each_chunk(make, answer);
   s.out.finish();
 }
 
@@ -2797,7 +2782,8 @@ struct EmbedOptions {
   enum To { tsv, jsonl, npy };
   const To to = (To)a.take_choice("to", {"tsv", "jsonl", "npy"});
   const bool tokens = a.take_switch("tokens");
-  const std::string long_cure = take_long(a, {"truncate", "error", "window"});
+  enum Long { truncate, error, window };
+  const Long how = (Long)a.take_choice("long", {"truncate", "error", "window"});
   const int64_t layer = a.take_int("layer", -1, 0, 1000), max_length = a.take_int("max-length", 0, 3, 1 << 30);
   const std::string prompt = a.take("prompt");
   const std::optional<bool> normalize = a.take_yes_no("normalize");
@@ -2805,33 +2791,73 @@ struct EmbedOptions {
   Pooling pooling = {};
 };
 
-// The output of a chunk's texts, in their order.
-Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector<Row>& chunk, const std::vector<Example>& examples) {
+// A row as one window, or in as many as it needs.
+std::vector<Window> embed_input(Answering& s, const EmbedOptions& o, const Row& row, int64_t limit) {
+  if (o.how == EmbedOptions::window && !row.pair && row.ids.empty())
+    return make_windows(s.folder.tokenizer, Task::embed, {row.text, {}}, limit, s.stride);
+  const char* cures[] = {"", "shorten it, or cut it with --long truncate", "a pair does not go into windows; shorten it"};
+  return {{s.encode(row, limit, cures[o.how])}};
+}
+
+// The vectors of all tokens of each window.
+std::vector<std::vector<float>> token_vectors(const Answering& s, std::span<const Example> examples) {
   std::vector<int64_t> lengths;
   for (const Example& e : examples) lengths.push_back((int64_t)e.ids.size());
-  Strings out(chunk.size());
-  const bool json = o.to == EmbedOptions::jsonl;
+  std::vector<std::vector<float>> out(examples.size());
   for (const std::vector<int64_t>& which : batches_by_tokens(lengths, s.batch_tokens)) {
-    const Batch batch = make_batch(examples, which);
-    const Tensor hidden = s.folder.bert.forward(batch);
-    const Tensor vectors = o.tokens ? hidden : pool_rows(s.folder.bert, hidden, batch, o.pooling);
-    const size_t H = (size_t)vectors.cols();
-    parallel_for((int64_t)which.size(), [&](int64_t k) {
-      std::string& text = out[(size_t)which[k]];
-      const float* v = vectors.data();
-      if (o.to == EmbedOptions::npy)
-        text.assign((const char*)(v + (size_t)k * H), H * sizeof(float));
-      else if (!o.tokens)
-        text = numbers({v + (size_t)k * H, H}, json) + "\n";
-      const std::string line = to_string(chunk[(size_t)which[k]].number);
-      for (int64_t t = batch.offsets[k]; o.tokens && t < batch.offsets[(size_t)k + 1]; t++) {
-        const std::string piece(s.folder.tokenizer.piece(batch.ids[t])), vector = numbers({v + (size_t)t * H, H}, json);
-        text +=
-            (json ? json_object({{"line", line}, {"token", json_quote(piece)}, {"vector", vector}}) : line + "\t" + piece + "\t" + vector) +
-            "\n";
-      }
-    });
+    const Tensor hidden = s.folder.bert.forward(make_batch(examples, which));
+    const float* v = hidden.data();
+    for (const int64_t i : which) {
+      const int64_t n = lengths[(size_t)i] * hidden.cols();
+      out[(size_t)i].assign(v, v + n), v += n;
+    }
   }
+  return out;
+}
+
+// A line for each token of the texts: of a text in windows, from the one that decides about it, [CLS] from the first, [SEP] from the last.
+Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
+  std::vector<Example> examples;
+  for (const std::vector<Window>& list : windows)
+    for (const Window& w : list) examples.push_back(w.example);
+  const std::vector<std::vector<float>> vectors = token_vectors(s, examples);
+  const auto H = (size_t)s.folder.config.hidden_size;
+  Strings out(chunk.size());
+  size_t at = 0;  // in vectors
+  for (size_t i = 0; i < chunk.size(); i++) {
+    const std::string line = to_string(chunk[i].number);
+    for (const Window& w : windows[i]) {
+      const float* v = vectors[at++].data();
+      for (size_t t = 0; t < w.example.ids.size(); t++, v += H) {
+        const bool added = w.words.empty() || w.words[t] < 0;
+        if (windows[i].size() > 1 && (added ? &w != (t ? &windows[i].back() : &windows[i].front()) : !w.decides[t])) continue;
+        const std::string piece(s.folder.tokenizer.piece(w.example.ids[t])), vector = numbers({v, H}, json);
+        out[i] +=
+            json ? json_object({{"line", line}, {"token", json_quote(piece)}, {"vector", vector}}) : line + "\t" + piece + "\t" + vector;
+        out[i] += "\n";
+      }
+    }
+  }
+  return out;
+}
+
+// The output of a chunk's texts, in their order.
+Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector<Row>& chunk,
+                    const std::vector<std::vector<Window>>& windows) {
+  const bool json = o.to == EmbedOptions::jsonl;
+  if (o.tokens) return token_lines(s, json, chunk, windows);
+  Strings out(chunk.size());
+  const Tensor vectors = embed_windows(s.folder.bert, windows, o.pooling, s.batch_tokens);
+  const size_t H = (size_t)vectors.cols();
+  parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const float* v = vectors.data() + (size_t)i * H;
+      if (o.to == EmbedOptions::npy)
+        out[(size_t)i].assign((const char*)v, H * sizeof(float));
+      else
+        out[(size_t)i] = numbers({v, H}, json) + "\n";
+    }
+  });
   return out;
 }
 
@@ -2876,13 +2902,13 @@ void cmd_embed(Args& a) {
   const int64_t rows = !npy ? 0 : s.source.skip_bad ? -1 : count_rows(s.source);
   if (npy && rows >= 0) s.out.write(npy_header(rows, o.pooling.width(config.hidden_size)));
   std::string waiting;  // for the header
-  auto answer = [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-    for (const std::string& text : embed_chunk(s, o, chunk, examples)) rows < 0 ? (void)(waiting += text) : s.out.write(text);
+  auto make = [&](const Row& row) { return embed_input(s, o, row, limit); };
+  auto answer = [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
+    for (const std::string& text : embed_chunk(s, o, chunk, windows)) rows < 0 ? (void)(waiting += text) : s.out.write(text);
   };
   // [MASK] and [SEP] in a text are themselves, as sentence-transformers reads them: the vectors are to be the same.
   const std::string prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
-  const int64_t written = s.each_chunk(
-      limit, true, o.long_cure, [](const Row&, const Example&) {}, answer, prompt);
+  const int64_t written = s.each_chunk(make, answer, prompt);
   if (npy && rows >= 0 && rows != written) throw Error(join(s.source.files, ", ") + ": changed while it was read; run it again");
   if (rows < 0) s.out.write(npy_header(written, o.pooling.width(config.hidden_size))), s.out.write(waiting);
   s.out.finish();
@@ -2908,8 +2934,7 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
     const double left = (now() - start) * (double)(corpus.size() - index.count()) / (double)(index.count() - before);
     progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " + duration(left) + " left");
   };
-  s.each_chunk(
-      s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""), before);
+  s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt, before);
   if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
 }
 
@@ -2945,9 +2970,7 @@ void cmd_search(Args& a) {
         s.out.line(to_string(chunk[i].number) + "\t" + to_string(rank + 1) + "\t" + score_and_line(found[i][rank], found[i][rank].b) +
                    "\t" + corpus.line(found[i][rank].b));
   };
-  if (!pairs)
-    s.each_chunk(
-        s.folder.max_length, true, "", [](const Row&, const Example&) {}, answer, folder_prompt(s.model, ""));
+  if (!pairs) s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt);
   if (pairs)
     for (const Match& m : nearest_pairs(index.vectors(), top)) s.out.line(score_and_line(m, m.a) + "\t" + to_string(m.b + 1));
   s.out.finish();
@@ -3177,10 +3200,13 @@ std::vector<Batch> real_batches(const BenchShape& s, const Source& source, const
   std::vector<Batch> batches;
   Rows rows(source);
   std::vector<Row> chunk;
-  std::vector<uint8_t> cut;
+  bool cut = false;
   while (batches.size() < 16 && read_chunk(rows, chunk, (size_t)s.rows)) {  // more would only take longer
     batches.emplace_back();
-    for (const Example& e : encode_rows(t, chunk, s.tokens, false, cut)) batches.back().add_row(e.ids, e.segments);
+    for (const Row& row : chunk) {
+      const Example e = encode_row(t, row, s.tokens, false, cut);
+      batches.back().add_row(e.ids, e.segments);
+    }
   }
   if (batches.empty()) throw Error("bench train: no texts in --input");
   return batches;
@@ -3310,7 +3336,7 @@ const Command kCommands[] = {
   --cased  --strip-accents auto|yes|no  --chinese yes|no  --clean yes|no    other settings than the folder's
   --decode         ids in, text out: [--skip-special] [--cleanup yes|no]
   --stats          only counts: by script, and the characters that the vocabulary lacks)"},
-    {"pretrain", "train a BERT from raw text", cmd_pretrain, R"(bert pretrain --input FILE… --vocab DIR --config NAME --output DIR --steps N
+    {"pretrain", "train a BERT from raw text", cmd_pretrain, R"(bert pretrain --input FILE… --vocab DIR --config NAME --output DIR
   --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
   --steps N        or --minutes M: as many steps as fit
   --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
@@ -3356,7 +3382,8 @@ const Command kCommands[] = {
     {"embed", "one vector a text", cmd_embed, R"(bert embed --model DIR [--input FILE…] [--output FILE]
   --pooling mean|cls|max|pooler    --normalize yes|no    other than the folder's
   --tokens         one line a token                      --layer N          the output of layer N (0: the embeddings)
-  --max-length N   --long truncate|error                 --prompt NAME      a prompt of the folder in front
+  --max-length N   --prompt NAME   a prompt of the folder in front
+  --long truncate|error|window      of texts over the limit: window: the mean of windows that share 128 tokens
   --to tsv|jsonl|npy (npy of a pipe waits in memory)     --batch-tokens N   (default 8192))"},
     {"search", "the lines of a file that are closest in meaning", cmd_search,
      R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]

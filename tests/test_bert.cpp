@@ -71,7 +71,7 @@ double golden_number(const std::string& folder, const char* key) {
 ModelFolder trainable(const std::string& folder) {
   const Config c = Config::parse(read_file(folder + "/config.json"), folder);
   ModelFolder m = load_folder_for(folder, head_kind(c).task, c.labels, 1);
-  m.bert.set_trainable();
+  for (const Parameter& p : m.bert.parameters()) Tensor(p.tensor).set_needs_grad();
   return m;
 }
 
@@ -576,6 +576,38 @@ TEST_CASE("one answer: a row's outputs are the same bytes alone, in any batch, a
     }
   const ModelFolder plain = load_folder(folder, false);  // not packed: the same bytes too
   CHECK(head_outputs(plain.bert, examples, 500) == alone);
+}
+
+TEST_CASE("embedding in windows: the mean of them, by the tokens that each decides about; one window is the text itself") {
+  ModelFolder m = load_folder_for(kGolden + "tiny-pretrain", Task::embed, {}, 1);
+  std::string text;
+  for (int i = 0; i < 9; i++) text += "the old dog sleeps in the house and reads ";
+  const std::vector<std::vector<Window>> windows = {make_windows(m.tokenizer, Task::embed, {text, "the dog"}, 16, 4),
+                                                    make_windows(m.tokenizer, Task::embed, {"a", {}}, 16, 4)};
+  const Tensor merged = embed_windows(m.bert, windows, m.pooling, 500);
+  REQUIRE(merged.rows() == 3);
+  std::vector<double> sum((size_t)merged.cols());
+  int64_t tokens = 0;
+  for (const Window& w : windows[0]) {
+    if (w.part) continue;
+    CHECK(w.example.ids.size() <= 16);
+    const int64_t n = std::count(w.decides.begin(), w.decides.end(), 1);
+    const Tensor v = embed_examples(m.bert, {&w.example, 1}, m.pooling, 1);
+    for (size_t h = 0; h < sum.size(); h++) sum[h] += (double)n * (double)v.data()[h];
+    tokens += n;
+  }
+  CHECK(tokens == (int64_t)m.tokenizer.encode(text).ids.size() - 2);  // each decided about once
+  for (size_t h = 0; h < sum.size(); h++) CHECK(merged.data()[h] == doctest::Approx(sum[h] / (double)tokens).epsilon(1e-5));
+  const Model model = Model::load(kGolden + "tiny-pretrain");
+  const std::vector<float> dog = model.embed("the dog"), a = model.embed("a");
+  CHECK(std::equal(dog.begin(), dog.end(), merged.data() + merged.cols()));
+  CHECK(std::equal(a.begin(), a.end(), merged.data() + 2 * merged.cols()));
+
+  const std::string none, prompt = "the old ";
+  const Item bare = {"dog sleeps", "house"}, whole = {"the old dog sleeps", "the old house"};
+  const Asked plain = {m.bert, m.tokenizer, m.pooling, none, 16, 4, 500}, prompted = {m.bert, m.tokenizer, m.pooling, prompt, 16, 4, 500};
+  CHECK(answer_items(prompted, {&bare, 1})[0].outputs == answer_items(plain, {&whole, 1})[0].outputs);
+  CHECK(answer_items(plain, {&bare, 1})[0].outputs != answer_items(plain, {&whole, 1})[0].outputs);
 }
 
 TEST_CASE("one model, many threads at once: each gets the answer it would get alone") {

@@ -25,6 +25,7 @@ REGISTER_LISTENER("counter", 1, Counter);
 int main(int argc, char** argv) {
   doctest::Context context(argc, argv);
   const int status = context.run();
-  if (!context.shouldExit()) std::printf("%d passed, %d failed, %d skipped\n", Counter::passed - testing::skipped, Counter::failed, testing::skipped);
+  if (context.shouldExit()) return status;
+  std::printf("%d passed, %d failed, %d skipped\n", Counter::passed - testing::skipped, Counter::failed, testing::skipped);
   return status;
 }

@@ -395,6 +395,19 @@ TEST_CASE("training: from raw text to a classifier, a regressor and a multi-labe
   CHECK(bert_run("embed --to npy --model " + model + " --input " + (small().folder / "two.txt")).out ==
         testing::run("printf 'the dog\nthe bird\n' | ./bert embed --to npy --model " + model).out);
   CHECK(has(bert_run("info --model " + out).out, "labels\tpet|wild"));
+  // A text over the limit: cut and counted, refused, or in windows, of which each token is one window's.
+  std::string dogs;
+  for (int i = 0; i < 40; i++) dogs += "the dog barks. ";
+  put(small().folder / "long.txt", "the dog\n" + dogs + "\n");
+  const std::string embed = "embed --max-length 32 --input " + (small().folder / "long.txt") + " --model " + model + " --long ";
+  const Ran cut = bert_run(embed + "truncate"), refused = bert_run(embed + "error"), whole = bert_run(embed + "window");
+  CHECK(has(cut.err, "1 of 2 texts were longer than 32 tokens and were cut"));
+  CHECK(has(refused.err, "long.txt:2: longer than the model's 32 tokens"));
+  CHECK((whole.status == 0 && whole.err.empty() && lines_in(whole.out) == 2));
+  CHECK(whole.out.substr(0, whole.out.find('\n')) == cut.out.substr(0, cut.out.find('\n')));
+  CHECK(whole.out != cut.out);
+  const std::string ids = bert_run("tokenize --vocab " + model + " --input " + (small().folder / "long.txt") + " --to ids").out;
+  CHECK(lines_in(bert_run(embed + "window --tokens").out) == std::count(ids.begin(), ids.end(), ' ') + 2);
   // What is embedded is read as sentence-transformers reads it; what is classified cannot inject a token.
   CHECK(has(testing::run("echo 'the [MASK]' | ./bert embed --tokens --model " + model).out, "1\t[MASK]\t"));
   const std::string injected = "printf 'the [SEP] dog\n' | ./bert predict --logits --model " + out;
