@@ -1,6 +1,6 @@
 #!/bin/sh
 # One of the standard tasks, fine-tuned with the usual recipe (3 epochs of batches of 32, rate 5e-5; questions: 2 epochs of 16) and scored
-# on its dev and test parts:   finetune_task.sh TASK SEED MODEL DATA [options of bert finetune]
+# on its dev and test parts:   finetune_task.sh TASK SEED MODEL DATA [options of bert finetune]      LR, EPOCHS: another recipe
 # DATA holds the folders sst-tree, trec, glue, conll2003, chnsenticorp, ag-news, msra-ner, squad-v1.1-dev-rebuilt as they are published.
 # Prints rows of tab-separated values: finetune, ours-f32, TASK, metric, value.
 set -e
@@ -8,7 +8,7 @@ task=$1 seed=$2 model=$3 data=$4
 shift 4
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-epochs=3 batch=32 length=128
+epochs=${EPOCHS:-3} batch=32 length=128
 case $task in
 sst) set -- --task classify --format fasttext --train "$data/sst-tree/stsa.binary.train" --dev "$data/sst-tree/stsa.binary.dev" \
   --test "$data/sst-tree/stsa.binary.test" "$@" ;;
@@ -32,7 +32,7 @@ msra) # in file order 80 % train, 10 % dev, 10 % test
     for (i = 1; i <= NR; i++) print all[i] > (to "/" (i <= NR - 2 * tenth ? "train" : i <= NR - tenth ? "dev" : "test"))}' "$data/msra-ner/dh_msra.txt"
   set -- --task tag --format conll --train "$work/train" --dev "$work/dev" --test "$work/test" "$@" ;;
 qa) # the first 80 % of the articles train, the others are the test
-  epochs=2 batch=16 length=384
+  epochs=${EPOCHS:-2} batch=16 length=384
   python3 - "$data/squad-v1.1-dev-rebuilt/dev-v1.1.rebuilt.json" "$work" <<'END'
 import json, sys
 all = json.load(open(sys.argv[1], encoding="utf8"))["data"]
@@ -43,5 +43,5 @@ END
   set -- --task qa --dev-split 0 --train "$work/train.json" --test "$work/test.json" "$@" ;;
 *) echo "no task $task" >&2 && exit 2 ;;
 esac
-"${BERT:-./bert}" finetune --model "$model" --output "$work/model" --tsv "$task" --seed "$seed" --lr 5e-5 --epochs $epochs --batch $batch \
+"${BERT:-./bert}" finetune --model "$model" --output "$work/model" --tsv "$task" --seed "$seed" --lr ${LR:-5e-5} --epochs $epochs --batch $batch \
   --max-length $length "$@"
