@@ -87,7 +87,7 @@ random-texts:
 	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -DRANDOM_TEXTS -I. -pthread -o build-fuzz/random-texts-races tests/fuzz/wordpiece.cpp wordpiece.cpp
 	build-fuzz/random-texts-races 100000
 
-# Everything slow, each in a build folder of its own. About 40 minutes on 2 cores.
+# Everything slow, each in a build folder of its own. Some 80 minutes on 2 cores, half of them the ten million texts.
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 check:
 	$(MAKE) OUT=build WERROR=-Werror test
