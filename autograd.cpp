@@ -395,7 +395,7 @@ static void scatter_rows(const Tensor& table, const std::vector<int32_t>& ids, c
 // e = word[ids] + segment[segments] + position[positions],  y = dropout(LayerNorm(e))       -> y [N,H]       kept: the three lists
 Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
                       const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,
-                      float eps, Dropout& drop) {
+                      float eps, Dropout& drop, Precision rounded) {
   const int64_t N = (int64_t)ids.size(), H = word.cols();
   if (segment.cols() != H || position.cols() != H || segments.size() != ids.size() || positions.size() != ids.size())
     throw Error("embedding_norm: tables " + shape_of(word) + ", " + shape_of(segment) + ", " + shape_of(position) +
@@ -411,7 +411,12 @@ Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& p
   parallel_ranges(N, kRowBlock, [&](int64_t n0, int64_t n1) {
     for (int64_t n = n0; n < n1; n++) {
       float* row = e.data() + n * H;
-      std::copy_n(word.data() + ids[(size_t)n] * H, H, row);
+      if (const NarrowMatrix* const narrow = word.narrow())
+        narrow->widen(ids[(size_t)n], row);
+      else if (rounded != Precision::f32)
+        narrowed(Tensor::borrowed({1, H}, word.data() + ids[(size_t)n] * H, {}), rounded).widen(0, row);
+      else
+        std::copy_n(word.data() + ids[(size_t)n] * H, H, row);
       k.add(segment.data() + segments[(size_t)n] * H, row, H);
       k.add(position.data() + positions[(size_t)n] * H, row, H);
     }

@@ -266,6 +266,12 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
   for (const ConfigNumber& n : config_numbers)
     if (const Json* v = given(f.key(n.key))) c.*n.field = bounded(*v, where + ": " + f.key(n.key), n.least, n.most);
   if (const Json* v = given(f.key("classifier_dropout"))) c.classifier_dropout = bounded(*v, where + ": classifier_dropout", 0, 0.99);
+  if (const Json* v = given("quantized")) {
+    const std::string& name = v->as_string(where + ": quantized");
+    for (const Precision p : {Precision::bf16, Precision::int8})
+      if (name == name_of(p)) c.quantized = p;
+    if (!c.quantized) throw Error(where + ": quantized: '" + name + "'; it may be bf16 or int8");
+  }
   if (const Json* v = given("null_threshold")) c.null_threshold = bounded(*v, where + ": null_threshold", -1e9, 1e9);
   if (c.hidden_size % c.num_attention_heads)
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
@@ -330,6 +336,7 @@ std::string Config::to_json(const std::string& dtype) const {
   for (const ConfigNumber& n : config_numbers) lines[f.key(n.key)] = format_number(this->*n.field);
   if (f.has("embedding_size")) lines["embedding_size"] = std::to_string(embedding());
   if (classifier_dropout) lines[f.key("classifier_dropout")] = format_number(*classifier_dropout);
+  if (quantized) lines["quantized"] = json_quote(name_of(*quantized));
   if (null_threshold) lines["null_threshold"] = format_number(*null_threshold);
   lines.erase("");  // what the family has not
   if (!architecture.empty()) lines["architectures"] = "[\n    " + json_quote(class_name()) + "\n  ]";
@@ -461,12 +468,16 @@ int64_t Bert::parameter_count() const {
   return n;
 }
 
-void Bert::pack() {
-  if (head_kind(task).masked_words) decoder = Tensor::borrowed(word.shape(), word.data(), {}), decoder.pack();
+void Bert::pack(Precision precision) {
+  table_rounded = precision;
+  if (head_kind(task).masked_words) {
+    decoder = word.narrow() ? Tensor::narrow(*word.narrow()) : Tensor::borrowed(word.shape(), word.data(), {});
+    decoder.pack(precision);
+  }
   for (Dense* d : {&projection, &pooler, &transform, &next_sentence, &classifier})
     if (d->weight) d->weight.pack();
   for (Layer& l : layers)
-    for (Dense* d : {&l.qkv, &l.attention_out, &l.up, &l.down}) d->weight.pack();
+    for (Dense* d : {&l.qkv, &l.attention_out, &l.up, &l.down}) d->weight.pack(precision);
 }
 
 // Draws one parameter's initial values: each block of 4096 elements has a counter of its own, so threads do not matter.
@@ -522,7 +533,7 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
 
 Tensor Bert::forward(const Batch& batch, Dropout& drop) const {
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
-                            embeddings_norm.bias, (float)config.layer_norm_eps, drop);  // [N,E]
+                            embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
   if (projection.weight) x = linear(x, projection.weight, projection.bias);             // [N,H], ELECTRA's
   for (const Layer& layer : layers) x = encoder_layer(x, batch.offsets, layer, config, drop);
   return x;
@@ -1756,6 +1767,7 @@ struct LoadPlan {
   bool classifier = true;   // false: the file's is for other labels and is left aside
   bool draw_heads = false;  // heads that the file lacks are drawn from the seed
   uint64_t seed = 1;
+  std::optional<Precision> precision = {};  // of products; unset: of each weight what it is stored in
 };
 
 static bool starts_with_any(const std::string& name, std::initializer_list<const char*> prefixes) {
@@ -1807,6 +1819,33 @@ static void architecture_of_tensors(Config& config, const std::map<std::string, 
     config.labels.push_back("LABEL_" + std::to_string(i));
 }
 
+// The numbers of one tensor: as floats, or narrow as they are stored where products want them so. Its scales are loaded with it.
+static Tensor load_tensor(const std::pair<const std::string, Found>& found, std::map<std::string, Found>& there, const LoadPlan& plan,
+                          LoadReport& report) {
+  const auto& [file, entry] = found.second;
+  report.loaded.push_back(entry->name);
+  const bool int8 = entry->dtype == "I8";
+  if (!int8 && (entry->dtype != "BF16" || entry->shape.size() != 2)) return file->load(*entry);
+  const auto scales = there.find(found.first + "_scale");
+  const bool scaled = int8 && scales != there.end() && scales->second.file == file;
+  const NarrowMatrix narrow = file->narrow(*entry, scaled ? scales->second.entry : nullptr);
+  if (scaled) report.loaded.push_back(scales->second.entry->name), there.erase(scales);
+  if (!plan.own && plan.precision.value_or(narrow.precision) == narrow.precision) return Tensor::narrow(narrow);
+  const Tensor values({narrow.n, narrow.k});
+  parallel_ranges(narrow.n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) narrow.widen(i, values.data() + i * narrow.k);
+  });
+  return values;
+}
+
+// Puts the rows of a narrow matrix below those that are there.
+static void add_rows(NarrowMatrix& all, const NarrowMatrix& more) {
+  const auto bytes = std::make_shared<std::string>(all.data, (size_t)(all.n * all.row_bytes()));
+  bytes->append(more.data, (size_t)(more.n * more.row_bytes()));
+  all.precision = more.precision, all.n += more.n, all.k = more.k, all.data = bytes->data(), all.owner = bytes;
+  all.scales.insert(all.scales.end(), more.scales.begin(), more.scales.end());
+}
+
 // Loads the model's parameters from the files and accounts for every tensor of both.
 static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, Task task, const LoadPlan& plan) {
   Bert& model = m.bert;
@@ -1834,6 +1873,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   std::erase_if(there, [&](const auto& t) { return no_use(t.first) && (report.ignored.push_back(t.second.entry->name), true); });
   std::vector<std::string> missing;
   uint32_t index = 0;
+  NarrowMatrix stack;  // of query, key and value as they come
   visit_parameters(model, [&](const std::string& name, Tensor& t, const Shape& whole, int64_t first, int64_t rows) {
     const uint32_t number = index++;
     const std::string plain = canonical(families[0], name);
@@ -1853,17 +1893,21 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     const std::vector<int64_t> want = whole.rank() == 1 ? std::vector{rows} : std::vector{rows, whole[1]};
     if (entry->shape != want)
       throw Error(file->where() + ": " + entry->name + ": shape " + shape_text(entry->shape) + ", the config asks for " + shape_text(want));
-    const Tensor values = file->load(*entry);
+    const Tensor values = load_tensor(*found, there, plan, report);
+    const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
     if (rows == whole[0] && !plan.own)
       t = values;
-    else {
+    else if (values.narrow()) {
+      add_rows(stack, *values.narrow());
+      if (first + rows == whole[0]) t = Tensor::narrow(std::exchange(stack, {}));
+    } else {
       if (!t) t = Tensor(whole);
       std::copy_n(values.data(), values.size(), Parameter{name, t, first, rows}.data());
     }
     // Packed as soon as it is whole, and the file's pages given back: never are both forms of more than one tensor in memory.
-    if (!plan.own && first + rows == whole[0] && whole.rank() == 2 && !plain.starts_with("embeddings.")) t.pack();
-    file->give_back(*entry);
-    report.loaded.push_back(entry->name);
+    if (!plan.own && first + rows == whole[0] && whole.rank() == 2 && !table)
+      t.pack(layer ? plan.precision.value_or(Precision::f32) : Precision::f32);
+    if (!table || !t.narrow()) file->give_back(*entry);
     there.erase(found);
   });
   if (!missing.empty())
@@ -2120,7 +2164,7 @@ static Task folder_task(const std::string& folder, const Config& config) try { r
   throw Error(folder + "/" + e.what());
 }
 
-ModelFolder load_folder(const std::string& folder, bool pack) {
+ModelFolder load_folder(const std::string& folder, bool pack, std::optional<Precision> precision) {
   check_folder(folder);
   const std::vector<SafeTensors> files = open_checkpoint(folder);
   ModelFolder m = read_folder(folder, files);
@@ -2128,9 +2172,10 @@ ModelFolder load_folder(const std::string& folder, bool pack) {
   const Task task = folder_task(folder, m.config);
   if (head_kind(task).output && !head_kind(task).classes(m.config)) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
   const bool pooler = task != Task::embed || m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
-  load_weights(m, files, task, {.own = !pack, .pooler = pooler});
+  if (!m.config.quantized && !precision) precision = Precision::f32;
+  load_weights(m, files, task, {.own = !pack, .pooler = pooler, .precision = precision});
   if (!m.bert.pooler.weight || !m.bert.pooler.bias) m.bert.pooler = {};
-  if (pack) m.bert.pack();
+  if (pack) m.bert.pack(precision.value_or(Precision::f32));
   return m;
 }
 
@@ -2651,9 +2696,9 @@ std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Ex
   return out;
 }
 
-Model Model::load(const std::string& folder) {
+Model Model::load(const std::string& folder, std::optional<Precision> precision) {
   Model m;
-  m.folder_ = std::make_shared<const ModelFolder>(load_folder(folder));
+  m.folder_ = std::make_shared<const ModelFolder>(load_folder(folder, true, precision));
   return m;
 }
 

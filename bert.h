@@ -150,6 +150,7 @@ struct Config {   // config.json, by the names there
   std::string architecture;                    // BertForPreTraining ...; "" where the file names none. A cousin's class by BERT's name
   std::string problem_type;                    // single_label_classification, multi_label_classification, regression, or ""
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
+  std::optional<Precision> quantized;          // products are in what each weight is stored in; the one of most: of `bert quantize`
   std::optional<double> null_threshold;        // qa: above it "no answer" is the answer; unset: there always is one
   // Throws Error "where: key: ..." for what is missing or impossible. type_of_tensors: the model_type where the file does not say it.
   static Config parse(std::string_view json, const std::string& where, const std::string& type_of_tensors = "bert");
@@ -240,7 +241,10 @@ struct Bert {
   std::vector<Parameter> parameters() const;       // each once, in checkpoint order
   int64_t parameter_count() const;
   void draw_again(int64_t layers, uint64_t seed);  // the top layers, and the pooler, begin anew
-  void pack();                                     // for inference: linear weights into panels (word embeddings stay plain)
+  // For inference: linear weights into panels, those of layers and decoder in this precision; what is narrow already stays as it is.
+  // The word embeddings stay plain, and their rows are rounded when they are looked up.
+  void pack(Precision precision = Precision::f32);
+  Precision table_rounded = Precision::f32;        // by pack()
 
   // The encoder: packed tokens -> [N,H]. For the output of layer l take a copy whose `layers` are cut to l: copies share their numbers.
   Tensor forward(const Batch& batch, Dropout& drop) const;
@@ -562,8 +566,9 @@ Pooling folder_pooling(const std::string& folder, const Config& config);
 std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_t hidden, int64_t max_length);
 // Loads for the folder's own task, or for `task`: then the encoder is taken and a head the file lacks is drawn from `seed`
 // (its classifier has a row for each of `labels`). A missing, unexpected or ill-shaped tensor throws Error naming it.
-// pack: ready for inference, no longer for saving; false: a copy in memory, to look at, save or train.
-ModelFolder load_folder(const std::string& folder, bool pack = true);
+// pack: ready for inference, no longer for saving; false: a copy in memory, to look at, save or train. precision: of products; unset:
+// f32, or of a folder that was quantized what each weight is stored in.
+ModelFolder load_folder(const std::string& folder, bool pack = true, std::optional<Precision> precision = {});
 ModelFolder load_folder_for(const std::string& folder, Task task, const std::vector<std::string>& labels, uint64_t seed);
 // Writes config.json, model.safetensors (F32, F16 or BF16) and what the folder carries; every file atomically.
 void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried,
@@ -627,7 +632,7 @@ std::vector<TextEntity> entities_in(const Outcome& outcome, std::span<const std:
 // A folder ready to answer. Read-only: any number of threads.
 class Model {
  public:
-  static Model load(const std::string& folder);
+  static Model load(const std::string& folder, std::optional<Precision> precision = {});
   const ModelFolder& folder() const { return *folder_; }
   std::vector<float> embed(std::string_view text) const;                        // by the folder's pooling recipe
   // The same bytes for each text, in batches of similar length: faster.

@@ -281,13 +281,18 @@ class Args {
 struct Common {
   UseThreads use;
   uint64_t seed;
+  std::optional<Precision> precision;  // of --dtype; unset: the folder's
 
-  explicit Common(Args& a) : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
+  // narrow: whether the command can compute in bf16 or int8.
+  explicit Common(Args& a, bool narrow = false) : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
     quiet = a.take_switch("quiet");
     const std::string device = a.take("device", "cpu");
     if (device.starts_with("opencl")) throw Error("--device " + device + ": not built yet; this version computes on the cpu");
     a.choice("device", device, {"cpu", "opencl"});
-    if (a.take_choice("dtype", {"f32", "bf16", "int8", "f16"})) throw Error("--dtype: not built yet; this version computes in f32");
+    const int dtype = a.take_choice("dtype", {"the folder's", "f32", "bf16", "int8", "f16"});
+    if (dtype == 4) throw Error("--dtype f16: goes with --device opencl, which is not built yet; on the cpu f32, bf16 and int8 do");
+    if (dtype > 1 && !narrow) throw Error("--dtype " + std::string(name_of((Precision)(dtype - 1))) + ": this command computes in f32");
+    if (dtype) precision = (Precision)(dtype - 1);
   }
 };
 
@@ -983,9 +988,9 @@ WordPiece open_tokenizer(const std::string& path) {
   for (const std::string& warning : tokenizer.warnings) note("bert: " + warning);
   return tokenizer;
 }
-ModelFolder open_model(const std::string& path, bool pack = true) {
+ModelFolder open_model(const std::string& path, bool pack = true, std::optional<Precision> precision = {}) {
   check_folder(path);
-  ModelFolder folder = load_folder(path, pack);
+  ModelFolder folder = load_folder(path, pack, precision);
   for (const std::string& warning : folder.tokenizer.warnings) note("bert: " + warning);
   // Rows are often padded to a multiple of up to 1024; more is missing where a vocab.txt was cut short or belongs to another model.
   if (folder.tokenizer.size() + 1024 <= folder.config.vocab_size)
@@ -2484,12 +2489,12 @@ struct Answering {
   ModelFolder folder;  // by open(), when every option is taken
 
   Answering(Args& a, const std::string& which, int64_t usual_tokens = 8192)
-      : common(a),
+      : common(a, true),
         model(a.need("model", which)),
         source(take_source(a)),
         batch_tokens(a.take_int("batch-tokens", usual_tokens, 1, 1 << 30)),
         out(a) {}
-  void open() { folder = open_model(model); }
+  void open() { folder = open_model(model, true, common.precision); }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
     throw Error(model + ": a model for " + head().name + ", but this command wants one for " + wanted);
@@ -2953,7 +2958,7 @@ void cmd_search(Args& a) {
 
   LineFile corpus(path);
   VectorIndex index(index_path,
-                    {folder_fingerprint(s.model), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
+                    {folder_fingerprint(s.model) + (uint64_t)s.common.precision.value_or(Precision::f32), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
   if (index.stale()) note("bert: " + index_path + ": made with another model or of another text; it is made again");
   if (!index.vectors()) {
     if (index.count()) note("bert: " + index_path + ".part: going on after " + counted(index.count(), "vector"));
@@ -3099,12 +3104,12 @@ struct BenchTable {
     std::fflush(stdout);
   }
   void model(double seconds, double tokens, double gflop, double peak) const;
+  Precision precision = Precision::f32;
 };
 
 // y [m,n] = x [m,k] w [n,k]^T by each engine: name and GFLOP/s.
 Numbers product_speeds(int64_t m, int64_t n, int64_t k) {
   const Tensor x({m, k}, 0.5f), w({n, k}, 0.25f), y({m, n}, 0.f);
-  const PackedWeights packed(w.data(), n, k);
   Numbers speeds;
   auto measure = [&](const char* engine, auto&& call) {
     speeds.emplace_back(engine, 2e-9 * (double)m * (double)n * (double)k / median_seconds(0.04, call));
@@ -3114,7 +3119,10 @@ Numbers product_speeds(int64_t m, int64_t n, int64_t k) {
     how.b_transposed = true, how.backend = backend;
     gemm(how, m, n, k, x.data(), k, w.data(), k, y.data(), n);
   };
-  measure("ours-f32", [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); });
+  for (const Precision p : {Precision::f32, Precision::bf16, Precision::int8}) {
+    const PackedWeights packed(w.data(), n, k, p);
+    measure((std::string("ours-") + name_of(p)).c_str(), [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); });
+  }
   measure("ours-unpacked-f32", [&] { plain(Backend::own); });
   if (has_openblas()) measure("openblas-f32", [&] { plain(Backend::openblas); });
   return speeds;
@@ -3130,27 +3138,29 @@ void bench_gemm(const BenchTable& table) {
       for (const int64_t m : {32, 512, 4096})
         for (const auto& [engine, speed] : product_speeds(m, n, k)) {
           table.row(engine, "M" + to_string(m) + "-N" + to_string(n) + "-K" + to_string(k) + "-t" + to_string(t), "GFLOP/s", speed);
-          peak = std::max(peak, speed);
+          peak = std::max(peak, engine.ends_with("-f32") ? speed : 0);
         }
     table.row("peak", "best-of-these-t" + to_string(t), "GFLOP/s", peak);
   }
 }
 
-// The best product of this machine, now: what a model's GFLOP/s is held against.
-double gemm_peak() {
+// The best product of this machine, now, in this precision: what a model's GFLOP/s is held against.
+double gemm_peak(Precision precision) {
   double best = 0;
   for (const auto& [n, k] : {std::pair<int64_t, int64_t>{768, 768}, {3072, 768}, {1536, 384}})
-    for (const auto& speed : product_speeds(1024, n, k)) best = std::max(best, speed.second);
+    for (const auto& [engine, speed] : product_speeds(1024, n, k))
+      if (engine.ends_with(name_of(precision))) best = std::max(best, speed);
   return best;
 }
 
 // One batch's seconds; people see this machine's own multiply beside it.
 void BenchTable::model(double seconds, double tokens, double gflop, double peak) const {
-  row("ours-f32", config, "ms", seconds * 1e3);
-  row("ours-f32", config, "tok/s", tokens / seconds);
-  row("ours-f32", config, "GFLOP/s", gflop / seconds);
-  row("ours-f32", config, "MiB", peak_mib());
-  if (peak > 0) row("ours-f32", config, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflop / seconds / peak);
+  const std::string engine = std::string("ours-") + name_of(precision);
+  row(engine, config, "ms", seconds * 1e3);
+  row(engine, config, "tok/s", tokens / seconds);
+  row(engine, config, "GFLOP/s", gflop / seconds);
+  row(engine, config, "MiB", peak_mib());
+  if (peak > 0) row(engine, config, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflop / seconds / peak);
 }
 
 // minilm-B8T128, or with -dense or -real behind it.
@@ -3188,11 +3198,11 @@ double forward_gflop(const Config& c, const Batch& b) {
 
 void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   Bert bert = Bert::random(Config::named(s.name, kBenchVocab), Task::embed, seed);
-  bert.pack();
+  bert.pack(table.precision);
   Random random({seed, 0, 0, kOrderStream});
   const Batch batch = random_batch(s, random);
   const double seconds = median_seconds(1.0, [&] { bert.forward(batch); });
-  table.model(seconds, (double)batch.tokens(), forward_gflop(bert.config, batch), table.tsv ? 0 : gemm_peak());
+  table.model(seconds, (double)batch.tokens(), forward_gflop(bert.config, batch), table.tsv ? 0 : gemm_peak(table.precision));
 }
 
 // Real pairs, a TAB b, as rows of one batch a step.
@@ -3233,7 +3243,7 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   const double seconds = median_seconds(2.0, [&] {
     for (const Batch& b : batches) trainer.step({&b, 1});
   });
-  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak());
+  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(Precision::f32));
 }
 
 // Texts in memory to ids, some 10 MB in a call, as the peers are timed.
@@ -3281,11 +3291,11 @@ void bench_vocab(const BenchTable& table, const Source& source) {
 void cmd_bench(Args& a) {
   a.empty_is_absent = true;
   const std::string part = a.take_word(), config = a.take_word();
-  Common common(a);
+  Common common(a, part == "infer");
   const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
-  const BenchTable table{part, config, a.take_switch("tsv")};
+  const BenchTable table{part, config, a.take_switch("tsv"), common.precision.value_or(Precision::f32)};
   a.done();
   if (part == "gemm" && !config.empty()) a.fail("'" + config + "': gemm takes no CONFIG");
   if (part == "gemm") return bench_gemm(table);

@@ -163,12 +163,21 @@ std::string to_string(const Shape& shape) {
   return out + "]";
 }
 
+// The i-th T of bytes that promise no alignment.
+template <class T>
+static T at(const char* bytes, int64_t i) {
+  T v;
+  std::memcpy(&v, bytes + (size_t)i * sizeof(T), sizeof v);
+  return v;
+}
+
 struct Tensor::Impl {
   Shape shape;
   float* data = nullptr;
   Block block;                        // empty for borrowed memory
   std::shared_ptr<const void> owner;  // of borrowed memory
   std::shared_ptr<const PackedWeights> packed;
+  std::shared_ptr<const NarrowMatrix> narrow;
   Tensor grad;
   bool needs_grad = false;
 
@@ -207,9 +216,18 @@ Tensor Tensor::borrowed(Shape shape, const float* data, std::shared_ptr<const vo
   return t;
 }
 
+Tensor Tensor::narrow(NarrowMatrix matrix) {
+  Tensor t;
+  t.impl_ = std::make_shared<Impl>();
+  t.impl_->shape = {matrix.n, matrix.k};
+  t.impl_->narrow = std::make_shared<const NarrowMatrix>(std::move(matrix));
+  return t;
+}
+
 const Shape& Tensor::shape() const { return impl().shape; }
 float* Tensor::data() const {
-  if (!impl().data) throw Error("tensor " + to_string(impl_->shape) + ": packed for products; its plain numbers are gone");
+  if (impl().narrow) throw Error("tensor " + to_string(impl_->shape) + ": held in " + name_of(impl_->narrow->precision) + ", not in f32");
+  if (!impl_->data) throw Error("tensor " + to_string(impl_->shape) + ": packed for products; its plain numbers are gone");
   return impl_->data;
 }
 float Tensor::item() const {
@@ -234,15 +252,42 @@ void Tensor::drop_grad() {
   if (impl_) impl_->grad = {};
 }
 
-void Tensor::pack() {
+void Tensor::pack(Precision precision) {
   if (packed()) return;
   if (shape().rank() != 2) throw Error("pack: weights are [out, in], this is " + to_string(shape()));
-  impl_->packed = std::make_shared<const PackedWeights>(data(), shape()[0], shape()[1]);
+  impl_->packed = impl_->narrow ? std::make_shared<const PackedWeights>(*impl_->narrow)
+                                : std::make_shared<const PackedWeights>(data(), shape()[0], shape()[1], precision);
+  impl_->narrow = nullptr;
   impl_->data = nullptr;
   impl_->owner = nullptr;
   Pool::only().give(std::exchange(impl_->block, {}));
 }
 const PackedWeights* Tensor::packed() const { return impl_ ? impl_->packed.get() : nullptr; }
+const NarrowMatrix* Tensor::narrow() const { return impl_ ? impl_->narrow.get() : nullptr; }
+
+const char* name_of(Precision precision) { return std::array{"f32", "bf16", "int8"}[(size_t)precision]; }
+
+NarrowMatrix narrowed(const Tensor& w, Precision precision) {
+  NarrowMatrix m{.precision = precision, .n = w.rows(), .k = w.cols(), .owner = {}, .scales = {}};
+  const auto bytes = std::make_shared<std::string>((size_t)(m.n * m.row_bytes()), '\0');
+  m.data = bytes->data(), m.owner = bytes;
+  if (precision == Precision::int8) m.scales.resize((size_t)m.n);
+  parallel_ranges(m.n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      if (char* const to = bytes->data() + i * m.row_bytes(); precision == Precision::bf16)
+        kernels().to_bf16(w.data() + i * m.k, to, m.k);
+      else
+        m.scales[(size_t)i] = kernels().to_int8(w.data() + i * m.k, 0, to, m.k);
+  });
+  return m;
+}
+void NarrowMatrix::widen(int64_t i, float* to) const {
+  const char* const from = row(i);
+  if (precision == Precision::bf16)
+    for (int64_t j = 0; j < k; j++) to[j] = std::bit_cast<float>((uint32_t)at<uint16_t>(from, j) << 16);
+  else
+    for (int64_t j = 0; j < k; j++) to[j] = (float)at<int8_t>(from, j) * scales[(size_t)i];
+}
 
 // ==== threads =====================================================================================================
 #if defined(__linux__)
@@ -303,12 +348,12 @@ UseThreads::~UseThreads() { threads_wanted = before_; }
 int threads() { return inside_task ? 1 : threads_wanted ? threads_wanted : available_threads(); }
 
 // MXCSR and FPCR hold rounding, traps, and the flush-to-zero that libraries built with -ffast-math switch on for the whole thread.
-DefaultFloatMode::DefaultFloatMode() {
+DefaultFloatMode::DefaultFloatMode(bool flush_denormals) {
 #if defined(__x86_64__)
   before_ = _mm_getcsr();
-  _mm_setcsr(0x1F80);
+  _mm_setcsr(flush_denormals ? 0x1F80 | 0x8040 : 0x1F80);
 #elif defined(__aarch64__)
-  uint64_t mode, plain = 0;
+  uint64_t mode, plain = flush_denormals ? 1 << 24 : 0;
   asm volatile("mrs %0, fpcr" : "=r"(mode));
   asm volatile("msr fpcr, %0" ::"r"(plain));
   before_ = (unsigned)mode;
@@ -583,9 +628,10 @@ float normal_cdf_f32(float x) {
   return x < 0 ? tail : 1 - tail;
 }
 
-#define BERT_TABLE(name)                                                                                                               \
-  const Kernels table = {name, kRows, kCols,         tile,          pack, sum,       dot,          max,   squares_about, exp_sum, add, \
-                         axpy, scale, bias_activate, activate_grad, norm, norm_grad, softmax_grad, draws, drop,          adamw};
+#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                            \
+  {name, kRows, kCols, f32,           bf16,       int8,    zero,    pack,          sum,  dot,       max,          squares_about, exp_sum, \
+   add,  axpy,  scale, bias_activate, scale_sums, to_bf16, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws,         drop,    \
+   adamw}
 
 namespace scalar {
 namespace {
@@ -609,6 +655,33 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const fl
       float acc = 0;
       for (int64_t k = 0; k < depth; k++) acc = std::fma(a[i * a_row + k * a_step], b[k * kCols + j], acc);
       c[i * c_row + j] = add ? c[i * c_row + j] + acc : acc;
+    }
+}
+// Of two words, each two bf16: the upper halves' product is added first.
+void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
+               bool add) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j++) {
+      float acc = 0;
+      for (int64_t k = 0; k < depth; k++) {
+        const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k * a_step]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
+        acc = std::fma(std::bit_cast<float>(x & 0xFFFF0000u), std::bit_cast<float>(y & 0xFFFF0000u), acc);
+        acc = std::fma(std::bit_cast<float>(x << 16), std::bit_cast<float>(y << 16), acc);
+      }
+      c[i * c_row + j] = add ? c[i * c_row + j] + acc : acc;
+    }
+}
+// Of two words, each four int8; the sums are int32.
+void tile_int8(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
+               bool add) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < cols; j++) {
+      int32_t acc = add ? std::bit_cast<int32_t>(c[i * c_row + j]) : 0;
+      for (int64_t k = 0; k < depth; k++) {
+        const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k * a_step]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
+        for (int bit = 0; bit < 32; bit += 8) acc += (int8_t)(x >> bit) * (int8_t)(y >> bit);
+      }
+      c[i * c_row + j] = std::bit_cast<float>(acc);
     }
 }
 void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
@@ -649,12 +722,38 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 void scale(float a, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = a * x[i];
 }
-void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t n) {
+void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < n; i++) {
+      const float z = bias ? y[r * stride + i] + bias[i] : y[r * stride + i];
+      if (pre) pre[r * stride + i] = z;
+      y[r * stride + i] = activation(act, z);
+    }
+}
+void scale_sums(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
+                int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < n; i++) {
+      float& out = y[r * stride + i];
+      out = std::fma((float)(std::bit_cast<int32_t>(out) - zeros[i]), row_scales[r] * scales[i], bias ? bias[i] : 0);
+    }
+}
+void to_bf16(const float* x, void* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    const float z = bias ? y[i] + bias[i] : y[i];
-    if (pre) pre[i] = z;
-    y[i] = activation(act, z);
+    const uint32_t u = std::bit_cast<uint32_t>(x[i]), size = u & 0x7FFFFFFF;
+    const uint16_t rounded = size < 0x00800000   ? u >> 16 & 0x8000  // a denormal, or 0
+                             : size > 0x7F800000 ? u >> 16 | 0x40    // NaN stays one
+                                                 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    std::memcpy((char*)y + 2 * i, &rounded, 2);
   }
+}
+float to_int8(const float* x, int zero, void* y, int64_t n) {
+  int32_t most = 0;  // the bits of max |x|: as integers they have the order of the numbers, and NaN is above all
+  for (int64_t i = 0; i < n; i++) most = std::max(most, std::bit_cast<int32_t>(x[i]) & 0x7FFFFFFF);
+  const float max = std::bit_cast<float>(most), steps = max < 1e-30f ? 0 : 127 / max;
+  for (int64_t i = 0; i < n; i++)  // adding the rounder leaves the integer in the low bits
+    ((uint8_t*)y)[i] = (uint8_t)(std::bit_cast<int32_t>(x[i] * steps + kRounder) + zero);
+  return max < 1e-30f ? 0 : max / 127;
 }
 void activate_grad(Activation act, const float* z, const float* dy, float* dz, int64_t n) {
   for (int64_t i = 0; i < n; i++) dz[i] = dy[i] * activation_slope(act, z[i]);
@@ -697,7 +796,7 @@ void adamw(const AdamWSettings& s, float lr, float decay, float factor, float co
     p[i] = std::fma(-f.rate, std::fma(f.decay, kept, update), kept);
   }
 }
-BERT_TABLE("scalar")
+const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, 0);
 }  // namespace
 }  // namespace scalar
 
@@ -736,12 +835,12 @@ std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> tables = {&scalar::table};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    tables.push_back(&avx2::table);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      tables.push_back(&avx512::table);
-  }
+  auto has = [&](bool instructions, const Kernels& table) { return instructions && (tables.push_back(&table), true); };
+  has(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::table) &&
+      has(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl"),
+          avx512::table) &&
+      has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
 #endif
@@ -772,6 +871,16 @@ OP V read(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u 
 OP void write(float* p, V v) { _mm512_storeu_ps(p, v); }
 OP void write(float* p, V v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
 #define EVEN_PRODUCTS(a, b) _mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b))  // of lanes 0, 2, 4 ..., 64 bits each
+#define PAIR_SUMS(a, b) _mm512_maskz_madd_epi16(0xFFFF, (__m512i)(a), (__m512i)(b))   // of 16-bit products, 32 bits each
+// Instructions that not all these CPUs have are written out: a compiler would want their names in the attribute of all around them.
+OP V dot_bf16(V a, V b, V sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+OP V dot_int8(V a, V b, V sum) {  // a without a sign
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
 #elif BERT_ISA == 256
 namespace avx2 {
 namespace {
@@ -787,6 +896,7 @@ OP V read(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
 OP void write(float* p, V v) { _mm256_storeu_ps(p, v); }
 OP void write(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 #define EVEN_PRODUCTS(a, b) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#define PAIR_SUMS(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #else
 namespace neon {
 namespace {
@@ -812,7 +922,9 @@ constexpr int W = BERT_ISA / 32, K = 16 / W;
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint64_t L __attribute__((vector_size(4 * W)));
+typedef int16_t S __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef uint8_t B __attribute__((vector_size(W)));
 typedef float F4 __attribute__((vector_size(16)));
 
 struct P {
@@ -932,18 +1044,52 @@ OP P activation_slope(const P& x) {
 }
 
 // ---- the product's tile ------------------------------------------------------------------------------------------
-// R rows by kCols columns of sums live in registers over the whole depth; each step reads a row of b, and spreads R numbers of a.
+// One text for all precisions. A word of 32 bits is a float, two bf16 or four int8; products(a, b, sum) adds all of two words' to a sum.
+struct Floats {
+  OP V products(V a, V b, V sum) { return fused(a, b, sum); }
+  OP V join(V block, V sum) { return block + sum; }
+};
+struct Bf16 : Floats {
+  OP V products(V a, V b, V sum) {
+    const U high = U{} + 0xFFFF0000u;
+    sum = fused((V)((U)a & high), (V)((U)b & high), sum);
+    return fused((V)((U)a << 16), (V)((U)b << 16), sum);
+  }
+};
+struct Int8 {
+  OP V products(V a, V b, V sum) {
+#if BERT_ISA > 128  // bytes 0 and 2, then 1 and 3, widened to 16 bits: nothing can saturate
+    const S even = (S)PAIR_SUMS((S)a << 8 >> 8, (S)b << 8 >> 8), odd = (S)PAIR_SUMS((S)a >> 8, (S)b >> 8);
+    return (V)((I)sum + (I)even + (I)odd);
+#else
+    const int8x16_t x = (int8x16_t)a, y = (int8x16_t)b;
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y))), high = vpaddlq_s16(vmull_high_s8(x, y));
+    return (V)((I)sum + (I)vpaddq_s32(low, high));
+#endif
+  }
+  OP V join(V block, V sum) { return (V)((I)block + (I)sum); }
+};
+#if BERT_ISA == 512
+struct Bf16Dot : Floats {
+  OP V products(V a, V b, V sum) { return dot_bf16(a, b, sum); }
+};
+struct Int8Dot : Int8 {
+  OP V products(V a, V b, V sum) { return dot_int8(a, b, sum); }
+};
+#endif
+
+// R rows by kCols columns of sums live in registers over the whole depth; each step reads a row of b, and spreads R words of a.
 // Of a there is a pointer to every third row: the two between are one and two distances on, which addresses can say.
-template <int R, int N>
+template <class Words, int R, int N>
 OP void multiply_step(const float* const (&row)[(R + 2) / 3], int64_t a_row, const float* b, V (&acc)[R][N]) {
   V from_b[N];
   UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
   UNROLL for (int r = 0; r < R; r++) {
     const V from_a = spread(row[r / 3][r % 3 * a_row]);
-    UNROLL for (int j = 0; j < N; j++) acc[r][j] = fused(from_a, from_b[j], acc[r][j]);
+    UNROLL for (int j = 0; j < N; j++) acc[r][j] = Words::products(from_a, from_b[j], acc[r][j]);
   }
 }
-template <int R, int N = kCols / W>
+template <class Words, int R, int N = kCols / W>
 TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int cols,
                       bool add) {
   V acc[R][N];
@@ -963,13 +1109,13 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
       } else  // few rows: then b comes from memory
         UNROLL for (int i = 0; i < 4 * kCols; i += 16) __builtin_prefetch(b + 16 * kCols + i);
       UNROLL for (int i = 0; i < 4; i++, b += kCols) {
-        multiply_step<R, N>(row, a_row, b, acc);
+        multiply_step<Words, R, N>(row, a_row, b, acc);
         UNROLL for (int r = 0; r < R; r += 3) row[r / 3]++;
       }
     }
   for (; k < depth; k++, b += kCols) {
     __builtin_prefetch(row[0] + R * a_row);
-    multiply_step<R, N>(row, a_row, b, acc);
+    multiply_step<Words, R, N>(row, a_row, b, acc);
     UNROLL for (int r = 0; r < R; r += 3) row[r / 3] += a_step;
   }
   UNROLL for (int r = 0; r < R; r++) {
@@ -977,19 +1123,19 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
     UNROLL for (int j = 0; j < N; j++) {
       const int n = cols - j * W;
       if (n >= W)
-        write(to + j * W, add ? read(to + j * W) + acc[r][j] : acc[r][j]);
+        write(to + j * W, add ? Words::join(read(to + j * W), acc[r][j]) : acc[r][j]);
       else if (n > 0)
-        write(to + j * W, add ? read(to + j * W, n) + acc[r][j] : acc[r][j], n);
+        write(to + j * W, add ? Words::join(read(to + j * W, n), acc[r][j]) : acc[r][j], n);
     }
   }
 }
-template <int R = kRows>
+template <class Words, int R = kRows>
 TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
                  bool add) {
-  if constexpr (R == kRows)  // a few columns, as of one query against all that is searched: the rest would be computed for nothing
-    if (rows == R && cols <= W) return tile_rows<R, 1>(depth, a, a_row, a_step, b, c, c_row, cols, add);
-  if (rows == R) return tile_rows<R>(depth, a, a_row, a_step, b, c, c_row, cols, add);
-  if constexpr (R > 1) tile<R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
+  if constexpr (R == kRows && std::is_same_v<Words, Floats>)  // a few columns, as of one query against all that is searched
+    if (rows == R && cols <= W) return tile_rows<Words, R, 1>(depth, a, a_row, a_step, b, c, c_row, cols, add);
+  if (rows == R) return tile_rows<Words, R>(depth, a, a_row, a_step, b, c, c_row, cols, add);
+  if constexpr (R > 1) tile<Words, R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
 }
 
 // Four columns of b of `depth` (a multiple of 4) numbers each, to four places in every row of the panel.
@@ -1068,17 +1214,82 @@ TARGET void scale(float a, const float* x, float* y, int64_t n) {
   chunks(n, [&] BODY { store(y + i, P(a) * load(x + i, w), w); });
 }
 template <Activation A>
-TARGET void bias_activate_as(const float* bias, float* y, float* pre, int64_t n) {
+TARGET void bias_activate_as(const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++, y += stride, pre = pre ? pre + stride : nullptr)
+    chunks(n, [&] BODY {
+      P z = load(y + i, w);
+      if (bias) z = z + load(bias + i, w);
+      if (pre) store(pre + i, z, w);
+      store(y + i, activation<A>(z), w);
+    });
+}
+void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
+  static constexpr decltype(&bias_activate_as<Activation::none>) as[] = FOR_EACH_ACTIVATION(bias_activate_as);
+  as[(int)act](bias, y, pre, stride, rows, n);
+}
+OP P from_integers(const P& x) { MAKE(P, __builtin_convertvector((I)x.v[q], V)); }
+OP P minus_integers(const P& x, const P& y) { MAKE(P, (V)((I)x.v[q] - (I)y.v[q])); }
+TARGET void scale_sums(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
+                       int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; r++, y += stride)
+    chunks(n, [&] BODY {
+      const P sum = from_integers(minus_integers(load(y + i, w), load((const float*)zeros + i, w)));
+      P b = 0.f;
+      if (bias) b = load(bias + i, w);
+      store(y + i, fma(sum, P(row_scales[r]) * load(scales + i, w), b), w);
+    });
+}
+// Writes the low 16 or 8 bits of each lane's integer, of 16 lanes or the first n.
+template <class Narrow, class Lanes>
+OP void write_low(char* to, const Lanes& x, Full) {
+  EACH {
+    const Narrow low = __builtin_convertvector(x.v[q], Narrow);
+    std::memcpy(to + q * (int)sizeof low, &low, sizeof low);
+  }
+}
+template <class Narrow, class Lanes>
+OP void write_low(char* to, const Lanes& x, Part w) {
+  char all[16 * sizeof(Narrow) / W];
+  write_low<Narrow>(all, x, Full());
+  std::memcpy(to, all, (size_t)w.n * sizeof(Narrow) / W);
+}
+TARGET void to_bf16(const float* x, void* y, int64_t n) {
   chunks(n, [&] BODY {
-    P z = load(y + i, w);
-    if (bias) z = z + load(bias + i, w);
-    if (pre) store(pre + i, z, w);
-    store(y + i, activation<A>(z), w);
+    const P v = load(x + i, w);
+    struct {
+      U v[K];
+    } r;
+    EACH {
+      const U u = (U)v.v[q], size = u & 0x7FFFFFFFu;
+      U rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+      rounded = size > 0x7F800000u ? u >> 16 | 0x40u : rounded;
+      r.v[q] = size < 0x00800000u ? u >> 16 & 0x8000u : rounded;
+    }
+    write_low<H>((char*)y + 2 * i, r, w);
   });
 }
-void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t n) {
-  static constexpr decltype(&bias_activate_as<Activation::none>) as[] = FOR_EACH_ACTIVATION(bias_activate_as);
-  as[(int)act](bias, y, pre, n);
+TARGET float to_int8(const float* x, int zero, void* y, int64_t n) {
+  Mask most = {};  // bits of |x|, as integers
+  chunks(n, [&] BODY {
+    const P v = load(x + i, w);
+    EACH {
+      const I size = (I)v.v[q] & 0x7FFFFFFF;
+      most.v[q] = size > most.v[q] ? size : most.v[q];
+    }
+  });
+  int32_t lane[16], bits = 0;
+  std::memcpy(lane, &most, sizeof lane);
+  for (const int32_t l : lane) bits = std::max(bits, l);
+  const float max = std::bit_cast<float>(bits), steps = max < 1e-30f ? 0 : 127 / max;
+  chunks(n, [&] BODY {
+    const P rounded = load(x + i, w) * steps + kRounder;
+    struct {
+      U v[K];
+    } r;
+    EACH r.v[q] = (U)rounded.v[q] + (uint32_t)zero;
+    write_low<B>((char*)y + i, r, w);
+  });
+  return max < 1e-30f ? 0 : max / 127;
 }
 template <Activation A>
 TARGET void activate_grad_as(const float* z, const float* dy, float* dz, int64_t n) {
@@ -1168,15 +1379,21 @@ TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, f
     store(p + i, fma(-f.rate, fma(f.decay, kept, m1 / fma(sqrt(v1), f.root, f.eps)), kept), w);
   });
 }
-BERT_TABLE(kName)
+const Kernels table = BERT_TABLE(kName, tile<Floats>, tile<Bf16>, tile<Int8>, 0);
+#if BERT_ISA == 512
+const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 128);
+const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile<Bf16Dot>, tile<Int8Dot>, 128);
+#endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
 #undef TARGET
 #undef EVEN_PRODUCTS
+#undef PAIR_SUMS
 #endif  // BERT_ISA
 #ifndef BERT_ISA
 
 // ==== gemm ========================================================================================================
+static constexpr int64_t kPackedRows = 120;  // of a task whose weights are packed: they stay in the second cache
 static constexpr int64_t kDepth = 256;  // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
 
 // A variable of the environment; null where it is not set, or empty.
@@ -1199,6 +1416,11 @@ const Kernels& kernels() {
   return *chosen;
 }
 
+// Words of 32 bits that hold k numbers.
+static int64_t words_of(Precision precision, int64_t k) {
+  return precision == Precision::f32 ? k : precision == Precision::bf16 ? (k + 1) / 2 : (k + 3) / 4;
+}
+
 namespace {
 struct Product {
   const Kernels& table;
@@ -1211,6 +1433,12 @@ struct Product {
   const float* panels;
   float* c;
   int64_t ldc;
+  const PackedWeights* packed = nullptr;
+  Precision precision = Precision::f32;
+  const float* row_scales = nullptr;  // int8: of a's rows
+  bool narrowed = false;              // a holds words: the rows were narrowed before the tasks were cut
+
+  int64_t words() const { return words_of(precision, k); }
 };
 
 // `all` cut into pieces of at most `most`, as equal as multiples of `unit` allow.
@@ -1219,12 +1447,30 @@ int64_t even_piece(int64_t all, int64_t most, int64_t unit) {
   return pieces ? ((all + pieces - 1) / pieces + unit - 1) / unit * unit : unit;
 }
 
-void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+// The epilogue of rows i0..i1 and columns j0..j1 of C, while they are in the first cache. row_scales: int8, of these rows.
+void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const float* row_scales = nullptr) {
   const Epilogue& e = p.how.epilogue;
-  if (!e.bias && !e.pre && e.activation == Activation::none) return;
-  for (int64_t i = i0; i < i1; i++)
-    p.table.bias_activate(e.activation, e.bias ? e.bias + j0 : nullptr, p.c + i * p.ldc + j0, e.pre ? e.pre + i * p.ldc + j0 : nullptr,
-                          j1 - j0);
+  const float* bias = e.bias ? e.bias + j0 : nullptr;
+  float* const c = p.c + i0 * p.ldc + j0;
+  if (row_scales) {
+    p.table.scale_sums(row_scales, p.packed->scales() + j0, p.packed->zeros() + j0, bias, c, p.ldc, i1 - i0, j1 - j0);
+    bias = nullptr;
+  }
+  if (bias || e.pre || e.activation != Activation::none)
+    p.table.bias_activate(e.activation, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
+}
+
+// Rows of a, each narrowed to `words` words, behind them their scales: int8's. What is behind a row's k numbers is zero.
+void narrow_rows(const Product& p, const float* a, int64_t rows, float* words, float* scales) {
+  for (int64_t i = 0; i < rows; i++) {
+    char* const to = (char*)(words + i * p.words());
+    const int64_t bytes = p.precision == Precision::bf16 ? 2 * p.k : p.k;
+    if (p.precision == Precision::bf16)
+      p.table.to_bf16(a + i * p.lda, to, p.k);
+    else
+      scales[i] = p.table.to_int8(a + i * p.lda, p.table.int8_zero, to, p.k);
+    std::memset(to + bytes, p.precision == Precision::bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
+  }
 }
 
 // Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
@@ -1238,28 +1484,37 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   static thread_local Tensor scratch;  // kept for the thread's next call, made anew when it does not suffice
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
-  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips;
+  const bool narrow = p.precision != Precision::f32 && !p.narrowed;
+  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips, words = p.words();
+  const int64_t block = p.precision == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each;
   // an odd number of cache lines from row to row spreads them over all sets of the cache.
   const int64_t a_stride = (rows + 15) / 16 * 16 | 16;
-  const int64_t needed = kDepth * (t.nr + (a_transposed ? a_stride : 0));
+  const int64_t needed = kDepth * (t.nr + (a_transposed ? a_stride : 0)) + (narrow ? rows * (words + 1) : 0);
   if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
   float* const panel = scratch.data();
   float* const a_copy = panel + kDepth * t.nr;
+  const float *a_words = p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
+  if (narrow) {
+    narrow_rows(p, a_words, rows, a_copy, a_copy + rows * words);
+    a_words = a_copy, row_scales = p.precision == Precision::int8 ? a_copy + rows * words : nullptr;
+  }
+  const Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
-  for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
-    const int64_t depth = std::min(kDepth, p.k - k0), next_k = k0 + kDepth;
-    const float* a = p.a + i0 * p.lda + k0;
-    int64_t a_row = p.lda, a_step = 1, done = 0;
+  if (!p.k) finish(p, i0, i1, j0, j1, row_scales);
+  for (int64_t k0 = 0; k0 < words; k0 += block) {
+    const int64_t depth = std::min(block, words - k0), next_k = k0 + block;
+    const float* a = a_words + k0;
+    int64_t a_row = narrow ? words : p.lda, a_step = 1, done = 0;
     if (a_transposed) {
       for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a = a_copy, a_row = 1, a_step = a_stride;
     }
     for (int64_t j = j0; j < j1; j += t.nr) {
       const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
-      const float* const b = p.panels ? p.panels + j * p.k + k0 * t.nr : panel;
+      const float* const b = p.panels ? p.panels + j * words + k0 * t.nr : panel;
       if (!p.panels) t.pack(depth, b_at(k0, j), b_transposed ? 1 : p.ldb, b_transposed ? p.ldb : 1, panel, cols);
       for (int64_t s = 0; s < strips; s++, done++) {
         const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
@@ -1267,11 +1522,12 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
         if (a_transposed && next_k < p.k) fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
-        t.tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
+        const DefaultFloatMode mode(p.precision == Precision::bf16);
+        tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
+      if (next_k >= words) finish(p, i0, i1, j, j + cols, row_scales);
     }
   }
-  finish(p, i0, i1, j0, j1);
 }
 
 // The same where b is one packed panel, as of one query against all that is searched: a comes from memory and is read once. Each row of a
@@ -1367,13 +1623,14 @@ static void check_product(const Gemm& how, int64_t m, int64_t n, int64_t k, int6
 // Cuts C into tasks, by the shapes alone, and hands them out.
 static void run(const Product& p, Backend backend) {
   if (!p.m || !p.n) return;
-  const bool blas = p.k && (backend == Backend::openblas || blas_alone());
+  const bool blas = p.k && !(p.packed && p.precision != Precision::f32) && (backend == Backend::openblas || blas_alone());
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows
   // to be worth it; where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20;
-  const bool narrow = !blas && p.panels && p.k && p.n <= p.table.nr;
-  const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? 120 : large ? 640 : 240, p.table.mr);
-  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : p.panels ? 768 : 192, p.table.nr), across = (p.n + cols - 1) / cols;
+  const bool narrow = !blas && p.panels && p.precision == Precision::f32 && p.k && p.n <= p.table.nr;
+  const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
+  const int64_t wide = p.precision != Precision::f32 && p.m > kPackedRows ? p.n : 768;  // all columns: rows are narrowed once
+  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : p.panels ? wide : 192, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
@@ -1410,9 +1667,18 @@ void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a,
 }
 
 // Panel j holds columns j nr .. of the transposed weights, all of k. For OpenBLAS they are copied as they are.
-PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k) : n_(n), k_(k) {
+PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k, Precision precision) : n_(n), k_(k), precision_(precision) {
   const Kernels& t = kernels();
   const int64_t nr = t.nr, panels = (n + nr - 1) / nr;
+  if (precision != Precision::f32) {
+    pack_rows([&](int64_t i, char* to) {
+      if (precision == Precision::bf16)
+        t.to_bf16(w + i * k, to, k);
+      else
+        scales_.data()[i] = t.to_int8(w + i * k, 0, to, k);
+    });
+    return;
+  }
   panels_ = Tensor({panels * nr, k});
   float* const to = panels_.data();
   if (blas_alone())
@@ -1420,12 +1686,45 @@ PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k) : n_(n), k_(k
   else
     parallel_for(panels, [&](int64_t j) { t.pack(k, w + j * nr * k, 1, k, to + j * nr * k, (int)std::min(nr, n - j * nr)); });
 }
+PackedWeights::PackedWeights(const NarrowMatrix& w) : n_(w.n), k_(w.k), precision_(w.precision) {
+  pack_rows([&](int64_t i, char* to) {
+    std::memcpy(to, w.row(i), (size_t)w.row_bytes());
+    if (w.precision == Precision::int8) scales_.data()[i] = w.scales[(size_t)i];
+  });
+}
+// narrow(i, to) writes row i's k numbers.
+template <class Narrow>
+void PackedWeights::pack_rows(Narrow&& narrow) {
+  const Kernels& t = kernels();
+  const int64_t nr = t.nr, panels = (n_ + nr - 1) / nr, words = words_of(precision_, k_);
+  panels_ = Tensor({panels * nr, words});
+  if (precision_ == Precision::int8) scales_ = Tensor({n_}), zeros_.resize((size_t)n_);
+  parallel_for(panels, [&](int64_t j) {
+    const int cols = (int)std::min(nr, n_ - j * nr);
+    const Tensor rows({cols, words}, 0.f);
+    for (int64_t i = 0; i < cols; i++) {
+      char* const row = (char*)(rows.data() + i * words);
+      narrow(j * nr + i, row);
+      for (int64_t x = 0; x < k_ && !zeros_.empty(); x++) zeros_[(size_t)(j * nr + i)] += t.int8_zero * (int8_t)row[x];
+    }
+    t.pack(words, rows.data(), 1, words, panels_.data() + j * nr * words, cols);
+  });
+}
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue) {
   const Gemm how{.b_transposed = true, .epilogue = epilogue};
   const int64_t n = w.rows(), k = w.cols();
   check_product(how, m, n, k, lda, k, ldc);
-  const bool plain = blas_alone();
-  run({kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc}, Backend::own);
+  const bool plain = w.precision() == Precision::f32 && blas_alone();
+  Product p{kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc, &w, w.precision()};
+  Tensor words;
+  if (p.precision != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
+    words = Tensor({m, p.words() + 1});
+    float* const scales = words.data() + m * p.words();
+    narrow_rows(p, a, m, words.data(), scales);
+    p.a = words.data(), p.lda = p.words(), p.narrowed = true;
+    if (p.precision == Precision::int8) p.row_scales = scales;
+  }
+  run(p, Backend::own);
 }
 
 // ==== files =======================================================================================================
@@ -1685,13 +1984,6 @@ static float from_half(uint16_t h) {
   return std::bit_cast<float>(sign | ((rest << 13) + (rest < 0x7C00 ? 112u << 23 : 224u << 23)));  // exponents of bias 15 to 127; inf, NaN
 }
 
-template <class T>
-static T at(const char* bytes, int64_t i) {  // the file promises no alignment
-  T v;
-  std::memcpy(&v, bytes + (size_t)i * sizeof(T), sizeof v);
-  return v;
-}
-
 static void widen(const std::string& dtype, const char* in, float* out, int64_t begin, int64_t end) {
   if (dtype == "F16")
     for (int64_t i = begin; i < end; i++) out[i] = from_half(at<uint16_t>(in, i));
@@ -1754,6 +2046,29 @@ Tensor SafeTensors::load(const Entry& e) const {
                   (e.dtype == "F64" ? " (in f32 " + format_number(x[i]) + ")" : "") +
                   "; damaged, or saved after a training that diverged?");
   return t;
+}
+
+NarrowMatrix SafeTensors::narrow(const Entry& e, const Entry* scales) const {
+  const std::string here = where_ + ": " + shown(e.name);
+  const bool bf16 = e.dtype == "BF16";
+  if ((!bf16 && e.dtype != "I8") || e.shape.size() != 2 || !e.strides.empty())
+    throw Error(here + ": " + e.dtype + " " + shape_text(e.shape) + ", where a matrix of BF16 or I8 is needed");
+  NarrowMatrix m{.precision = bf16 ? Precision::bf16 : Precision::int8,
+                 .n = e.shape[0],
+                 .k = e.shape[1],
+                 .data = data_.data() + e.begin,
+                 .owner = owner_,
+                 .scales = {}};
+  if (bf16)
+    for (int64_t i = 0; i < m.n * m.k; i++)
+      if (const uint16_t x = at<uint16_t>(m.data, i); (x & 0x7F80) == 0x7F80)
+        throw Error(here + ": element " + std::to_string(i) + " of " + shape_text(e.shape) + " is not finite; damaged?");
+  if (bf16) return m;
+  if (!scales || scales->shape != std::vector{m.n})
+    throw Error(here + ": int8 without its scales; " + shown(e.name) + "_scale [" + std::to_string(m.n) + "] is needed beside it");
+  const Tensor t = load(*scales);
+  m.scales.assign(t.data(), t.data() + m.n);
+  return m;
 }
 
 void SafeTensors::give_back(const Entry& e) const {

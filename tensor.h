@@ -311,6 +311,23 @@ class Shape {
 std::string to_string(const Shape&);   // [8,128,768]
 
 class PackedWeights;   // section 9
+// What products are computed in; sums are f32 always, of int8 products int32.
+enum class Precision { f32, bf16, int8 };
+const char* name_of(Precision precision);   // f32, bf16, int8
+
+// Rows of numbers in fewer bits, in memory or in a mapped file: n x k bf16, or int8 with a scale for each row.
+struct NarrowMatrix {
+  Precision precision = Precision::bf16;
+  int64_t n = 0, k = 0;
+  const char* data = nullptr;
+  std::shared_ptr<const void> owner;      // of data
+  std::vector<float> scales;              // int8: [n]
+  int64_t row_bytes() const { return precision == Precision::bf16 ? 2 * k : k; }
+  const char* row(int64_t i) const { return data + i * row_bytes(); }
+  void widen(int64_t i, float* to) const;   // row i as k floats
+};
+class Tensor;
+NarrowMatrix narrowed(const Tensor& w, Precision precision);   // w [n,k] rounded, in memory of its own
 
 // A shared handle to f32 numbers: copying a Tensor copies the handle. The memory comes from a reuse pool, aligned to 64 bytes, and
 // goes back to it with the last handle. A gradient, of the same shape, is made when first asked for.
@@ -329,7 +346,8 @@ class Tensor {
   int64_t size() const { return shape().size(); }
   int64_t cols() const { return shape().back(); }                          // the last dimension
   int64_t rows() const { return cols() ? size() / cols() : 0; }            // all the others
-  float* data() const;      // throws Error for an empty Tensor, and for weights that pack() has taken
+  static Tensor narrow(NarrowMatrix matrix);                               // [n,k]: has no data(); pack() and embedding_norm take it
+  float* data() const;      // throws Error for an empty or narrow Tensor, and for weights that pack() has taken
   float item() const;       // the one element; throws Error when there are more
 
   bool needs_grad() const;
@@ -339,9 +357,11 @@ class Tensor {
   float* grad_to_add(bool& add) const;     // the same, but not filled on first use: then add is false, and the caller stores
   Tensor take_grad();                      // the gradient as a Tensor of its own; this one has none any more
   void drop_grad();
-  // Weights [N,K] that will not change are laid out for gemm once and their plain form is let go; linear takes either.
-  void pack();
+  // Weights [N,K] that will not change are laid out for gemm once and their plain form is let go; linear takes either. A narrow matrix
+  // keeps the precision that it has.
+  void pack(Precision precision = Precision::f32);
   const PackedWeights* packed() const;     // null when not packed
+  const NarrowMatrix* narrow() const;      // null when it is no narrow matrix
 
  private:
   struct Impl;
@@ -385,10 +405,10 @@ void parallel_ranges(int64_t n, int64_t piece, F&& f) {
   parallel_for((n + piece - 1) / piece, [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); });
 }
 
-// Default rounding, denormals kept, no traps, while it lives; then as it was.
+// Default rounding, no traps, denormals kept (or taken and given as zero), while it lives; then as it was.
 class DefaultFloatMode {
  public:
-  DefaultFloatMode();
+  explicit DefaultFloatMode(bool flush_denormals = false);
   ~DefaultFloatMode();
   DefaultFloatMode(const DefaultFloatMode&) = delete;
   DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
@@ -480,9 +500,10 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
 // LayerNorm(x + dropout(f)):   x, f [N,H]   gamma, beta [H]   ->   [N,H].   Ba et al. 2016, biased variance. `f` may be empty.
 Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, const Tensor& beta, float eps, Dropout& drop);
 // dropout(LayerNorm(word[ids] + segment[segments] + position[positions])):   tables [V,H] [S,H] [P,H]   ->   [N,H]
+// word may be narrow; `rounded`: each of its rows is taken as if it were stored so.
 Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
                       const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,
-                      float eps, Dropout& drop);
+                      float eps, Dropout& drop, Precision rounded = Precision::f32);
 Tensor dropout(const Tensor& x, Dropout& drop);                                       // x / (1 - p) where kept, else 0
 Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows);                // x [N,H] -> [rows.size(), H]
 Tensor mean_rows(const Tensor& x, const Offsets& offsets);                            // x [N,H] -> [R,H]: the mean of each row's tokens
@@ -592,6 +613,8 @@ class SafeTensors {
   // F32 is a view of the file where it lies aligned, F16, BF16 and F64 are converted; other types throw. All must be finite: throws
   // Error naming the tensor and the first place that is not.
   Tensor load(const Entry& entry) const;
+  // A tensor [n,k] of BF16, or of I8 with its scales, F32 [n], under the same name and "_scale": a view of the file. All must be finite.
+  NarrowMatrix narrow(const Entry& entry, const Entry* scales) const;
   // Of a mapped file: the tensor's pages leave this process's memory. Views stay good, a page comes back when it is read.
   void give_back(const Entry& entry) const;
 
@@ -628,8 +651,13 @@ struct Kernels {
   int mr, nr;              // rows and columns of one tile
   // c[i][j] for i < rows <= mr, j < cols <= nr:  the chain acc = fma(a[i,k], b[k][j], acc) from 0 over ascending k < depth, then
   // stored, or added to what is there. a[i,k] = a[i * a_row + k * a_step]; b is a panel [depth][nr].
-  void (*tile)(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
-        bool add);
+  using Tile = void(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
+                    int cols, bool add);
+  Tile* tile;
+  // The same where a and b are words of 32 bits that hold several k. Two bf16, the lower half first: of a word the upper half's product
+  // is added before the lower one's, each fused (the order of VDPBF16PS), under DefaultFloatMode(true). Four int8: c holds int32.
+  Tile *tile_bf16, *tile_int8;
+  int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
   void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
   float (*sum)(const float* x, int64_t n);
@@ -642,8 +670,14 @@ struct Kernels {
   void (*add)(const float* x, float* y, int64_t n);                      // y += x
   void (*axpy)(float a, const float* x, float* y, int64_t n);            // y = fma(a, x, y)
   void (*scale)(float a, const float* x, float* y, int64_t n);           // y = a * x
-  // z = y + bias (bias may be null); pre = z (pre may be null); y = act(z)
-  void (*bias_activate)(Activation act, const float* bias, float* y, float* pre, int64_t n);
+  // On rows `stride` apart of n numbers: z = y + bias (bias may be null); pre = z (pre may be null); y = act(z)
+  void (*bias_activate)(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
+  // int32 sums in y's place become y = fma(float(sum - zeros[j]), row_scales[i] * scales[j], bias[j]); bias may be null
+  void (*scale_sums)(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
+        int64_t rows, int64_t n);
+  void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
+  // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
+  float (*to_int8)(const float* x, int zero, void* y, int64_t n);
   void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
   // y = fma((x - mean) * rstd, gamma, beta)
   void (*norm)(const float* x, float mean, float rstd, const float* gamma, const float* beta, float* y, int64_t n);
@@ -694,17 +728,26 @@ void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int6
 void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                int64_t ldc);
 
-// Weights [n,k] laid out in the kernel's panels once: c [m,n] = a [m,k] w^T. Always the own kernels.
+// Weights [n,k] laid out in the kernel's panels once: c [m,n] = a [m,k] w^T. Always the own kernels. In bf16 a and w are rounded and
+// multiplied as tile_bf16 says, 256 k a block; in int8 each row of a and of w is rounded to 127 steps of its largest number.
 class PackedWeights {
  public:
-  PackedWeights(const float* w, int64_t n, int64_t k);
+  PackedWeights(const float* w, int64_t n, int64_t k, Precision precision = Precision::f32);
+  explicit PackedWeights(const NarrowMatrix& w);           // in the precision that it has
   int64_t rows() const { return n_; }
   int64_t cols() const { return k_; }
+  Precision precision() const { return precision_; }
   const float* panels() const { return panels_.data(); }
+  const float* scales() const { return scales_.data(); }   // int8: [n]
+  const int32_t* zeros() const { return zeros_.data(); }   // int8: [n], what int8_zero adds to each column's sums
 
  private:
+  template <class Narrow>
+  void pack_rows(Narrow&& narrow);
   int64_t n_, k_;
-  Tensor panels_;
+  Precision precision_;
+  Tensor panels_, scales_;
+  std::vector<int32_t> zeros_;
 };
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
 

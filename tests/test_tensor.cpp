@@ -110,9 +110,9 @@ TEST_CASE("kernels: activations and their derivatives") {
         compare_tables([&](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
           const Floats b = numbers(n + o, seed, 1, wild), dy = numbers(n + o, seed + 1, 1, wild);
           Floats y = numbers(n + o + 1, seed + 2, scale, wild), pre((size_t)(n + o + 1), 7.f), dz = pre;
-          k.bias_activate(act, bias ? b.data() + o : nullptr, y.data() + o, pre.data() + o, n);
+          k.bias_activate(act, bias ? b.data() + o : nullptr, y.data() + o, pre.data() + o, 0, 1, n);
           Floats alone = pre;
-          k.bias_activate(act, nullptr, alone.data() + o, nullptr, n);
+          k.bias_activate(act, nullptr, alone.data() + o, nullptr, 0, 1, n);
           k.activate_grad(act, pre.data() + o, dy.data() + o, dz.data() + o, n);
           for (const Floats* more : {&pre, &dz, &alone}) y.insert(y.end(), more->begin(), more->end());
           return y;
@@ -203,6 +203,118 @@ TEST_CASE("kernels: pack, and the tile at every number of rows and columns and m
   }
 }
 
+TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers") {
+  compare_tables([](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
+    const Floats x = numbers(n + o, seed, 3, wild), scales = numbers(n + o, seed + 1), bias = numbers(n + o, seed + 2, 1, wild);
+    std::vector<uint16_t> halves((size_t)(n + 1), 7);
+    k.to_bf16(x.data() + o, halves.data(), n);
+    Floats all(halves.begin(), halves.end());
+    std::vector<uint8_t> bytes((size_t)(n + 1), 7);
+    for (const int zero : {0, 128}) {
+      all.push_back(k.to_int8(x.data() + o, zero, bytes.data(), n));
+      if (std::isfinite(all.back())) all.insert(all.end(), bytes.begin(), bytes.end());  // else the scale says all
+    }
+    std::vector<int32_t> zeros((size_t)(n + o), 1000);
+    Random random({seed, 4, 4, 4});
+    Floats sums((size_t)(2 * (n + o) + 1));
+    for (float& s : sums) s = std::bit_cast<float>((int32_t)random.next() >> 3);
+    const float rows[] = {0.25f, 3e-7f};
+    Floats other = sums;
+    k.scale_sums(rows, scales.data() + o, zeros.data() + o, bias.data() + o, sums.data() + o, n + o, 2, n);
+    k.scale_sums(rows, scales.data() + o, zeros.data() + o, nullptr, other.data() + o, n + o, 2, n);
+    for (const Floats* more : {&sums, &other}) all.insert(all.end(), more->begin(), more->end());
+    return all;
+  });
+}
+// Every bf16 is itself; what lies between two goes to the nearer one, of two equally near to the even one.
+TEST_CASE("kernels: bf16 is the nearest, int8 has 127 steps of the largest") {
+  const Kernels& k = kernels();
+  for (uint32_t b = 0; b < 0x8000; b++) {
+    const uint32_t bits = b << 16;
+    uint16_t got[5];
+    const float x[5] = {std::bit_cast<float>(bits), std::bit_cast<float>(bits | 0x7FFF), std::bit_cast<float>(bits | 0x8000),
+                        std::bit_cast<float>(bits | 0x8001), std::bit_cast<float>(bits | 0x80000000)};
+    k.to_bf16(x, got, 5);
+    const bool tiny = b < 0x80, nan = b >= 0x7F80;
+    if (nan) {  // infinity; behind it NaN stays NaN
+      CHECK(got[0] == (b == 0x7F80 ? 0x7F80 : (b | 0x40)));
+      CHECK((got[1] & 0x7FFF) > 0x7F80);
+      continue;
+    }
+    REQUIRE(got[0] == (tiny ? 0 : b));
+    REQUIRE(got[1] == (tiny ? 0 : b));
+    REQUIRE(got[2] == (tiny ? 0 : b + (b & 1)));
+    REQUIRE(got[3] == (tiny ? 0 : b + 1));
+    REQUIRE(got[4] == (0x8000 | (tiny ? 0 : b)));
+  }
+  const Floats x = {-2, 1, 0.5f, 0.0118f, 2, 0, -0.f};
+  int8_t q[7];
+  CHECK(k.to_int8(x.data(), 0, q, 7) == 2.f / 127);
+  CHECK(std::vector<int>(q, q + 7) == std::vector<int>{-127, 64, 32, 1, 127, 0, 0});  // 63.5 and 31.75; ties to even
+  const Floats tiny = {1e-31f, -5e-31f};
+  CHECK(k.to_int8(tiny.data(), 0, q, 2) == 0);
+  CHECK((q[0] == 0 && q[1] == 0));
+  CHECK(std::isnan(k.to_int8(Floats{1, nan_value, 2}.data(), 0, q, 3)));
+  CHECK(k.to_int8(Floats{1, -inf, 2}.data(), 0, q, 3) == inf);
+}
+// Words of `depth` by `n`: two bf16 or four int8, of int8 also the extremes alone.
+static Floats words(int64_t n, uint64_t seed, bool bf16, bool extreme) {
+  Random random({seed, 9, 9, 9});
+  Floats v((size_t)n);
+  for (float& x : v) {
+    uint32_t w = random.next();
+    if (bf16) {  // exponents around 1, at times around the smallest, so that products and sums are denormals
+      const uint32_t exponent = extreme ? 0x1E80u : 0x3F80u;
+      w = (w & 0x80FF80FFu) | exponent << 16 | exponent;
+      if (random.below(9) == 0) w &= 0x807F807Fu;  // denormals
+    } else if (extreme) {
+      w = random.below(2) ? 0x7F7F7F7Fu : 0x81818181u;
+    } else {
+      for (int bit = 0; bit < 32; bit += 8)
+        if ((w >> bit & 0xFF) == 0x80) w ^= 1u << bit;  // -128 does not occur
+    }
+    x = std::bit_cast<float>(w);
+  }
+  return v;
+}
+TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at every number of rows and columns") {
+  const Kernels& scalar = *usable_kernels()[0];
+  for (const Kernels* t : usable_kernels())
+    for (const bool bf16 : {false, true})
+      for (const bool extreme : {false, true})
+        for (const int64_t depth : {0, 1, 3, 4, 17, 128, 256}) {
+          const Floats b = words(depth * 64 + 1, 1, bf16, extreme), a = words((depth + 3) * 20 + 1, 2, bf16, extreme);
+          Floats unsigned_a = a;  // what the instruction wants
+          if (!bf16 && t->int8_zero)
+            for (float& x : unsigned_a) x = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ 0x80808080u);
+          for (int rows = 1; rows <= t->mr; rows++)
+            for (int cols = 1; cols <= t->nr; cols += cols % 7 == 0 ? 1 : 3)
+              for (const bool add : {false, true}) {
+                const int64_t c_row = t->nr + 2;
+                Floats c = numbers(t->mr * c_row, 7, extreme ? 1e-38f : 1), want = c;
+                const DefaultFloatMode mode(bf16);
+                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, unsigned_a.data() + 1, depth + 3, 1, b.data() + 1, c.data(), c_row, rows, cols, add);
+                for (int i = 0; i < rows; i++)
+                  for (int j = 0; j < cols; j++) {
+                    Floats panel((size_t)(depth * scalar.nr));  // the scalar tile wants panels of its own width
+                    for (int64_t k = 0; k < depth; k++) panel[(size_t)(k * scalar.nr)] = b[(size_t)(1 + k * t->nr + j)];
+                    float& to = want[(size_t)(i * c_row + j)];
+                    (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * (depth + 3), 1, 1, panel.data(), &to, 1, 1, 1, add);
+                    for (int64_t k = 0; !bf16 && t->int8_zero && k < depth; k++)  // 128 times the column is to be taken off again
+                      for (int bit = 0; bit < 32; bit += 8)
+                        to = std::bit_cast<float>(std::bit_cast<int32_t>(to) +
+                                                  128 * (int8_t)(std::bit_cast<uint32_t>(panel[(size_t)(k * scalar.nr)]) >> bit));
+                  }
+                CAPTURE(t->name);
+                CAPTURE(bf16);
+                CAPTURE(depth);
+                CAPTURE(rows);
+                CAPTURE(cols);
+                REQUIRE(same_bytes(want, c));
+              }
+        }
+}
+
 // ==== the engine's own functions ==================================================================================
 static double ulp(double x) {
   int exponent;
@@ -226,7 +338,7 @@ static Errors largest_error(uint32_t step, float low, float high, F f, G g) {
   return {in_ulp, absolute};
 }
 static float act(Activation a, float x) {
-  usable_kernels()[0]->bias_activate(a, nullptr, &x, nullptr, 1);
+  usable_kernels()[0]->bias_activate(a, nullptr, &x, nullptr, 0, 1, 1);
   return x;
 }
 static float slope(Activation a, float x) {
@@ -298,7 +410,7 @@ static Floats chain_product(const Gemm& how, int64_t m, int64_t n, int64_t k, co
         to = how.add || k0 ? to + acc : acc;
       }
       const float* bias = how.epilogue.bias ? how.epilogue.bias + j : nullptr;
-      scalar.bias_activate(how.epilogue.activation, bias, &to, how.epilogue.pre ? &pre[(size_t)(i * ldc + j)] : nullptr, 1);
+      scalar.bias_activate(how.epilogue.activation, bias, &to, how.epilogue.pre ? &pre[(size_t)(i * ldc + j)] : nullptr, 0, 1, 1);
     }
   return c;
 }
@@ -376,6 +488,77 @@ TEST_CASE("gemm: large enough for several tasks, the same bytes with any number 
       gemm(m, a.data(), k, packed, c.data(), n, how.epilogue);
       CHECK(same_bytes(first, c));
     }
+  }
+}
+// What tensor.h and design promise of bf16 and int8, written plainly, of one element.
+static float narrow_product(Precision precision, const float* a, const float* w, int64_t k, float bias) {
+  const Kernels& scalar = *usable_kernels()[0];
+  if (precision == Precision::int8) {
+    std::vector<int8_t> x((size_t)k), y((size_t)k);
+    const float scale = scalar.to_int8(a, 0, x.data(), k) * scalar.to_int8(w, 0, y.data(), k);
+    int64_t sum = 0;
+    for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
+    return std::fma((float)sum, scale, bias);
+  }
+  std::vector<uint16_t> x((size_t)k + 1), y((size_t)k + 1);
+  scalar.to_bf16(a, x.data(), k), scalar.to_bf16(w, y.data(), k);
+  auto wide = [](uint16_t half) { return std::bit_cast<float>((uint32_t)half << 16); };
+  float sum = 0;
+  for (int64_t k0 = 0; k0 < k; k0 += 256) {
+    float block = 0;
+    for (int64_t i = k0; i < std::min(k, k0 + 256); i += 2)
+      for (const int64_t odd : {i + 1, i}) block = std::fma(wide(x[(size_t)odd]), wide(y[(size_t)odd]), block);
+    sum = k0 ? sum + block : block;
+  }
+  return sum + bias;
+}
+TEST_CASE("gemm in bf16 and int8: the promised bytes at odd sizes, at any number of threads, alone and among others, from narrow rows") {
+  for (const Precision precision : {Precision::bf16, Precision::int8})
+    for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1}, {1, 33, 257}, {5, 31, 520}, {13, 97, 17}, {33, 70, 130}, {121, 40, 33},
+                              {250, 77, 7}, {130, 800, 12}}) {
+      const int64_t m = shape[0], n = shape[1], k = shape[2];
+      CAPTURE(m);
+      CAPTURE(n);
+      CAPTURE(k);
+      Floats a = numbers(m * k, 1), w = numbers(n * k, 2), bias = numbers(n, 3);
+      if (m > 1) std::fill_n(a.data() + k, k, 0.f);  // a row of zeros
+      Floats want((size_t)(m * n)), c = want;
+      for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++)
+          want[(size_t)(i * n + j)] = act(Activation::relu, narrow_product(precision, a.data() + i * k, w.data() + j * k, k, bias[(size_t)j]));
+      const PackedWeights packed(w.data(), n, k, precision);
+      const Epilogue epilogue{bias.data(), Activation::relu, nullptr};
+      for (const int count : {1, 2, 3}) {
+        UseThreads use(count);
+        std::fill(c.begin(), c.end(), 9.f);
+        gemm(m, a.data(), k, packed, c.data(), n, epilogue);
+        REQUIRE(same_bytes(want, c));
+      }
+      for (int64_t i = 0; i < m; i += 7) {
+        gemm(1, a.data() + i * k, k, packed, c.data(), n, epilogue);
+        REQUIRE(same_bytes(want.data() + i * n, c.data(), n));
+      }
+      NarrowMatrix rows{.precision = precision, .n = n, .k = k, .owner = {}, .scales = {}};
+      std::string bytes((size_t)(n * rows.row_bytes()), '\0');
+      for (int64_t j = 0; j < n; j++)
+        if (precision == Precision::bf16)
+          kernels().to_bf16(w.data() + j * k, bytes.data() + j * rows.row_bytes(), k);
+        else
+          rows.scales.push_back(kernels().to_int8(w.data() + j * k, 0, bytes.data() + j * rows.row_bytes(), k));
+      rows.data = bytes.data();
+      Tensor held = Tensor::narrow(rows);
+      CHECK(held.shape() == Shape{n, k});
+      CHECK_THROWS_WITH_AS(held.data(), doctest::Contains("not in f32"), Error);
+      held.pack();
+      CHECK(held.packed()->precision() == precision);
+      gemm(m, a.data(), k, *held.packed(), c.data(), n, epilogue);
+      REQUIRE(same_bytes(want, c));
+    }
+  Floats a = numbers(40 * 8, 1), w = numbers(40 * 8, 2), c(40 * 40);
+  a[5 * 8 + 3] = nan_value, a[6 * 8] = inf;
+  for (const Precision precision : {Precision::bf16, Precision::int8}) {
+    gemm(40, a.data(), 8, PackedWeights(w.data(), 40, 8, precision), c.data(), 40, {});
+    for (size_t i = 0; i < c.size(); i++) CHECK(std::isfinite(c[i]) == (i / 40 != 5 && i / 40 != 6));
   }
 }
 TEST_CASE("gemm: OpenBLAS gives nearly the same, whatever the threads, and gets its own setting back") {
