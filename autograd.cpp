@@ -305,8 +305,8 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
 struct RowNorm {
   float mean, rstd;
 };
-static RowNorm norm_of(const Kernels& k, const float* x, int64_t H, float eps) {
-  const float mean = k.sum(x, H) / (float)H;
+static RowNorm norm_of(const Kernels& k, const float* x, float sum, int64_t H, float eps) {
+  const float mean = sum / (float)H;
   return {mean, 1 / std::sqrt(k.squares_about(x, mean, H) / (float)H + eps)};
 }
 
@@ -325,12 +325,9 @@ Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, cons
   parallel_ranges(N, kRowBlock, [&](int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; r++) {
       float* row = h.data() + r * H;
-      if (mask)
-        mask.apply(f.data() + r * H, row, r * H, H);
-      else if (f)
-        std::copy_n(f.data() + r * H, H, row);
-      if (f) k.add(x.data() + r * H, row, H);
-      const RowNorm n = norm_of(k, row, H, eps);
+      if (mask) mask.apply(f.data() + r * H, row, r * H, H);
+      const float sum = f ? k.add_sum(mask ? row : f.data() + r * H, x.data() + r * H, row, H) : k.sum(row, H);
+      const RowNorm n = norm_of(k, row, sum, H, eps);
       k.norm(row, n.mean, n.rstd, gamma.data(), beta.data(), y.data() + r * H, H);
       if (stats) stats.data()[2 * r] = n.mean, stats.data()[2 * r + 1] = n.rstd;
     }

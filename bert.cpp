@@ -547,9 +547,34 @@ static Tensor finite(const Tensor& x) {
   return x;
 }
 
+// Rows [first, last) of a batch as one of their own.
+static Batch rows_of(const Batch& batch, int64_t first, int64_t last) {
+  const int64_t begin = batch.offsets[(size_t)first], end = batch.offsets[(size_t)last];
+  auto part = [&](const std::vector<int32_t>& all) { return std::vector(all.begin() + begin, all.begin() + end); };
+  Batch b;
+  b.ids = part(batch.ids), b.segments = part(batch.segments), b.positions = part(batch.positions);
+  for (int64_t r = first; r < last; r++) b.offsets.push_back(batch.offsets[(size_t)r + 1] - begin);
+  return b;
+}
+
+// A few rows at a time go through all layers on one thread: what passes from op to op then stays in that core's second cache, and no
+// thread waits for another between ops. The bytes are those of the whole batch at once.
+static constexpr int64_t kGroupTokens = 128;  // measured: 64 and 256 are as fast, all at once is 5 % (f32) to 13 % (int8) slower
 Tensor Bert::forward(const Batch& batch) const {
+  Offsets groups{0};  // rows
+  for (int64_t r = 1; r <= batch.rows(); r++)
+    if (r == batch.rows() || batch.offsets[(size_t)r + 1] - batch.offsets[(size_t)groups.back()] > kGroupTokens) groups.push_back(r);
   Dropout none;
-  return finite(forward(batch, none));
+  if ((int64_t)groups.size() <= 2 * threads()) return finite(forward(batch, none));
+  const int64_t H = config.hidden_size;
+  Tensor y({batch.tokens(), H});
+  parallel_for((int64_t)groups.size() - 1, [&](int64_t g) {
+    const int64_t first = groups[(size_t)g], last = groups[(size_t)g + 1];
+    Dropout none;
+    const Tensor part = finite(forward(rows_of(batch, first, last), none));
+    std::copy_n(part.data(), part.size(), y.data() + batch.offsets[(size_t)first] * H);
+  });
+  return y;
 }
 
 // ==== heads =======================================================================================================

@@ -3318,7 +3318,9 @@ common options
   --threads N      threads (default: the cores this process may use); results do not depend on it
   --seed N         of everything random (default 1)
   --quiet          no progress, no remarks
-  --device cpu, --dtype f32          the only ones yet
+  --dtype f32|bf16|int8    what products are computed in (embed, predict, evaluate, fill-mask, search, bench infer; default: f32, or
+                   what the folder was quantized to)
+  --device cpu     the only one yet
 )";
 const char* const kInputHelp = R"(
 reading

@@ -542,12 +542,17 @@ static constexpr float kLog[] = {0.3333331048f,  -0.2499998659f, 0.2000222653f, 
 // tanh(x) = x + x^3 P(x^2) below 0.625                                                                                          4e-9
 static constexpr float kTanhSmall = 0.625f;
 static constexpr float kTanh[] = {-0.3333328366f, 0.1333149076f, -0.05374349654f, 0.02065058798f, -0.005717044696f};
-// Phi(x), the normal distribution: 1/2 + x P(x^2) for |x| < 1.25 (2e-9), and Phi(-t) = exp(Q(t)) above (8e-9 to t = 8). Written so,
-// and not as (1 + erf(x / sqrt 2)) / 2, the left tail keeps its relative accuracy.
-static constexpr float kPhiSmall = 1.25f;
-static constexpr float kPhi[] = {0.3989422619f, -0.06648998708f, 0.009971500374f, -0.001182709588f, 1.103274626e-4f, -6.644861060e-6f};
-static constexpr float kPhiTail[] = {-0.6927755475f,   -0.7993936539f,  -0.3155943453f,   -0.03920277581f, 0.006759543438f,
-                                     -8.947681054e-4f, 8.639475709e-5f, -5.680810773e-6f, 2.259251914e-7f, -4.080844995e-9f};
+// Phi(-t), the normal distribution's left half, by t rounded to a multiple i of 3/8: a polynomial in what is left, its coefficients
+// of degree d in kPhi[d][i]; 0 from 5.8 on (1.7e-8).
+static constexpr float kPhiStep = 0.375f, kPhiSteps = 1 / 0.375f, kPhiEnd = 15.5f * 0.375f;
+static constexpr float kPhi[6][16] = {
+    {0.5f, 0.353830248f, 0.22662735f, 0.130294517f, 0.066807203f, 0.030396359f, 0.0122244712f, 0.00433244789f, 0.00134989817f, 0.000369078713f, 8.8417466e-05f, 1.85368226e-05f, 3.39770349e-06f, 5.44051034e-07f, 7.6051677e-08f, 9.27580501e-09f},
+    {-0.398942292f, -0.37185508f, -0.301137447f, -0.211876646f, -0.1295176f, -0.0687862784f, -0.0317396522f, -0.0127241816f, -0.00443184841f, -0.00134111883f, -0.000352595729f, -8.05404779e-05f, -1.59837546e-05f, -2.75594698e-06f, -4.12848294e-07f, -5.37325917e-08f},
+    {-1.81565582e-07f, 0.0697210059f, 0.112924434f, 0.119179703f, 0.0971386507f, 0.064488098f, 0.0357077979f, 0.0167006962f, 0.00664769718f, 0.00226300396f, 0.000661024824f, 0.000166071419f, 3.59478508e-05f, 6.713125e-06f, 1.08266431e-06f, 1.50914261e-07f},
+    {0.0664955452f, 0.0532600358f, 0.0219581742f, -0.00937937573f, -0.0269824453f, -0.0288400669f, -0.021490572f, -0.0124923876f, -0.00590919005f, -0.00232250546f, -0.000767609279f, -0.000214969448f, -5.12744264e-05f, -1.04544961e-05f, -1.82708959e-06f, -2.7426313e-07f},
+    {-5.45917246e-05f, -0.0164752565f, -0.022778498f, -0.0171564873f, -0.00610545743f, 0.00269760168f, 0.00608494179f, 0.00539880386f, 0.00332963839f, 0.00159261597f, 0.000616452249f, 0.00019729558f, 5.28762648e-05f, 1.19640499e-05f, 2.29834791e-06f, 3.76394013e-07f},
+    {-0.00976119004f, -0.00670827413f, 0.000129060209f, 0.00523863174f, 0.00583940698f, 0.00328594237f, 0.00047567318f, -0.000956879696f, -0.00110349746f, -0.000720158278f, -0.000343544991f, -0.000128940417f, -3.93466507e-05f, -9.93947106e-06f, -2.10185158e-06f, -3.74867057e-07f},
+};
 static constexpr float kDensity = 0.398942280f;                           // 1 / sqrt(2 pi)
 static constexpr float kGeluScale = -1.59576912f, kGeluCube = 0.044715f;  // -2 sqrt(2 / pi); the cubic term's factor
 
@@ -558,13 +563,22 @@ float polynomial(const float (&c)[D], float x) {
   for (size_t i = D - 1; i-- > 0;) y = std::fma(y, x, c[i]);
   return y;
 }
+// Phi(-t) for t >= 0
+float normal_tail(float t) {
+  const float n = std::fma(t, kPhiSteps, kRounder), r = std::fma(n - kRounder, -kPhiStep, t);
+  const uint32_t i = std::bit_cast<uint32_t>(n) & 15;
+  float y = kPhi[5][i];
+  for (int d = 4; d >= 0; d--) y = std::fma(y, r, kPhi[d][i]);
+  return t < kPhiEnd ? y : t != t ? t : 0;
+}
 // The logistic function of 2 sqrt(2/pi) (x + 0.044715 x^3), which is (1 + tanh(half of that)) / 2 without its cancellation.
 float gelu_gate(float x) {
   const float u = x * std::fma(kGeluCube * x, x, 1.f);
   return 1 / (1 + exp_f32(kGeluScale * u));
 }
 float activation(Activation act, float x) {
-  if (act == Activation::gelu) return x * normal_cdf_f32(x);
+  // x Phi(x) = max(x, 0) - |x| Phi(-|x|): nothing cancels
+  if (act == Activation::gelu) return (x < 0 ? 0 : x) - std::min(std::fabs(x), kPhiEnd) * normal_tail(std::fabs(x));
   if (act == Activation::gelu_tanh) return x * gelu_gate(x);
   if (act == Activation::tanh) return tanh_f32(x);
   if (act == Activation::relu) return x < 0 ? 0 : x;  // so, and NaN stays NaN
@@ -623,15 +637,13 @@ float tanh_f32(float x) {
   return std::copysign(1 - 2 / (exp_f32(2 * t) + 1), x);
 }
 float normal_cdf_f32(float x) {
-  const float t = std::fabs(x), tail = exp_f32(polynomial(kPhiTail, t));
-  if (t < kPhiSmall) return std::fma(x, polynomial(kPhi, x * x), 0.5f);
+  const float tail = normal_tail(std::fabs(x));
   return x < 0 ? tail : 1 - tail;
 }
 
-#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                            \
-  {name, kRows, kCols, f32,           bf16,       int8,    zero,    pack,          sum,  dot,       max,          squares_about, exp_sum, \
-   add,  axpy,  scale, bias_activate, scale_sums, to_bf16, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws,         drop,    \
-   adamw}
+#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                        \
+  {name, kRows, kCols,  f32,     bf16,    int8, zero,          pack, sum,       add_sum,      dot,   max,  squares_about, exp_sum, add, \
+   axpy, scale, finish, to_bf16, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw}
 
 namespace scalar {
 namespace {
@@ -693,6 +705,11 @@ float sum(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) s[i] += x[i];
   return s.sum();
 }
+float add_sum(const float* a, const float* b, float* y, int64_t n) {
+  Lanes s;
+  for (int64_t i = 0; i < n; i++) s[i] += y[i] = a[i] + b[i];
+  return s.sum();
+}
 float dot(const float* x, const float* y, int64_t n) {
   Lanes s;
   for (int64_t i = 0; i < n; i++) s[i] = std::fma(x[i], y[i], s[i]);
@@ -722,20 +739,17 @@ void axpy(float a, const float* x, float* y, int64_t n) {
 void scale(float a, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = a * x[i];
 }
-void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
+void finish(Activation act, const Kernels::Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows,
+            int64_t n) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < n; i++) {
-      const float z = bias ? y[r * stride + i] + bias[i] : y[r * stride + i];
+      float z = y[r * stride + i];
+      if (sums)
+        z = std::fma((float)(std::bit_cast<int32_t>(z) - sums->zeros[i]), sums->rows[r] * sums->columns[i], bias ? bias[i] : 0);
+      else if (bias)
+        z += bias[i];
       if (pre) pre[r * stride + i] = z;
       y[r * stride + i] = activation(act, z);
-    }
-}
-void scale_sums(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
-                int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < n; i++) {
-      float& out = y[r * stride + i];
-      out = std::fma((float)(std::bit_cast<int32_t>(out) - zeros[i]), row_scales[r] * scales[i], bias ? bias[i] : 0);
     }
 }
 void to_bf16(const float* x, void* y, int64_t n) {
@@ -861,6 +875,7 @@ std::vector<const Kernels*> usable_kernels() {
 namespace avx512 {
 namespace {
 typedef __m512 V;
+typedef __m512i BITS;
 constexpr const char* kName = "avx512";
 constexpr int kRows = 12, kCols = 32;  // 24 sums, 2 of b and one of a in 32 registers
 OP V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -871,6 +886,7 @@ OP V read(const float* p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u 
 OP void write(float* p, V v) { _mm512_storeu_ps(p, v); }
 OP void write(float* p, V v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
 #define EVEN_PRODUCTS(a, b) _mm512_maskz_mul_epu32(0xFF, (__m512i)(a), (__m512i)(b))  // of lanes 0, 2, 4 ..., 64 bits each
+OP V look_up(const float* table, __m512i i) { return _mm512_maskz_permutexvar_ps(0xFFFF, i, read(table)); }
 #define PAIR_SUMS(a, b) _mm512_maskz_madd_epi16(0xFFFF, (__m512i)(a), (__m512i)(b))   // of 16-bit products, 32 bits each
 // Instructions that not all these CPUs have are written out: a compiler would want their names in the attribute of all around them.
 OP V dot_bf16(V a, V b, V sum) {
@@ -885,6 +901,7 @@ OP V dot_int8(V a, V b, V sum) {  // a without a sign
 namespace avx2 {
 namespace {
 typedef __m256 V;
+typedef __m256i BITS;
 constexpr const char* kName = "avx2";
 constexpr int kRows = 6, kCols = 16;  // 12 sums, 2 of b and one of a in 16 registers
 OP __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
@@ -896,11 +913,16 @@ OP V read(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
 OP void write(float* p, V v) { _mm256_storeu_ps(p, v); }
 OP void write(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 #define EVEN_PRODUCTS(a, b) _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+OP V look_up(const float* table, __m256i i) {
+  const V low = _mm256_permutevar8x32_ps(read(table), i), high = _mm256_permutevar8x32_ps(read(table + 8), i);
+  return _mm256_blendv_ps(low, high, (V)_mm256_slli_epi32(i, 28));  // by bit 3
+}
 #define PAIR_SUMS(a, b) _mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #else
 namespace neon {
 namespace {
 typedef float32x4_t V;
+typedef int32x4_t BITS;
 constexpr const char* kName = "neon";
 constexpr int kRows = 6, kCols = 16;  // 24 sums, 4 of b and one of a in 32 registers
 OP V fused(V a, V b, V c) { return vfmaq_f32(c, a, b); }
@@ -914,6 +936,7 @@ OP V read(const float* p, int n) {
 }
 OP void write(float* p, V v) { vst1q_f32(p, v); }
 OP void write(float* p, V v, int n) { std::memcpy(p, &v, (size_t)n * sizeof(float)); }
+OP V look_up(const float* table, int32x4_t i) { return V{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]}; }
 #define EVEN_PRODUCTS(a, b) vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
 #endif
 
@@ -955,6 +978,9 @@ OP Mask operator>(const P& a, const P& b) { MAKE(Mask, (I)(a.v[q] > b.v[q])); }
 OP Mask operator<=(const P& a, const P& b) { MAKE(Mask, (I)(a.v[q] <= b.v[q])); }
 OP Mask operator==(const P& a, const P& b) { MAKE(Mask, (I)(a.v[q] == b.v[q])); }
 OP P select(const Mask& m, const P& a, const P& b) { MAKE(P, m.v[q] ? a.v[q] : b.v[q]); }
+OP P min(const P& a, const P& b) { return select(b < a, b, a); }
+// Of each lane the table's element that the low four bits of n's name.
+OP P lookup(const float (&table)[16], const P& n) { MAKE(P, look_up(table, (BITS)n.v[q])); }
 // The bits of a plus the low bits of n moved to the exponent.
 OP P add_exponent(const P& a, const P& n) { MAKE(P, (V)((U)a.v[q] + ((U)n.v[q] << 23))); }
 
@@ -1012,9 +1038,15 @@ OP P tanh(const P& x) {
   const P t = abs(x), square = x * x, small = fma(square * x, polynomial(kTanh, square), x);
   return select(t < kTanhSmall, small, with_sign(P(1.f) - P(2.f) / (exp(P(2.f) * t) + 1.f), x));
 }
+OP P normal_tail(const P& t) {
+  const P n = fma(t, kPhiSteps, kRounder), r = fma(n - kRounder, -kPhiStep, t);
+  P y = lookup(kPhi[5], n);
+  UNROLL for (int d = 4; d >= 0; d--) y = fma(y, r, lookup(kPhi[d], n));
+  return select(t < kPhiEnd, y, select(t == t, 0.f, t));
+}
 OP P normal(const P& x) {
-  const P t = abs(x), tail = exp(polynomial(kPhiTail, t)), near = fma(x, polynomial(kPhi, x * x), 0.5f);
-  return select(t < kPhiSmall, near, select(x < 0.f, tail, P(1.f) - tail));
+  const P tail = normal_tail(abs(x));
+  return select(x < 0.f, tail, P(1.f) - tail);
 }
 OP P gelu_gate(const P& x) {
   const P u = x * fma(P(kGeluCube) * x, x, 1.f);
@@ -1022,7 +1054,7 @@ OP P gelu_gate(const P& x) {
 }
 template <Activation A>
 OP P activation(const P& x) {
-  if constexpr (A == Activation::gelu) return x * normal(x);
+  if constexpr (A == Activation::gelu) return select(x < 0.f, 0.f, x) - min(abs(x), kPhiEnd) * normal_tail(abs(x));
   if constexpr (A == Activation::gelu_tanh) return x * gelu_gate(x);
   if constexpr (A == Activation::tanh) return tanh(x);
   if constexpr (A == Activation::relu) return select(x < 0.f, 0.f, x);
@@ -1173,6 +1205,15 @@ TARGET float sum(const float* x, int64_t n) {
   chunks(n, [&] BODY { s = s + load(x + i, w); });
   return lane_sum(s);
 }
+TARGET float add_sum(const float* a, const float* b, float* y, int64_t n) {
+  P s = 0.f;
+  chunks(n, [&] BODY {
+    const P v = load(a + i, w) + load(b + i, w);
+    store(y + i, v, w);
+    s = s + v;
+  });
+  return lane_sum(s);
+}
 TARGET float dot(const float* x, const float* y, int64_t n) {
   P s = 0.f;
   chunks(n, [&] BODY { s = fma(load(x + i, w), load(y + i, w), s); });
@@ -1213,32 +1254,30 @@ TARGET void axpy(float a, const float* x, float* y, int64_t n) {
 TARGET void scale(float a, const float* x, float* y, int64_t n) {
   chunks(n, [&] BODY { store(y + i, P(a) * load(x + i, w), w); });
 }
+OP P from_integers(const P& x) { MAKE(P, __builtin_convertvector((I)x.v[q], V)); }
+OP P minus_integers(const P& x, const P& y) { MAKE(P, (V)((I)x.v[q] - (I)y.v[q])); }
 template <Activation A>
-TARGET void bias_activate_as(const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
+TARGET void finish_as(const Kernels::Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
   for (int64_t r = 0; r < rows; r++, y += stride, pre = pre ? pre + stride : nullptr)
     chunks(n, [&] BODY {
-      P z = load(y + i, w);
-      if (bias) z = z + load(bias + i, w);
+      P z = load(y + i, w), b = 0.f;
+      if (bias) b = load(bias + i, w);
+      if (sums) {
+        const P sum = from_integers(minus_integers(z, load((const float*)sums->zeros + i, w)));
+        z = fma(sum, P(sums->rows[r]) * load(sums->columns + i, w), b);
+      } else if (bias) {
+        z = z + b;
+      }
       if (pre) store(pre + i, z, w);
       store(y + i, activation<A>(z), w);
     });
 }
-void bias_activate(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n) {
-  static constexpr decltype(&bias_activate_as<Activation::none>) as[] = FOR_EACH_ACTIVATION(bias_activate_as);
-  as[(int)act](bias, y, pre, stride, rows, n);
+void finish(Activation act, const Kernels::Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows,
+            int64_t n) {
+  static constexpr decltype(&finish_as<Activation::none>) as[] = FOR_EACH_ACTIVATION(finish_as);
+  as[(int)act](sums, bias, y, pre, stride, rows, n);
 }
-OP P from_integers(const P& x) { MAKE(P, __builtin_convertvector((I)x.v[q], V)); }
-OP P minus_integers(const P& x, const P& y) { MAKE(P, (V)((I)x.v[q] - (I)y.v[q])); }
-TARGET void scale_sums(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
-                       int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; r++, y += stride)
-    chunks(n, [&] BODY {
-      const P sum = from_integers(minus_integers(load(y + i, w), load((const float*)zeros + i, w)));
-      P b = 0.f;
-      if (bias) b = load(bias + i, w);
-      store(y + i, fma(sum, P(row_scales[r]) * load(scales + i, w), b), w);
-    });
-}
+OP I larger(const I& a, const I& b) { return a > b ? a : b; }
 // Writes the low 16 or 8 bits of each lane's integer, of 16 lanes or the first n.
 template <class Narrow, class Lanes>
 OP void write_low(char* to, const Lanes& x, Full) {
@@ -1272,15 +1311,13 @@ TARGET float to_int8(const float* x, int zero, void* y, int64_t n) {
   Mask most = {};  // bits of |x|, as integers
   chunks(n, [&] BODY {
     const P v = load(x + i, w);
-    EACH {
-      const I size = (I)v.v[q] & 0x7FFFFFFF;
-      most.v[q] = size > most.v[q] ? size : most.v[q];
-    }
+    EACH most.v[q] = larger((I)v.v[q] & 0x7FFFFFFF, most.v[q]);
   });
-  int32_t lane[16], bits = 0;
-  std::memcpy(lane, &most, sizeof lane);
-  for (const int32_t l : lane) bits = std::max(bits, l);
-  const float max = std::bit_cast<float>(bits), steps = max < 1e-30f ? 0 : 127 / max;
+  typedef int32_t I4 __attribute__((vector_size(16)));
+  I4 part[4];
+  std::memcpy(part, &most, sizeof part);
+  const I4 a = part[0] > part[1] ? part[0] : part[1], b = part[2] > part[3] ? part[2] : part[3], c = a > b ? a : b;
+  const float max = std::bit_cast<float>(std::max(std::max(c[0], c[1]), std::max(c[2], c[3]))), steps = max < 1e-30f ? 0 : 127 / max;
   chunks(n, [&] BODY {
     const P rounded = load(x + i, w) * steps + kRounder;
     struct {
@@ -1393,7 +1430,7 @@ const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile<Bf16Dot>
 #ifndef BERT_ISA
 
 // ==== gemm ========================================================================================================
-static constexpr int64_t kPackedRows = 120;  // of a task whose weights are packed: they stay in the second cache
+static constexpr int64_t kPackedRows = 132;  // of a task whose weights are packed: they stay in the second cache
 static constexpr int64_t kDepth = 256;  // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
 
 // A variable of the environment; null where it is not set, or empty.
@@ -1452,12 +1489,9 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
   const Epilogue& e = p.how.epilogue;
   const float* bias = e.bias ? e.bias + j0 : nullptr;
   float* const c = p.c + i0 * p.ldc + j0;
-  if (row_scales) {
-    p.table.scale_sums(row_scales, p.packed->scales() + j0, p.packed->zeros() + j0, bias, c, p.ldc, i1 - i0, j1 - j0);
-    bias = nullptr;
-  }
-  if (bias || e.pre || e.activation != Activation::none)
-    p.table.bias_activate(e.activation, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
+  const Kernels::Int8Sums sums{row_scales, row_scales ? p.packed->scales() + j0 : nullptr, row_scales ? p.packed->zeros() + j0 : nullptr};
+  if (row_scales || bias || e.pre || e.activation != Activation::none)
+    p.table.finish(e.activation, row_scales ? &sums : nullptr, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
 }
 
 // Rows of a, each narrowed to `words` words, behind them their scales: int8's. What is behind a row's k numbers is zero.
@@ -1516,15 +1550,17 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
       const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
       const float* const b = p.panels ? p.panels + j * words + k0 * t.nr : panel;
       if (!p.panels) t.pack(depth, b_at(k0, j), b_transposed ? 1 : p.ldb, b_transposed ? p.ldb : 1, panel, cols);
+      std::optional<DefaultFloatMode> mode;
+      if (p.precision == Precision::bf16) mode.emplace(true);
       for (int64_t s = 0; s < strips; s++, done++) {
         const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
         if (a_transposed && next_k < p.k) fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
-        const DefaultFloatMode mode(p.precision == Precision::bf16);
         tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
+      mode.reset();
       if (next_k >= words) finish(p, i0, i1, j, j + cols, row_scales);
     }
   }
@@ -1630,7 +1666,7 @@ static void run(const Product& p, Backend backend) {
   const bool narrow = !blas && p.panels && p.precision == Precision::f32 && p.k && p.n <= p.table.nr;
   const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
   const int64_t wide = p.precision != Precision::f32 && p.m > kPackedRows ? p.n : 768;  // all columns: rows are narrowed once
-  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : p.panels ? wide : 192, p.table.nr), across = (p.n + cols - 1) / cols;
+  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : !p.panels ? 192 : p.m <= kPackedRows ? 96 : wide, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
@@ -1720,7 +1756,9 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   if (p.precision != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
     words = Tensor({m, p.words() + 1});
     float* const scales = words.data() + m * p.words();
-    narrow_rows(p, a, m, words.data(), scales);
+    parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)), [&](int64_t i, int64_t end) {
+      narrow_rows(p, a + i * lda, end - i, words.data() + i * p.words(), scales + i);
+    });
     p.a = words.data(), p.lda = p.words(), p.narrowed = true;
     if (p.precision == Precision::int8) p.row_scales = scales;
   }

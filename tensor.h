@@ -661,6 +661,7 @@ struct Kernels {
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
   void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
   float (*sum)(const float* x, int64_t n);
+  float (*add_sum)(const float* a, const float* b, float* y, int64_t n); // y = a + b; returns y's sum
   float (*dot)(const float* x, const float* y, int64_t n);               // lane = fma(x, y, lane)
   // -inf for n = 0; NaN is passed over (see exp_sum: it comes out there)
   float (*max)(const float* x, int64_t n);
@@ -670,11 +671,13 @@ struct Kernels {
   void (*add)(const float* x, float* y, int64_t n);                      // y += x
   void (*axpy)(float a, const float* x, float* y, int64_t n);            // y = fma(a, x, y)
   void (*scale)(float a, const float* x, float* y, int64_t n);           // y = a * x
-  // On rows `stride` apart of n numbers: z = y + bias (bias may be null); pre = z (pre may be null); y = act(z)
-  void (*bias_activate)(Activation act, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
-  // int32 sums in y's place become y = fma(float(sum - zeros[j]), row_scales[i] * scales[j], bias[j]); bias may be null
-  void (*scale_sums)(const float* row_scales, const float* scales, const int32_t* zeros, const float* bias, float* y, int64_t stride,
-        int64_t rows, int64_t n);
+  // On rows `stride` apart of n numbers: z = y + bias (bias may be null); pre = z (pre may be null); y = act(z). With `sums` y holds int32,
+  // and z = fma(float(y - zeros[j]), rows[i] * columns[j], bias[j]).
+  struct Int8Sums {
+    const float *rows, *columns;   // scales
+    const int32_t* zeros;
+  };
+  void (*finish)(Activation act, const Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
   void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
   // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
   float (*to_int8)(const float* x, int zero, void* y, int64_t n);

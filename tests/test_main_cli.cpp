@@ -173,10 +173,12 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
     CHECK(r.out.empty());
     CHECK(lines_in(r.err) == 1);
   }
-  for (const char* later : {"embed --model m --device opencl", "embed --model m --dtype int8"}) {
+  for (const auto& [later, message] : {std::pair("embed --model m --device opencl", "not built yet"),
+                                       {"embed --model m --dtype f16", "--device opencl"},
+                                       {"pretrain --dtype bf16", "--dtype bf16: this command computes in f32"}}) {
     const Ran r = bert_run(later);
     CHECK(r.status == 1);
-    CHECK(has(r.err, "not built yet"));
+    CHECK(has(r.err, message));
   }
 }
 

@@ -71,8 +71,12 @@ TEST_CASE("kernels: there is a table better than scalar on this CPU") {
 TEST_CASE("kernels: sums along a row") {
   compare_tables([](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
     const Floats x = numbers(n + o, seed, 3, wild), y = numbers(n + o, seed + 1, 3, wild);
-    return Floats{k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
-                  k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)};
+    Floats both((size_t)(n + 1), 7.f);
+    both.push_back(k.add_sum(x.data() + o, y.data() + o, both.data(), n));
+    for (const float more : Floats{k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
+                  k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
+      both.push_back(more);
+    return both;
   });
   for (const Kernels* k : usable_kernels()) {
     const float zeros[] = {-0.f, 0.f, -0.f}, some[] = {nan_value, 2, nan_value, -5};
@@ -110,9 +114,9 @@ TEST_CASE("kernels: activations and their derivatives") {
         compare_tables([&](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
           const Floats b = numbers(n + o, seed, 1, wild), dy = numbers(n + o, seed + 1, 1, wild);
           Floats y = numbers(n + o + 1, seed + 2, scale, wild), pre((size_t)(n + o + 1), 7.f), dz = pre;
-          k.bias_activate(act, bias ? b.data() + o : nullptr, y.data() + o, pre.data() + o, 0, 1, n);
+          k.finish(act, nullptr, bias ? b.data() + o : nullptr, y.data() + o, pre.data() + o, 0, 1, n);
           Floats alone = pre;
-          k.bias_activate(act, nullptr, alone.data() + o, nullptr, 0, 1, n);
+          k.finish(act, nullptr, nullptr, alone.data() + o, nullptr, 0, 1, n);
           k.activate_grad(act, pre.data() + o, dy.data() + o, dz.data() + o, n);
           for (const Floats* more : {&pre, &dz, &alone}) y.insert(y.end(), more->begin(), more->end());
           return y;
@@ -220,8 +224,9 @@ TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers"
     for (float& s : sums) s = std::bit_cast<float>((int32_t)random.next() >> 3);
     const float rows[] = {0.25f, 3e-7f};
     Floats other = sums;
-    k.scale_sums(rows, scales.data() + o, zeros.data() + o, bias.data() + o, sums.data() + o, n + o, 2, n);
-    k.scale_sums(rows, scales.data() + o, zeros.data() + o, nullptr, other.data() + o, n + o, 2, n);
+    const Kernels::Int8Sums how{rows, scales.data() + o, zeros.data() + o};
+    k.finish(Activation::gelu, &how, bias.data() + o, sums.data() + o, nullptr, n + o, 2, n);
+    k.finish(Activation::none, &how, nullptr, other.data() + o, nullptr, n + o, 2, n);
     for (const Floats* more : {&sums, &other}) all.insert(all.end(), more->begin(), more->end());
     return all;
   });
@@ -338,7 +343,7 @@ static Errors largest_error(uint32_t step, float low, float high, F f, G g) {
   return {in_ulp, absolute};
 }
 static float act(Activation a, float x) {
-  usable_kernels()[0]->bias_activate(a, nullptr, &x, nullptr, 0, 1, 1);
+  usable_kernels()[0]->finish(a, nullptr, nullptr, &x, nullptr, 0, 1, 1);
   return x;
 }
 static float slope(Activation a, float x) {
@@ -354,7 +359,7 @@ static void check_functions(uint32_t step) {
   CHECK(largest_error(step, 1.2e-38f, 3e38f, log_f32, [](double x) { return std::log(x); }).ulp < 0.8);
   CHECK(largest_error(step, -30, 30, tanh_f32, [](double x) { return std::tanh(x); }).ulp < 1.4);
   CHECK(largest_error(step, -1, inf, normal_cdf_f32, normal).ulp < 3);
-  CHECK(largest_error(step, -8, -1, normal_cdf_f32, normal).ulp < 120);  // of a value down to 6e-16: relative 1e-5
+  CHECK(largest_error(step, -5.8f, -1, normal_cdf_f32, normal).ulp < 4000);  // of a value down to 3e-9: relative 3e-4
   CHECK(largest_error(step, -3e38f, inf, normal_cdf_f32, normal).absolute < 6e-8);
   auto gelu = [](float x) { return act(Activation::gelu, x); };
   CHECK(largest_error(step, -1, 100, gelu, [&](double x) { return x * normal(x); }).ulp < 2.5);
@@ -410,7 +415,7 @@ static Floats chain_product(const Gemm& how, int64_t m, int64_t n, int64_t k, co
         to = how.add || k0 ? to + acc : acc;
       }
       const float* bias = how.epilogue.bias ? how.epilogue.bias + j : nullptr;
-      scalar.bias_activate(how.epilogue.activation, bias, &to, how.epilogue.pre ? &pre[(size_t)(i * ldc + j)] : nullptr, 0, 1, 1);
+      scalar.finish(how.epilogue.activation, nullptr, bias, &to, how.epilogue.pre ? &pre[(size_t)(i * ldc + j)] : nullptr, 0, 1, 1);
     }
   return c;
 }
