@@ -2229,8 +2229,16 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
   const char* torch_dtype = dtype == "F16" ? "float16" : dtype == "BF16" ? "bfloat16" : "float32";
   write_file(folder + "/config.json", bert.config.to_json(torch_dtype));
   std::vector<NamedTensor> tensors;
-  for (const Parameter& p : bert.parameters())
-    tensors.push_back({name_in_file(family(bert.config), head_kind(bert.task), p.name), p.shape(), p.data()});
+  for (const Parameter& p : bert.parameters()) {
+    const std::string name = name_in_file(family(bert.config), head_kind(bert.task), p.name);
+    const NarrowMatrix* const narrow = p.tensor.narrow();
+    tensors.push_back({name, p.shape(), narrow ? nullptr : p.data()});
+    if (!narrow) continue;
+    NarrowMatrix rows = *narrow;  // those of this parameter
+    rows.n = p.rows, rows.data = narrow->row(p.first_row);
+    if (rows.precision == Precision::int8) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
+    tensors[tensors.size() - (rows.precision == Precision::int8 ? 2 : 1)].narrow = std::move(rows);
+  }
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
 
@@ -2298,6 +2306,16 @@ void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>&
   };
   bert.word = extended(bert.word, hidden);
   if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
+}
+
+int64_t quantized_parts(const Config& config) { return config.num_hidden_layers + 1; }
+void narrow_part(Bert& bert, int64_t part, const Bert& from, Precision precision) {
+  auto narrow = [&](const Tensor& t) { return precision == Precision::f32 ? t : Tensor::narrow(narrowed(t, precision)); };
+  if (!part) return void(bert.word = narrow(from.word));
+  Layer& to = bert.layers[(size_t)part - 1];
+  const Layer& plain = from.layers[(size_t)part - 1];
+  for (Dense Layer::*weights : {&Layer::qkv, &Layer::attention_out, &Layer::up, &Layer::down})
+    (to.*weights).weight = narrow((plain.*weights).weight);
 }
 
 // ==== tasks =======================================================================================================

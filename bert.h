@@ -570,9 +570,15 @@ std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_
 // f32, or of a folder that was quantized what each weight is stored in.
 ModelFolder load_folder(const std::string& folder, bool pack = true, std::optional<Precision> precision = {});
 ModelFolder load_folder_for(const std::string& folder, Task task, const std::vector<std::string>& labels, uint64_t seed);
-// Writes config.json, model.safetensors (F32, F16 or BF16) and what the folder carries; every file atomically.
+// Writes config.json, model.safetensors (F32, F16 or BF16; what is narrow as it is, int8 with NAME_scale beside it) and what the folder
+// carries; every file atomically.
 void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried,
                  const std::string& dtype = "F32");
+
+// What `bert quantize` makes smaller, by parts: part 0 is the word embeddings, part l the four weights of layer l, from 1.
+int64_t quantized_parts(const Config& config);
+// The part of `bert` becomes that of `from`, whose weights are plain, in this precision.
+void narrow_part(Bert& bert, int64_t part, const Bert& from, Precision precision);
 
 // Rows for pieces that were added behind the tokenizer's, each the mean of the rows of the pieces that it would be read as (of all,
 // where there is none). `pieces`: the whole new vocabulary.

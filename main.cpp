@@ -5,8 +5,8 @@
 //
 //   Contents:   1 errors and what is said   2 options   3 files into lines, lines into rows   4 results   5 text into ids
 //               6 model folders   7 a training run: folder, log, progress, signals   8 report.html   9 vocab, tokenize   10 pretrain
-//               11 finetune   12 evaluate, predict, fill-mask, embed, search   13 info, convert   14 bench
-//               15 the table of commands, main
+//               11 finetune   12 evaluate, predict, fill-mask, embed, search   13 info, convert   14 quantize
+//               15 bench   16 the table of commands, main
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -3076,7 +3076,140 @@ void cmd_convert(Args& a) {
   note("bert: " + output + ": " + model_size(folder.bert));
 }
 
-// ==== 14 bench ====================================================================================================
+// ==== 14 quantize =================================================================================================
+// A model with some parts in fewer bits beside the one in f32, on texts of the user's: how much it costs.
+struct Quantizing {
+  std::string path;
+  int64_t batch_tokens;
+  ModelFolder plain, ready;            // its weights as numbers, and packed in f32
+  std::vector<Example> examples = {};  // the dev texts, of long ones the beginning
+  Labels labels = {};
+  LabelledSet set = {};                // where they are labelled
+  Tensor vectors = {};                 // of the model in f32, a row a text
+
+  struct Cost {
+    double cosine = 1, least = 1;                  // between its vectors and those of f32: mean and smallest
+    std::optional<std::pair<std::string, double>> metric = {};
+    double drop(const Cost& f32) const { return metric ? f32.metric->second - metric->second : 1 - cosine; }
+  };
+
+  Quantizing(const std::string& model, int64_t tokens)
+      : path(model), batch_tokens(tokens), plain(open_model(model, false)), ready(load_folder(model, true, Precision::f32)) {}
+  void read(Source source);
+  Cost measure(const std::vector<Precision>& parts) const;  // of each part
+};
+
+void Quantizing::read(Source source) {
+  const Task task = plain.bert.task;
+  labels.task = task, labels.set(plain.config.labels), source.task = task;
+  std::vector<Item> items;
+  if (head_kind(task).output || source.columns.find("label=") != std::string::npos) {  // of vectors: a number for each pair
+    set = read_labelled(source, labels);
+    items = set.items;
+  } else {
+    Rows rows(source);
+    for (Row row; rows.next(row);) items.push_back(std::move(row));
+    rows.report();
+  }
+  if (items.empty()) throw Error(join(source.files, ", ") + ": no texts; give a file with some");
+  for (const Item& item : items)
+    examples.push_back(make_windows(plain.tokenizer, task, item, plain.max_length, 128, plain.prompt)[0].example);
+  vectors = normalize_rows(embed_examples(ready.bert, examples, plain.pooling, batch_tokens));
+}
+
+Quantizing::Cost Quantizing::measure(const std::vector<Precision>& parts) const {
+  Bert bert = ready.bert;  // its packed weights are shared
+  for (size_t i = 0; i < parts.size(); i++)
+    if (parts[i] != Precision::f32) narrow_part(bert, (int64_t)i, plain.bert, parts[i]);
+  bert.pack();
+  Cost cost;
+  const Tensor cosines = row_dots(normalize_rows(embed_examples(bert, examples, plain.pooling, batch_tokens)), vectors);
+  cost.cosine = 0;
+  for (int64_t i = 0; i < cosines.size(); i++) {
+    const double c = (double)cosines.data()[i];
+    cost.cosine += c / (double)cosines.size(), cost.least = std::min(cost.least, c);
+  }
+  if (set.items.empty()) return cost;
+  Scorer scorer(labels.task, labels.names);
+  score_items({bert, plain.tokenizer, plain.pooling, plain.prompt, plain.max_length, 128, batch_tokens}, set.items, set.golds, scorer);
+  const Metric main = scorer.metrics({}, plain.config.null_threshold)[0];
+  cost.metric = {main.name, main.value};
+  return cost;
+}
+
+// `part TAB dtype TAB cosine TAB least cosine`, and the metric where there is one.
+std::string cost_line(const std::string& part, const std::string& dtype, const Quantizing::Cost& c) {
+  return part + "\t" + dtype + "\t" + format_number(c.cosine) + "\t" + format_number(c.least) +
+         (c.metric ? "\t" + format_number(c.metric->second) : "");
+}
+
+// The precision of each part. With dev texts each is tried alone, and while all together lose more than max_drop, the part that cost
+// most alone goes back to the next higher one.
+std::vector<Precision> choose_precisions(const Quantizing& q, Precision dtype, std::optional<double> max_drop) {
+  const int64_t n = quantized_parts(q.plain.config);
+  std::vector<Precision> parts((size_t)n, dtype);
+  if (q.examples.empty()) return parts;
+  auto say = [](const std::string& line) { std::printf("%s\n", line.c_str()), std::fflush(stdout); };
+  const Quantizing::Cost f32 = q.measure(std::vector((size_t)n, Precision::f32));
+  say("part\tdtype\tcosine\tleast" + (f32.metric ? "\t" + f32.metric->first : ""));
+  say(cost_line("all", "f32", f32));
+  std::vector<std::pair<double, int64_t>> by_cost;
+  for (int64_t i = 0; i < n; i++) {
+    std::vector<Precision> one((size_t)n, Precision::f32);
+    one[(size_t)i] = dtype;
+    const Quantizing::Cost cost = q.measure(one);
+    by_cost.emplace_back(cost.cosine, i);
+    say(cost_line(i ? "layer " + to_string(i - 1) : "embeddings", name_of(dtype), cost));
+  }
+  std::sort(by_cost.begin(), by_cost.end());
+  Quantizing::Cost all = q.measure(parts);
+  say(cost_line("all", name_of(dtype), all));
+  const Precision higher = dtype == Precision::int8 ? Precision::bf16 : Precision::f32;
+  for (size_t i = 0; max_drop && i < by_cost.size() && all.drop(f32) > *max_drop; i++) {
+    const int64_t part = by_cost[i].second;
+    parts[(size_t)part] = higher, all = q.measure(parts);
+    say(cost_line(part ? "all, layer " + to_string(part - 1) + " in " + name_of(higher) : std::string("all, embeddings in ") + name_of(higher),
+                  name_of(dtype), all));
+  }
+  if (max_drop && all.drop(f32) > *max_drop)
+    throw Error("--max-drop " + exact(*max_drop) + ": not reached, with every part in " + name_of(higher) + " the drop is " +
+                format_number(all.drop(f32)) + "; allow more, or take --dtype " + name_of(higher));
+  return parts;
+}
+
+std::string weights_size(const std::string& folder) {
+  double bytes = 0;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (const std::string name = entry.path().filename().string(); name.starts_with("model") || name.starts_with("pytorch_model"))
+      bytes += (double)entry.file_size();
+  return fixed(bytes / (1 << 20), 1) + " MiB";
+}
+
+void cmd_quantize(Args& a) {
+  const Precision dtype = a.take_choice("dtype", {"int8", "bf16"}) ? Precision::bf16 : Precision::int8;  // before Common, which computes
+  Common common(a);
+  const std::string model = a.need("model", "the folder to read"), output = a.need("output", "the folder to write");
+  Source source = take_source(a, "dev");
+  const std::optional<double> max_drop = a.take_optional("max-drop", 0, 1);
+  const int64_t batch_tokens = a.take_int("batch-tokens", 8192, 1, 1 << 30);
+  const bool overwrite = a.take_switch("overwrite");
+  if (max_drop && source.files.empty()) a.fail("--max-drop needs --dev: texts to measure the drop on");
+  a.done();
+  refuse_same_folder(model, output);
+  check_output(output, false, overwrite);
+  Quantizing q(model, batch_tokens);
+  const FolderLock lock = lock_output(output, false, overwrite);
+  if (!source.files.empty()) q.read(source);
+  const std::vector<Precision> parts = choose_precisions(q, dtype, max_drop);
+  Bert& bert = q.plain.bert;
+  const Bert from = bert;
+  for (size_t i = 0; i < parts.size(); i++) narrow_part(bert, (int64_t)i, from, parts[i]);
+  bert.config.quantized = dtype;
+  save_folder(output, bert, q.plain.carried);
+  note("bert: " + output + ": " + weights_size(model) + " of weights became " + weights_size(output));
+}
+
+// ==== 15 bench ====================================================================================================
 // Median seconds of a call, after one that warms up, over at least `seconds` and three calls.
 template <class F>
 double median_seconds(double seconds, F&& call) {
@@ -3306,7 +3439,7 @@ void cmd_bench(Args& a) {
   a.fail("'" + part + "': gemm, infer, train, tokenize or vocab is wanted");
 }
 
-// ==== 15 the table of commands, main ==============================================================================
+// ==== 16 the table of commands, main ==============================================================================
 struct Command {
   const char *name, *what;
   void (*run)(Args&);
@@ -3411,6 +3544,14 @@ const Command kCommands[] = {
      R"(bert convert --model DIR --output DIR
   --dtype f32|f16|bf16    of the weights (default f32)
   --overwrite      write into a folder that holds files)"},
+    {"quantize", "a smaller folder that computes in fewer bits, and what it costs", cmd_quantize,
+     R"(bert quantize --model DIR --output DIR [--dtype int8|bf16] [--dev FILE]
+  --dtype int8     of the layers' weights and the word embeddings (default int8)
+  --dev FILE       texts, labelled ones for a task model (for vectors: pairs, where --columns text=A,pair=B,label=C names a score);
+                   prints for each part, and for all, part TAB dtype TAB mean cosine to f32 TAB smallest TAB the metric
+  --max-drop X     the parts that cost most keep more bits until metric (else 1 - cosine) falls by no more than X
+  --batch-tokens N (default 8192)
+  --overwrite      write into a folder that holds files)"},
     {"bench", "how fast, beside this machine's own multiply", cmd_bench,
      R"(bert bench gemm | infer CONFIG | train CONFIG | tokenize CONFIG | vocab
   CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name
@@ -3430,7 +3571,7 @@ const Command& find_command(const std::string& name) {
     if (name == c.name) return c;
     names.push_back(c.name);
   }
-  for (const char* later : {"quantize", "export", "explain", "serve"})
+  for (const char* later : {"export", "explain", "serve"})
     if (name == later) throw Error(name + ": not built yet");
   throw Usage("no command '" + name + "'; did you mean bert " + nearest(name, names) + "? (bert help lists all)");
 }

@@ -2622,6 +2622,7 @@ static uint16_t to_bfloat(float x) {
 // The numbers as `dtype` says, a piece at a time.
 static void write_numbers(AtomicFile& file, const NamedTensor& t, const std::string& dtype, const std::string& where) {
   const int64_t n = t.shape.size();
+  if (t.narrow) return file.write({t.narrow->data, (size_t)(t.narrow->n * t.narrow->row_bytes())});
   if (dtype == "F32" && n) return file.write({reinterpret_cast<const char*>(t.data), (size_t)n * sizeof(float)});
   const bool half = dtype == "F16";
   const uint16_t infinity = half ? 0x7C00 : 0x7F80;
@@ -2642,19 +2643,24 @@ void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
                       const std::vector<std::pair<std::string, std::string>>& metadata, const std::string& dtype) {
   if (dtype != "F32" && dtype != "F16" && dtype != "BF16") throw Error(path + ": " + dtype + " is not written; F32, F16 and BF16 are");
   const DefaultFloatMode mode;
-  std::sort(tensors.begin(), tensors.end(), [](const NamedTensor& a, const NamedTensor& b) { return a.name < b.name; });
+  auto dtype_of = [&](const NamedTensor& t) { return !t.narrow ? dtype : t.narrow->precision == Precision::bf16 ? "BF16" : "I8"; };
+  std::sort(tensors.begin(), tensors.end(), [&](const NamedTensor& a, const NamedTensor& b) {  // larger types first: all lie aligned
+    const uint64_t size_a = dtype_size(dtype_of(a)), size_b = dtype_size(dtype_of(b));
+    return size_a != size_b ? size_a > size_b : a.name < b.name;
+  });
   std::string header = "{";
   for (const auto& [key, text] : metadata)
     header += (header.size() > 1 ? "," : "\"__metadata__\":{") + json_quote(key) + ":" + json_quote(text);
   if (!metadata.empty()) header += "}";
   uint64_t end = 0;
   for (size_t i = 0; i < tensors.size(); i++) {
-    const auto& [name, shape, data] = tensors[i];
+    const auto& [name, shape, data, narrow] = tensors[i];
+    const std::string type = dtype_of(tensors[i]);
     if (name == "__metadata__" || (i && name == tensors[i - 1].name))
       throw Error(path + ": " + shown(name) + ": this name can stand only once");
     const uint64_t begin = end;
-    end += (uint64_t)shape.size() * dtype_size(dtype);
-    header += (header.size() > 1 ? "," : "") + json_quote(name) + ":{\"dtype\":\"" + dtype + "\",\"shape\":" + to_string(shape) +
+    end += (uint64_t)shape.size() * dtype_size(type);
+    header += (header.size() > 1 ? "," : "") + json_quote(name) + ":{\"dtype\":\"" + type + "\",\"shape\":" + to_string(shape) +
               ",\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(end) + "]}";
   }
   header += "}";

@@ -36,6 +36,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -636,9 +637,10 @@ struct NamedTensor {
   std::string name;
   Shape shape;
   const float* data;
+  std::optional<NarrowMatrix> narrow = {};   // written as it is, in place of data
 };
-// In name order, atomically, as F32, F16 or BF16 (rounded to nearest even; throws Error naming a number too large for the type); the
-// same tensors and metadata give the same bytes.
+// Larger types first, then in name order, atomically, as F32, F16 or BF16 (rounded to nearest even; throws Error naming a number too
+// large for the type); the same tensors and metadata give the same bytes.
 void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
                       const std::vector<std::pair<std::string, std::string>>& metadata, const std::string& dtype = "F32");
 
