@@ -9,9 +9,6 @@
 //            metrics  model folders  tasks (windows, and what they answer together)  Model  search
 #include "bert.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -188,9 +185,8 @@ static std::vector<std::string> parse_labels(const Json& id2label, const std::st
   std::vector<std::string> labels(members.size());
   std::vector<bool> seen(members.size());
   for (const auto& [number, label] : members) {
-    size_t i = 0;
-    const auto r = std::from_chars(number.data(), number.data() + number.size(), i);
-    if (r.ec != std::errc() || r.ptr != number.data() + number.size() || i >= labels.size() || seen[i])
+    const size_t i = parse_number<size_t>(number).value_or(labels.size());
+    if (i >= labels.size() || seen[i])
       throw Error(where + ": id2label: '" + number + "' is not one of the numbers 0 to " + std::to_string(labels.size() - 1) +
                   ", each once");
     labels[i] = label.as_string(where + ": id2label " + number);
@@ -844,11 +840,9 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
   if (about["bert_state_version"] != kStateVersion)
     throw Error(path + ": not a training state of this version; start again without --resume");
   auto number = [&](const char* key, int64_t most) {
-    int64_t n = -1;
-    const std::string& text = about[key];
-    const auto r = std::from_chars(text.data(), text.data() + text.size(), n);
-    if (r.ec != std::errc() || r.ptr != text.data() + text.size() || n < 0 || n > most)
-      throw Error(path + ": " + key + ": '" + text + "' is not a number of steps from 0 to " + std::to_string(most));
+    const int64_t n = parse_number<int64_t>(about[key]).value_or(-1);
+    if (n < 0 || n > most)
+      throw Error(path + ": " + key + ": '" + about[key] + "' is not a number of steps from 0 to " + std::to_string(most));
     return n;
   };
   const int64_t steps = number("bert_steps", INT32_MAX), done = number("bert_steps_done", steps);
@@ -2164,37 +2158,6 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
 
-FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
-  for (;;) {
-    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) throw Error(folder + ": cannot write here: " + std::strerror(errno) + "; give a folder that may be written");
-    if (flock(file_, LOCK_EX | LOCK_NB)) {
-      char holder[256] = "";
-      const ssize_t n = pread(file_, holder, sizeof holder - 1, 0);
-      ::close(file_);
-      throw Error(folder + ": another run is writing here (" + (n > 0 ? std::string(holder, (size_t)n) : "unknown") +
-                  "); wait for it, or take another --output");
-    }
-    struct stat mine {
-    }, named{};  // another process may have removed the file between open and lock
-    if (fstat(file_, &mine) == 0 && stat(path_.c_str(), &named) == 0 && mine.st_ino == named.st_ino) break;
-    ::close(file_);
-  }
-  char host[128] = "";
-  gethostname(host, sizeof host - 1);
-  const std::string who = std::string(host) + " pid " + std::to_string(getpid());
-  if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
-    // only the message for others suffers; the lock itself holds
-  }
-  std::error_code ignored;  // half-written files of a run that was killed: the folder is ours now
-  for (fs::directory_iterator entry(folder, ignored), end; !ignored && entry != end; entry.increment(ignored))
-    if (entry->path().filename().string().find(".tmp-") != std::string::npos) unlink(entry->path().c_str());
-}
-FolderLock::~FolderLock() {
-  unlink(path_.c_str());
-  ::close(file_);
-}
-
 // The old pieces that a new one would be read as, longest first.
 static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piece) {
   std::vector<int32_t> ids;
@@ -2838,83 +2801,6 @@ uint64_t folder_fingerprint(const std::string& folder) {
       std::fclose(f);
     }
   return all.state;
-}
-
-struct VectorIndex::Header {
-  char magic[8] = {'b', 'e', 'r', 't', 'v', 'e', 'c', 's'};
-  uint64_t version = 1;
-  Key key;
-  int64_t count;
-  uint64_t none = 0;
-};
-
-// Whether the file is one for this key; a file that is no index at all is left alone.
-bool VectorIndex::read_header(int file, const std::string& path, Header& header) const {
-  static_assert(sizeof(Header) == 64);
-  struct stat s {};
-  const Header ours{.key = key_, .count = 0};
-  if (fstat(file, &s) || (s.st_size && (pread(file, &header, sizeof header, 0) != (ssize_t)sizeof header ||
-                                        std::memcmp(header.magic, ours.magic, sizeof ours.magic))))
-    throw Error(path + ": there is something else than an index of vectors; give another name");
-  return s.st_size && header.version == ours.version && header.key == key_ && header.count >= 0 && header.count <= key_.lines &&
-         (uint64_t)s.st_size >= sizeof header + (uint64_t)(header.count * key_.dimension) * sizeof(float);
-}
-
-VectorIndex::VectorIndex(const std::string& path, const Key& key) : path_(path), key_(key) {
-  Header header{.key = key, .count = 0};
-  if (const int whole = ::open(path.c_str(), O_RDONLY | O_CLOEXEC); whole >= 0) {
-    const std::shared_ptr<const int> closed(new int(whole), [](const int* file) { ::close(*file), delete file; });
-    stale_ = !read_header(whole, path, header) || header.count != key.lines;
-    if (!stale_) map(whole);
-  }
-  if (vectors_) return;
-  const std::string part = path + ".part";
-  const int file = ::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-  if (file < 0) throw Error(path + ": cannot write: " + std::strerror(errno) + "; give --index a place that may be written");
-  part_ = {new int(file), [](const int* f) { ::close(*f), delete f; }};
-  struct stat mine {
-  }, named{};
-  if (flock(file, LOCK_EX | LOCK_NB) || fstat(file, &mine) || stat(part.c_str(), &named) || mine.st_ino != named.st_ino)
-    throw Error(path + ": another process is making it; wait for it, or give another --index");
-  if (read_header(file, part, header)) {
-    count_ = header.count;
-    return;
-  }
-  header = {.key = key, .count = 0};
-  if (ftruncate(file, 0)) throw Error(part + ": cannot write: " + std::strerror(errno));
-  write(&header, sizeof header, 0);
-}
-
-void VectorIndex::write(const void* bytes, size_t size, int64_t at) {
-  for (size_t done = 0; done < size;) {
-    const ssize_t n = pwrite(*part_, static_cast<const char*>(bytes) + done, size - done, at + (int64_t)done);
-    if (n < 0 && errno != EINTR) throw Error(path_ + ".part: cannot write: " + std::strerror(errno) + "; it can go on from here later");
-    done += (size_t)std::max<ssize_t>(n, 0);
-  }
-}
-
-void VectorIndex::append(std::span<const float> vectors) {
-  const int64_t lines = (int64_t)vectors.size() / key_.dimension, row = key_.dimension * (int64_t)sizeof(float);
-  if (!part_ || lines * key_.dimension != (int64_t)vectors.size() || count_ + lines > key_.lines)
-    throw Error(path_ + ": " + std::to_string(vectors.size()) + " numbers do not fit after " + std::to_string(count_) + " vectors");
-  write(vectors.data(), vectors.size_bytes(), (int64_t)sizeof(Header) + count_ * row);
-  if (fdatasync(*part_)) throw Error(path_ + ".part: cannot write: " + std::strerror(errno));
-  count_ += lines;
-  const Header header{.key = key_, .count = count_};  // after the vectors that it counts
-  write(&header, sizeof header, 0);
-  if (count_ < key_.lines) return;
-  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str())) throw Error(path_ + ": cannot write: " + std::strerror(errno));
-  map(*part_), part_ = {};
-}
-
-void VectorIndex::map(int file) {
-  const size_t size = sizeof(Header) + (size_t)(key_.lines * key_.dimension) * sizeof(float);
-  void* const at = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
-  if (at == MAP_FAILED) throw Error(path_ + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
-  const std::shared_ptr<const void> owner(at, [size](const void* p) { munmap(const_cast<void*>(p), size); });
-  count_ = key_.lines;
-  vectors_ =
-      Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
 }
 
 }  // namespace bert

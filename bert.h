@@ -18,7 +18,6 @@
 //               9 model folders and Model  10 search
 #pragma once
 #include <bit>
-#include <optional>
 
 #include "tensor.h"
 
@@ -573,19 +572,6 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
 // where there is none). `pieces`: the whole new vocabulary.
 void extend_rows(Bert& bert, const WordPiece& tokenizer, const std::vector<std::string>& pieces);
 
-// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
-class FolderLock {
- public:
-  explicit FolderLock(const std::string& folder);  // throws Error naming host and pid of the holder
-  ~FolderLock();
-  FolderLock(const FolderLock&) = delete;
-  FolderLock& operator=(const FolderLock&) = delete;
-
- private:
-  std::string path_;
-  int file_ = -1;
-};
-
 // [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress).
 std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes);
 struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
@@ -677,36 +663,7 @@ struct Fingerprint {
     number(list.size());
   }
 };
-uint64_t folder_fingerprint(const std::string& folder);   // of what a model's answers depend on: config, tokenizer, recipe, weights
-
-// The vectors of a corpus in a file: a header of 64 bytes, then float32 [lines, dimension], line after line. While it is made it is
-// FILE.part; its header counts the vectors that are safely on the disk, so that a run that was killed goes on there.
-class VectorIndex {
- public:
-  struct Key {                             // of what the vectors were made
-    uint64_t model, corpus;
-    int64_t dimension, lines;
-    friend bool operator==(const Key&, const Key&) = default;
-  };
-  // Maps the whole index that `path` names; where there is none, or one for another key, opens or begins its part. Throws Error when
-  // the file is something else, cannot be written, or when another process is making it.
-  VectorIndex(const std::string& path, const Key& key);
-  bool stale() const { return stale_; }            // there was one for another model or corpus, which will be replaced
-  int64_t count() const { return count_; }         // vectors there are
-  void append(std::span<const float> vectors);     // whole ones; on the disk when it returns. The last line's makes the index whole
-  const Tensor& vectors() const { return vectors_; }   // [lines, dimension] of a whole index, mapped; else empty
-
- private:
-  struct Header;
-  bool read_header(int file, const std::string& path, Header& header) const;
-  void write(const void* bytes, size_t size, int64_t at);
-  void map(int file);
-  std::string path_;
-  Key key_;
-  int64_t count_ = 0;
-  bool stale_ = false;
-  std::shared_ptr<const int> part_;                // its descriptor, locked; closed with the last copy
-  Tensor vectors_;
-};
+// Of what a model's answers depend on: config, tokenizer, recipe, weights.
+uint64_t folder_fingerprint(const std::string& folder);
 
 }  // namespace bert

@@ -88,14 +88,6 @@ Strings split_words(std::string_view text) {
   return words;
 }
 
-template <class T>
-std::optional<T> parse_number(std::string_view text) {
-  T value{};
-  const auto r = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (r.ec != std::errc() || r.ptr != text.data() + text.size()) return {};
-  return value;
-}
-
 // The shortest text that reads back as the same number.
 template <class T>
 std::string exact(T v) {
@@ -850,25 +842,7 @@ std::string figures(const Numbers& list) {
 
 void print(const Numbers& list) { std::fputs(figures(list).c_str(), stdout); }
 
-template <class T>
-std::string json_list(const std::vector<T>& list) {
-  std::string out = "[";
-  for (const T& v : list) {
-    if (out.size() > 1) out += ',';
-    if constexpr (std::is_same_v<T, std::string>)
-      out += v;
-    else
-      out += to_string(v);
-  }
-  return out + "]";
-}
-// The values are JSON already.
-std::string json_object(const Named& members) {
-  std::string out;
-  for (const auto& [name, value] : members) out += (out.empty() ? "" : ",") + json_quote(name) + ":" + value;
-  return "{" + out + "}";
-}
-std::string json_object(const Numbers& numbers) {
+std::string json_numbers(const Numbers& numbers) {
   Named members;
   for (const auto& [name, v] : numbers) members.emplace_back(name, std::isfinite(v) ? figure(v) : "null");  // JSON has no nan, no inf
   return json_object(members);
@@ -1101,7 +1075,7 @@ class Run {
   // Takes up the run that the folder holds, or begins anew: then empty.
   About take_up(Trainer& trainer, const Named& taken, const Fingerprint& data_fingerprint);
   void after_step(const StepReport& r);
-  void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_object(metrics)}})); }
+  void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_numbers(metrics)}})); }
   bool save_due(int64_t done) const { return s_.save_every ? done % s_.save_every == 0 : now() - saved_at_ > 300; }
   void save(const Trainer& trainer);
   void write_report() const;
@@ -1238,7 +1212,7 @@ void Run::after_step(const StepReport& r) {
                                  {"nsp_loss", sum_.loss.next_sentence / n},
                                  {"mlm_accuracy", (double)sum_.loss.masked_right / (double)sum_.masked},
                                  {"nsp_accuracy", (double)sum_.loss.next_right / (double)sum_.rows}});
-  add(json_object(record));
+  add(json_numbers(record));
   last_loss_ = sum_.loss.total / n;
   if (!first_loss_) first_loss_ = last_loss_;
   sum_ = StepReport(), window_first_ = r.step, window_began_ = t;
@@ -1362,13 +1336,6 @@ if (last) {
     chart(title, [['', 'train', thin(values(steps, key)), '']])
 }
 </script>)js";
-
-std::string cpu_name() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);)
-    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
-  return "";
-}
 
 void Run::write_report() const {
   std::string page = kReportHead + std::string("<title>") + html(title_) + "</title></head><body><main><h1>" + html(title_) +
@@ -1932,14 +1899,6 @@ void cmd_pretrain(Args& a) {
 }
 
 // ==== 11 finetune =================================================================================================
-// The peak of this process's memory, in MiB; 0 where the system does not say.
-double peak_mib() {
-  std::ifstream status("/proc/self/status");
-  for (std::string line; std::getline(status, line);)
-    if (line.starts_with("VmHWM:")) return (double)std::strtoll(line.c_str() + 6, nullptr, 10) / 1024;
-  return 0;
-}
-
 // The names of the labels: those of a model, or for training data those that occur.
 struct Labels {
   Task task = Task::classify;
@@ -2638,7 +2597,7 @@ struct Prediction {
     }
     const bool several = task == Task::multilabel;
     if (!json) return several ? join(chosen, "|") + "\t" + join(values, "|") : join(best, "\t");
-    Named record = {{"scores", json_object(all)}};
+    Named record = {{"scores", json_numbers(all)}};
     if (several) record.insert(record.begin(), {"labels", json_list(quoted)});
     const std::string first = label(order[0]);
     if (!several)
@@ -2859,14 +2818,6 @@ Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector
     }
   });
   return out;
-}
-
-// NumPy's file format 1.0: a header of a multiple of 64 bytes, then the numbers.
-std::string npy_header(int64_t rows, int64_t columns) {
-  std::string text = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + to_string(rows) + ", " + to_string(columns) + "), }";
-  text.resize((text.size() + 1 + 10 + 63) / 64 * 64 - 11, ' ');
-  text += '\n';
-  return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
 }
 
 // npy's header holds the number of rows: of files it is counted first; negative: the input can be read only once.

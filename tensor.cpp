@@ -1,7 +1,7 @@
 // tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, the product of matrices, tensors' files.
 //
 //   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
-//               one), kernels SIMD, gemm, files
+//               one), kernels SIMD, gemm, this machine, files
 //   Threads:    everything may be called from any thread. Kernels never start threads; gemm and parallel_for do.
 //   This file includes itself once for each instruction set, to compile the SIMD kernels' one text for all of them. BERT_ISA is set
 //   during those passes, and all else is skipped.
@@ -10,6 +10,7 @@
 #include "tensor.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -1428,11 +1429,32 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   run({kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc}, Backend::own);
 }
 
+// ==== this machine ================================================================================================
+std::string cpu_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
+  return "";
+}
+
+double peak_mib() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("VmHWM:")) return (double)std::strtoll(line.c_str() + 6, nullptr, 10) / 1024;
+  return 0;
+}
+
 // ==== files =======================================================================================================
 std::string format_number(double v) {
   if (v != v) return "nan";  // printf would show its sign
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, v, std::chars_format::general, 9).ptr};
+}
+
+std::string json_object(const std::vector<std::pair<std::string, std::string>>& members) {
+  std::string out;
+  for (const auto& [name, value] : members) out += (out.empty() ? "" : ",") + json_quote(name) + ":" + value;
+  return "{" + out + "}";
 }
 
 // What the system said, and what to do about it.
@@ -2312,6 +2334,124 @@ void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
   file.write(header);
   for (const NamedTensor& t : tensors) write_numbers(file, t, dtype, path);
   file.commit();
+}
+
+// ---- NumPy's arrays, folders of one writer, files of vectors ---------------------------------------------------------
+std::string npy_header(int64_t rows, int64_t columns) {
+  std::string text = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + std::to_string(rows) + ", " + std::to_string(columns) + "), }";
+  text.resize((text.size() + 1 + 10 + 63) / 64 * 64 - 11, ' ');  // all of it a multiple of 64 bytes
+  text += '\n';
+  return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
+}
+
+// Whether the open file still stands under its name: another process may have removed it before the lock was had.
+static bool bears_name(int file, const std::string& path) {
+  struct stat mine, named;
+  return fstat(file, &mine) == 0 && stat(path.c_str(), &named) == 0 && mine.st_ino == named.st_ino;
+}
+
+FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
+  for (;;) {
+    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (file_ < 0) throw Error(folder + ": cannot write here: " + std::strerror(errno) + "; give a folder that may be written");
+    if (flock(file_, LOCK_EX | LOCK_NB)) {
+      char holder[256] = "";
+      const ssize_t n = pread(file_, holder, sizeof holder - 1, 0);
+      ::close(file_);
+      throw Error(folder + ": another run is writing here (" + (n > 0 ? std::string(holder, (size_t)n) : "unknown") +
+                  "); wait for it, or take another --output");
+    }
+    if (bears_name(file_, path_)) break;
+    ::close(file_);
+  }
+  char host[128] = "";
+  gethostname(host, sizeof host - 1);
+  const std::string who = std::string(host) + " pid " + std::to_string(getpid());
+  if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
+    // only the message for others suffers; the lock itself holds
+  }
+  std::error_code ignored;  // half-written files of a run that was killed: the folder is ours now
+  for (std::filesystem::directory_iterator entry(folder, ignored), end; !ignored && entry != end; entry.increment(ignored))
+    if (entry->path().filename().string().find(".tmp-") != std::string::npos) unlink(entry->path().c_str());
+}
+FolderLock::~FolderLock() {
+  unlink(path_.c_str());
+  ::close(file_);
+}
+
+struct VectorIndex::Header {
+  char magic[8] = {'b', 'e', 'r', 't', 'v', 'e', 'c', 's'};
+  uint64_t version = 1;
+  Key key;
+  int64_t count;
+  uint64_t none = 0;
+};
+
+// Whether the file is one for this key; a file that is no index at all is left alone.
+bool VectorIndex::read_header(int file, const std::string& path, Header& header) const {
+  static_assert(sizeof(Header) == 64);
+  struct stat s {};
+  const Header ours{.key = key_, .count = 0};
+  if (fstat(file, &s) || (s.st_size && (pread(file, &header, sizeof header, 0) != (ssize_t)sizeof header ||
+                                        std::memcmp(header.magic, ours.magic, sizeof ours.magic))))
+    throw Error(path + ": there is something else than an index of vectors; give another name");
+  return s.st_size && header.version == ours.version && header.key == key_ && header.count >= 0 && header.count <= key_.lines &&
+         (uint64_t)s.st_size >= sizeof header + (uint64_t)(header.count * key_.dimension) * sizeof(float);
+}
+
+VectorIndex::VectorIndex(const std::string& path, const Key& key) : path_(path), key_(key) {
+  Header header{.key = key, .count = 0};
+  if (const int whole = ::open(path.c_str(), O_RDONLY | O_CLOEXEC); whole >= 0) {
+    const std::shared_ptr<const int> closed(new int(whole), [](const int* file) { ::close(*file), delete file; });
+    stale_ = !read_header(whole, path, header) || header.count != key.lines;
+    if (!stale_) map(whole);
+  }
+  if (vectors_) return;
+  const std::string part = path + ".part";
+  const int file = ::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (file < 0) throw Error(path + ": cannot write: " + std::strerror(errno) + "; give --index a place that may be written");
+  part_ = {new int(file), [](const int* f) { ::close(*f), delete f; }};
+  if (flock(file, LOCK_EX | LOCK_NB) || !bears_name(file, part))
+    throw Error(path + ": another process is making it; wait for it, or give another --index");
+  if (read_header(file, part, header)) {
+    count_ = header.count;
+    return;
+  }
+  header = {.key = key, .count = 0};
+  if (ftruncate(file, 0)) throw Error(part + ": cannot write: " + std::strerror(errno));
+  write(&header, sizeof header, 0);
+}
+
+void VectorIndex::write(const void* bytes, size_t size, int64_t at) {
+  for (size_t done = 0; done < size;) {
+    const ssize_t n = pwrite(*part_, static_cast<const char*>(bytes) + done, size - done, at + (int64_t)done);
+    if (n < 0 && errno != EINTR) throw Error(path_ + ".part: cannot write: " + std::strerror(errno) + "; it can go on from here later");
+    done += (size_t)std::max<ssize_t>(n, 0);
+  }
+}
+
+void VectorIndex::append(std::span<const float> vectors) {
+  const int64_t lines = (int64_t)vectors.size() / key_.dimension, row = key_.dimension * (int64_t)sizeof(float);
+  if (!part_ || lines * key_.dimension != (int64_t)vectors.size() || count_ + lines > key_.lines)
+    throw Error(path_ + ": " + std::to_string(vectors.size()) + " numbers do not fit after " + std::to_string(count_) + " vectors");
+  write(vectors.data(), vectors.size_bytes(), (int64_t)sizeof(Header) + count_ * row);
+  if (fdatasync(*part_)) throw Error(path_ + ".part: cannot write: " + std::strerror(errno));
+  count_ += lines;
+  const Header header{.key = key_, .count = count_};  // after the vectors that it counts
+  write(&header, sizeof header, 0);
+  if (count_ < key_.lines) return;
+  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str())) throw Error(path_ + ": cannot write: " + std::strerror(errno));
+  map(*part_), part_ = {};
+}
+
+void VectorIndex::map(int file) {
+  const size_t size = sizeof(Header) + (size_t)(key_.lines * key_.dimension) * sizeof(float);
+  void* const at = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+  if (at == MAP_FAILED) throw Error(path_ + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
+  const std::shared_ptr<const void> owner(at, [size](const void* p) { munmap(const_cast<void*>(p), size); });
+  count_ = key_.lines;
+  vectors_ =
+      Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
 }
 
 }  // namespace bert
