@@ -24,6 +24,13 @@
 namespace bert {
 
 namespace fs = std::filesystem;
+using Strings = std::vector<std::string>;
+
+std::string join(std::span<const std::string> parts, const std::string& between) {
+  std::string out;
+  for (size_t i = 0; i < parts.size(); i++) out += (i ? between : "") + parts[i];
+  return out;
+}
 
 // ==== families ====================================================================================================
 // BERT and its cousins: one encoder under several names. What BERT calls as on the left, a cousin calls as on the right; a key "" is
@@ -1148,6 +1155,53 @@ Batch make_batch(std::span<const Example> examples, std::span<const int64_t> whi
   return batch;
 }
 
+void Labels::set(const Strings& list) {
+  names = list, ids.clear();
+  for (size_t i = 0; i < list.size(); i++) ids.emplace(list[i], (int32_t)i);
+}
+
+void Labels::learn(std::span<const Strings> of_items, const Strings& of_model) {
+  std::set<std::string> seen;
+  for (const Strings& own : of_items) seen.insert(own.begin(), own.end());
+  if (seen == std::set<std::string>(of_model.begin(), of_model.end())) return set(of_model);
+  Strings ordered(seen.begin(), seen.end());
+  auto number = [](const std::string& s) { return parse_number<int64_t>(s); };
+  if (std::all_of(ordered.begin(), ordered.end(), [&](const auto& s) { return number(s).has_value(); }))
+    std::stable_sort(ordered.begin(), ordered.end(), [&](const auto& x, const auto& y) { return *number(x) < *number(y); });
+  set(ordered);
+}
+
+void Labels::put_in(Gold& gold, std::span<const std::string> own) const {
+  if (task == Task::classify) gold.label = ids.at(own[0]);
+  if (task == Task::multilabel) gold.targets.assign(names.size(), 0);
+  for (const std::string& name : own) {
+    if (task == Task::multilabel) gold.targets[(size_t)ids.at(name)] = 1;
+    if (task == Task::tag) gold.tags.push_back(ids.at(name));
+  }
+}
+
+std::string Labels::some() const {
+  const auto all = std::span(names);
+  return all.size() > 8 ? join(all.first(8), ", ") + ", …" : join(all, ", ");
+}
+
+std::vector<double> label_counts(std::span<const Gold> golds, size_t classes) {
+  std::vector<double> counts(classes);
+  for (const Gold& g : golds) {
+    if (g.label != kIgnored) counts[(size_t)g.label]++;
+    for (size_t c = 0; c < g.targets.size(); c++) counts[c] += (double)g.targets[c];
+    for (const int32_t tag : g.tags) counts[(size_t)tag]++;
+  }
+  return counts;
+}
+
+std::vector<float> balanced_weights(const std::vector<double>& counts) {
+  const double all = std::accumulate(counts.begin(), counts.end(), 0.0);
+  std::vector<float> weights;
+  for (const double n : counts) weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
+  return weights;
+}
+
 std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed) {
   const auto n = (int64_t)golds.size();
   if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
@@ -1215,19 +1269,15 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
   for (const auto& rows : batches_by_tokens(lengths, batch_tokens)) each(make_batch(examples, rows), rows);
 }
 
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
-  const HeadKind& head = head_kind(model.task);
-  if (!head.output && !head.next_sentence)
-    throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
-  const int64_t C = head.classes(model.config);
-  Offsets at{0};  // where each example's outputs begin
-  for (const Example& e : examples) at.push_back(at.back() + C * (head.tokens ? (int64_t)e.ids.size() : 1));
+// What `answer` makes of a batch, C numbers for each row or for each token, in the examples' order.
+template <class Answer>
+static std::vector<float> gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
+  Offsets at{0};  // where each example's begin
+  for (const Example& e : examples) at.push_back(at.back() + C * (tokens ? (int64_t)e.ids.size() : 1));
   std::vector<float> out((size_t)at.back());
-  Dropout none;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor hidden = model.forward(batch),
-                 logits = finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
-    const float* from = logits.data();
+    const Tensor numbers = answer(batch);
+    const float* from = numbers.data();
     for (const int64_t r : rows) {
       const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
       std::copy_n(from, n, out.data() + at[(size_t)r]);
@@ -1235,6 +1285,28 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
     }
   });
   return out;
+}
+
+std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+  const HeadKind& head = head_kind(model.task);
+  if (!head.output && !head.next_sentence)
+    throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
+  Dropout none;
+  return gather_answers(examples, head.classes(model.config), head.tokens, batch_tokens, [&](const Batch& batch) {
+    const Tensor hidden = model.forward(batch);
+    return finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+  });
+}
+
+std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+  return gather_answers(examples, model.config.hidden_size, true, batch_tokens, [&](const Batch& b) { return model.forward(b); });
+}
+
+std::vector<Example> examples_of(std::span<const std::vector<Window>> windows) {
+  std::vector<Example> examples;
+  for (const std::vector<Window>& list : windows)
+    for (const Window& w : list) examples.push_back(w.example);
+  return examples;
 }
 
 // ==== metrics =====================================================================================================
@@ -1658,6 +1730,50 @@ std::vector<int64_t> Scorer::confusion() const {
   return matrix;
 }
 
+int32_t Scorer::only_answer() const {
+  if (task_ != Task::classify || !items_) return -1;
+  bool one_said = true, one_is = true;
+  for (int64_t i = 1; i < items_; i++) one_said &= row(i)[0] == row(0)[0], one_is &= row(i)[1] == row(0)[1];
+  return one_said && !one_is ? (int32_t)row(0)[0] : -1;
+}
+
+std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said) {
+  const Task task = labels.task;
+  const bool words = !item.pair && !item.words.empty();
+  Mistake m{0, item.pair ? item.text + " / " + *item.pair : words ? join(item.words, " ") : item.text, "", ""};
+  auto name = [&](int32_t label) { return !labels.named() ? std::to_string(label) : label < 0 ? "O" : labels.names[(size_t)label]; };
+  if (task == Task::qa) {
+    const Answer best = said.answers.empty() ? Answer{.text = "", .score = 1} : said.answers[0];
+    const double f1 = score_answer(best.text, is.answers).f1;
+    m.size = (1 - f1) * best.score, m.right = join(is.answers, " | "), m.said = best.text;
+    return f1 == 1 ? std::nullopt : std::optional(m);
+  }
+  if (task == Task::tag) {
+    for (size_t i = 0; i < is.tags.size(); i++) {
+      if (said.tags[i] == is.tags[i]) continue;
+      m.size += (double)said.scores[i], m.right += name(is.tags[i]) + " ", m.said += item.words[i] + "/" + name(said.tags[i]) + " ";
+    }
+    return m.size > 0 ? std::optional(m) : std::nullopt;
+  }
+  if (task == Task::regress || task == Task::embed) {
+    if (is.targets.empty()) return {};
+    m.size = std::fabs((double)said.outputs[0] - (double)is.targets[0]), m.right = exact(is.targets[0]), m.said = exact(said.outputs[0]);
+    return m;
+  }
+  const std::vector<float> p = probabilities(task, said.outputs, (int64_t)said.outputs.size());
+  if (task == Task::multilabel) {
+    for (size_t c = 0; c < p.size(); c++) {
+      m.size += std::fabs((double)p[c] - (double)is.targets[c]);
+      if (is.targets[c] > 0.5f) m.right += name((int32_t)c) + " ";
+      if (p[c] >= 0.5f) m.said += name((int32_t)c) + " ";
+    }
+    return m.right == m.said ? std::nullopt : std::optional(m);
+  }
+  const auto best = (int32_t)(std::max_element(p.begin(), p.end()) - p.begin());
+  m.size = (double)(p[(size_t)best] - p[(size_t)is.label]), m.right = name(is.label), m.said = name(best);
+  return best == is.label ? std::nullopt : std::optional(m);
+}
+
 Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold, bool all) const {
   if (task_ == Task::tag) return tag_scores(which, all);
   if (task_ == Task::qa) return answer_scores(which, null_threshold, all);
@@ -1730,10 +1846,9 @@ static const char* const carried_files[] = {"vocab.txt",
                                             "config_sentence_transformers.json",
                                             "1_Pooling/config.json"};
 
-static std::string list_names(const std::vector<std::string>& names) {
-  std::string s;
-  for (size_t i = 0; i < names.size() && i < 4; i++) s += (i ? ", " : "") + names[i];
-  return names.size() > 4 ? s + " and " + std::to_string(names.size() - 4) + " more" : s;
+static std::string list_names(std::span<const std::string> names) {
+  if (names.size() <= 4) return join(names, ", ");
+  return join(names.first(4), ", ") + " and " + std::to_string(names.size() - 4) + " more";
 }
 
 // A second copy of what the model holds once (the decoder is the word embeddings, its bias cls.predictions.bias).
@@ -1898,6 +2013,23 @@ void check_folder(const std::string& folder, bool weights) {
   if (!has("vocab.txt") && !has("tokenizer.json")) missing.push_back("vocab.txt");
   if (weights) missing.push_back("model.safetensors");
   if (!missing.empty()) throw Error(folder + ": " + list_names(missing) + " missing" + where_from);
+}
+
+void check_output(const std::string& path, bool resume, bool overwrite) {
+  const bool there = fs::exists(path), state = TrainingStates(path, 1).any();
+  if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
+  if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
+  // What a run leaves that ended before its first save; with nothing else there, it begins again.
+  static const std::set<std::string> of_unfinished_run = {".lock", "log.jsonl", "report.html", "training_state-new.safetensors"};
+  std::string foreign;
+  if (there)
+    for (const auto& entry : fs::directory_iterator(path))
+      if (const std::string name = entry.path().filename().string(); !of_unfinished_run.count(name) && name.find(".tmp-") == name.npos)
+        foreign = name;
+  if (foreign.empty() || overwrite || (resume && state)) return;
+  if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
+  throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
+              (state ? ", or go on with --resume" : ""));
 }
 
 std::map<std::string, std::string> tokenizer_files(const std::string& path, const WordPiece& tokenizer, int64_t max_length) {
@@ -2436,19 +2568,18 @@ static std::vector<float> mean_outputs(std::span<const Window> windows, std::spa
 }
 
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens) {
-  std::vector<Example> examples;
   std::vector<int64_t> row;     // of each window in the result
   std::vector<double> decided;  // tokens
   int64_t rows = 0;
   for (const std::vector<Window>& list : windows)
     for (const Window& w : list) {
       if (&w == list.data() || w.part != (&w)[-1].part) rows++;
-      examples.push_back(w.example), row.push_back(rows - 1);
+      row.push_back(rows - 1);
       decided.push_back((double)std::count(w.decides.begin(), w.decides.end(), 1));
     }
   Pooling plain = pooling;
   plain.normalize = false;
-  const Tensor v = embed_examples(bert, examples, plain, batch_tokens);
+  const Tensor v = embed_examples(bert, examples_of(windows), plain, batch_tokens);
   Tensor out({rows, v.cols()});
   for (size_t w = 0, n; w < row.size(); w += n) {
     double all = 0;
@@ -2486,10 +2617,7 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
   if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
   const HeadKind& head = head_kind(bert.task);
-  std::vector<Example> examples;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) examples.push_back(w.example);
-  const std::vector<float> outputs = head_outputs(bert, examples, batch_tokens);
+  const std::vector<float> outputs = head_outputs(bert, examples_of(windows), batch_tokens);
   const int64_t classes = head.classes(bert.config);
   std::vector<Outcome> out(items.size());
   size_t at = 0;  // in outputs

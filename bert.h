@@ -137,6 +137,8 @@ bool is_white_space(char32_t c);           // Unicode's White_Space
 bool is_letter(char32_t c);                // a letter, digit or number, as Python's isalnum but for rare signs; no mark
 const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
+std::string join(std::span<const std::string> parts, const std::string& between);   // [bert.cpp]
+
 // ==== 2 config =================================================================================================== [bert.cpp]
 struct Config {   // config.json, by the names there
   int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
@@ -419,6 +421,18 @@ struct Gold {
   std::vector<std::string> answers = {};           // qa: each of them is right; none: there is no answer in the context
   std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
 };
+// The names of labels, by their numbers.
+struct Labels {
+  Task task = Task::classify;
+  std::vector<std::string> names;
+  std::map<std::string, int32_t> ids = {};
+  void set(const std::vector<std::string>& list);
+  // Those that items have: in the model's order where it has the same ones, else numbers by value, names by their bytes.
+  void learn(std::span<const std::vector<std::string>> of_items, const std::vector<std::string>& of_model);
+  void put_in(Gold& gold, std::span<const std::string> own) const;   // an item's, as numbers
+  bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
+  std::string some() const;                        // for a message
+};
 struct Answer {                                    // a part of the context
   std::string text;
   int64_t start = 0, end = 0;                      // bytes
@@ -460,6 +474,10 @@ std::vector<Example> make_examples(Task task, std::vector<Window> windows, const
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
 // Which of the items to hold out: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
 std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed);
+// How often each label is right: of items, or of words.   [C]
+std::vector<double> label_counts(std::span<const Gold> golds, size_t classes);
+// What makes all labels count alike: n / (C its own number), as scikit-learn's "balanced"; 0 where there is none.   [C]
+std::vector<float> balanced_weights(const std::vector<double>& counts);
 // The batches of every step: epoch after epoch, each in an order from the seed; its last step takes what is left.
 class FinetuneSampler {
  public:
@@ -476,6 +494,9 @@ class FinetuneSampler {
 };
 // Raw outputs of the head, [examples, C], or of every token [tokens of all, C], computed without tape in batches to a token budget.
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+// The encoder's output: [tokens of all, H].
+std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+std::vector<Example> examples_of(std::span<const std::vector<Window>> windows);   // one after another
 
 // ==== 8 metrics ==================================================================================================
 // low, high: bootstrap 95 % interval from the seed; both 0 where none is drawn (averages beside the main ones, single classes).
@@ -494,6 +515,7 @@ class Scorer {
   // answered; where it is best to answer none, less than all of them.
   double best_null_threshold() const;
   std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
+  int32_t only_answer() const;                     // classify: the label that all items were given, where not all have one; else -1
 
  private:
   using Which = std::span<const int64_t>;          // items, some of them perhaps several times: that is how the bootstrap draws
@@ -512,6 +534,12 @@ class Scorer {
   std::vector<float> rows_;                        // [items, width], laid out as bert.cpp says
   std::vector<double> margins_;                    // qa: each null_margin as it is, so that a threshold parts the same items again
 };
+// Where the model is wrong about an item: how wrong, and for people the item, what is right and what it said. Nothing where it is right.
+struct Mistake {
+  double size;
+  std::string text, right, said;
+};
+std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said);
 double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
 double pearson(std::span<const double> x, std::span<const double> y);
 double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
@@ -551,6 +579,8 @@ struct ModelFolder {
 };
 // Throws Error that says what the folder lacks, and to a newcomer where models come from. weights: whether it must hold them.
 void check_folder(const std::string& folder, bool weights = true);
+// Throws Error for a folder to write that holds something else, and with `resume` for one that holds no run.
+void check_output(const std::string& folder, bool resume, bool overwrite);
 // The tokenizer's files as they are, of a folder or of a vocab.txt, for a model folder that is made from it.
 std::map<std::string, std::string> tokenizer_files(const std::string& folder_or_file, const WordPiece& tokenizer, int64_t max_length);
 // The text that a sentence-transformers folder has under `name`, to go in front of every text; "": its default, if any. Throws Error

@@ -67,12 +67,6 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 int index_of(const std::string& name, const Strings& names) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); }
 bool among(const std::string& name, const Strings& names) { return index_of(name, names) < (int)names.size(); }
 
-std::string join(const Strings& parts, const std::string& between) {
-  std::string out;
-  for (size_t i = 0; i < parts.size(); i++) out += (i ? between : "") + parts[i];
-  return out;
-}
-
 Strings split(std::string_view text, char at) {
   Strings out;
   for (size_t begin = 0;;) {
@@ -88,12 +82,6 @@ Strings split_words(std::string_view text) {
   return words;
 }
 
-// The shortest text that reads back as the same number.
-template <class T>
-std::string exact(T v) {
-  char text[40];
-  return std::string(text, std::to_chars(text, text + sizeof text, v).ptr);
-}
 // A figure of the results: counts whole, anything else so that it reads back as the same float.
 std::string figure(double v) { return v == std::floor(v) && std::fabs(v) < 1e15 ? to_string((int64_t)v) : format_number(v); }
 
@@ -984,25 +972,6 @@ void catch_signals() {
 
 int64_t stored_number(const About& about, const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); }
 
-// Refuses a folder that holds something else, and with --resume one that holds no run.
-void check_output(const std::string& path, bool resume, bool overwrite) {
-  const bool there = fs::exists(path);
-  auto has = [&](const char* file) { return fs::exists(path + "/" + file); };
-  if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
-  if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
-  const bool state = has("training_state.safetensors") || has("training_state-1.safetensors");
-  // What a run leaves that ended before its first save; with nothing else there, it begins again.
-  static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html", "training_state-new.safetensors"};
-  std::string foreign;
-  if (there)
-    for (const auto& entry : fs::directory_iterator(path))
-      if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run) && name.find(".tmp-") == name.npos)
-        foreign = name;
-  if (foreign.empty() || overwrite || (resume && state)) return;
-  if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
-  throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
-              (state ? ", or go on with --resume" : ""));
-}
 // The folder that a command writes: made, and locked against a second run.
 FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
   check_output(path, resume, overwrite);
@@ -1899,34 +1868,6 @@ void cmd_pretrain(Args& a) {
 }
 
 // ==== 11 finetune =================================================================================================
-// The names of the labels: those of a model, or for training data those that occur.
-struct Labels {
-  Task task = Task::classify;
-  Strings names;
-  std::map<std::string, int32_t> ids = {};
-
-  void set(const Strings& list) {
-    names = list, ids.clear();
-    for (size_t i = 0; i < list.size(); i++) ids.emplace(list[i], (int32_t)i);
-  }
-  std::string some() const {
-    const int64_t shown = std::min<int64_t>((int64_t)names.size(), 8);
-    return join(Strings(names.begin(), names.begin() + shown), ", ") + (names.size() > 8 ? ", …" : "");
-  }
-  bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
-  // In an order that does not depend on the order of the file: numbers by value, names by their bytes; or as the model has them.
-  void learn(const std::vector<Strings>& answers, const Strings& of_model) {
-    std::set<std::string> seen;
-    for (const Strings& list : answers) seen.insert(list.begin(), list.end());
-    if (seen == std::set<std::string>(of_model.begin(), of_model.end())) return set(of_model);
-    Strings ordered(seen.begin(), seen.end());
-    auto number = [](const std::string& s) { return parse_number<int64_t>(s); };
-    if (std::all_of(ordered.begin(), ordered.end(), [&](const auto& s) { return number(s).has_value(); }))
-      std::stable_sort(ordered.begin(), ordered.end(), [&](const auto& x, const auto& y) { return *number(x) < *number(y); });
-    set(ordered);
-  }
-};
-
 // Labelled rows, in the user's own words.
 struct LabelledSet {
   std::vector<Item> items;
@@ -1979,16 +1920,6 @@ Gold gold_of(const Row& row, const Labels& labels, bool known, Strings& names) {
   return gold;
 }
 
-// Puts the labels' numbers in.
-void set_labels(Gold& gold, const Labels& labels, const Strings& names) {
-  if (labels.task == Task::classify) gold.label = labels.ids.at(names[0]);
-  if (labels.task == Task::multilabel) gold.targets.assign(labels.names.size(), 0);
-  for (const std::string& name : names) {
-    if (labels.task == Task::multilabel) gold.targets[(size_t)labels.ids.at(name)] = 1;
-    if (labels.task == Task::tag) gold.tags.push_back(labels.ids.at(name));
-  }
-}
-
 // The next rows, at most `most`, and the names of their labels, which training data (not `known`) says itself; false: there are none.
 bool next_labelled(Rows& rows, const Labels& labels, bool known, size_t most, LabelledSet& set, std::vector<Strings>& names) {
   set = {}, names.clear();
@@ -2014,7 +1945,7 @@ LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model
   rows.report();
   if (set.items.empty()) no_labelled(source);
   if (of_model && labels.named()) labels.learn(names, *of_model);
-  for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
+  for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
   return set;
 }
 
@@ -2046,48 +1977,6 @@ constexpr size_t kItems = 2048;  // answered at once
 // Texts with partners and no score.
 bool only_partners(Task task, std::span<const Gold> golds) {
   return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
-}
-
-// An item that the model got wrong, and how sure it was.
-struct Mistake {
-  double size;
-  std::string text, right, said;
-};
-// Nothing where it is right.
-std::optional<Mistake> mistake(Task task, const Labels& labels, const Item& item, const Gold& gold, const Outcome& o) {
-  const std::string text = item.pair ? item.text + " / " + *item.pair : item.words.empty() ? item.text : join(item.words, " ");
-  auto name = [&](int32_t label) { return labels.named() ? label < 0 ? "O" : labels.names[(size_t)label] : to_string(label); };
-  if (task == Task::qa) {
-    const std::string said = o.answers.empty() ? "" : o.answers[0].text;
-    const double f1 = score_answer(said, gold.answers).f1;
-    if (f1 == 1) return {};
-    return Mistake{(1 - f1) * (o.answers.empty() ? 1 : o.answers[0].score), text, join(gold.answers, " | "), said};
-  }
-  if (task == Task::tag) {
-    Mistake m{0, text, "", ""};
-    for (size_t i = 0; i < gold.tags.size(); i++) {
-      if (o.tags[i] == gold.tags[i]) continue;
-      m.size += (double)o.scores[i], m.right += name(gold.tags[i]) + " ", m.said += item.words[i] + "/" + name(o.tags[i]) + " ";
-    }
-    return m.size > 0 ? std::optional(m) : std::nullopt;
-  }
-  if (task == Task::regress || task == Task::embed) {
-    if (gold.targets.empty()) return {};
-    return Mistake{std::fabs((double)o.outputs[0] - (double)gold.targets[0]), text, exact(gold.targets[0]), exact(o.outputs[0])};
-  }
-  const std::vector<float> p = probabilities(task, o.outputs, (int64_t)o.outputs.size());
-  if (task == Task::multilabel) {
-    Mistake m{0, text, "", ""};
-    for (size_t c = 0; c < p.size(); c++) {
-      m.size += std::fabs((double)p[c] - (double)gold.targets[c]);
-      if (gold.targets[c] > 0.5f) m.right += name((int32_t)c) + " ";
-      if (p[c] >= 0.5f) m.said += name((int32_t)c) + " ";
-    }
-    return m.right == m.said ? std::nullopt : std::optional(m);
-  }
-  const auto said = (int32_t)(std::max_element(p.begin(), p.end()) - p.begin());
-  if (said == gold.label) return {};
-  return Mistake{(double)(p[(size_t)said] - p[(size_t)gold.label]), text, name(gold.label), name(said)};
 }
 
 Numbers partner_scores(const Asked& how, std::span<const Item> items) {
@@ -2195,14 +2084,7 @@ void Finetuning::split(uint64_t seed) {
   });
   cut = std::count(is_cut.begin(), is_cut.end(), 1);
   for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(examples));
-  if (!balanced) return;
-  std::vector<double> counts(labels.names.size(), 0);  // a class weighs n / (C its own number), as scikit-learn's "balanced"
-  double all = 0;
-  for (const Gold& g : train.golds) {
-    if (task == Task::classify) counts[(size_t)g.label]++, all++;
-    for (const int32_t tag : g.tags) counts[(size_t)tag]++, all++;
-  }
-  for (const double n : counts) settings.loss.classes.weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
+  if (balanced) settings.loss.classes.weights = balanced_weights(label_counts(train.golds, labels.names.size()));
 }
 
 // The model to start from, and what travels with it.
@@ -2224,32 +2106,15 @@ ModelFolder Finetuning::start() const {
 }
 
 std::string label_shares(const LabelledSet& set, const Labels& labels) {
-  std::vector<double> counts(labels.names.size(), 0);
-  double all = 0;  // texts, or words
-  for (const Gold& g : set.golds) {
-    for (size_t c = 0; c < counts.size() && g.tags.empty(); c++)
-      counts[c] += g.targets.empty() ? g.label == (int32_t)c : (double)g.targets[c];
-    for (const int32_t tag : g.tags) counts[(size_t)tag]++;
-    all += labels.task == Task::tag ? (double)g.tags.size() : 1;
-  }
+  const std::vector<double> counts = label_counts(set.golds, labels.names.size());
+  const auto texts = (double)set.golds.size();
+  const double all = labels.task == Task::multilabel ? texts : std::accumulate(counts.begin(), counts.end(), 0.0);
   Strings out;
   for (size_t i = 0; i < counts.size() && i < 12; i++) out.push_back(labels.names[i] + " " + fixed(100 * counts[i] / all, 1) + " %");
   return join(out, ", ") + (counts.size() > 12 ? ", …" : "");
 }
 
 constexpr size_t kMistakes = 20;  // shown in the report
-
-// A model that gives every text one answer has learned nothing.
-void warn_of_one_class(const std::vector<int64_t>& confusion, const Strings& labels) {
-  const size_t C = labels.size();
-  std::vector<int64_t> said(C), is(C);
-  for (size_t i = 0; i < confusion.size(); i++) is[i / C] += confusion[i], said[i % C] += confusion[i];
-  auto used = [](const std::vector<int64_t>& list) { return std::count_if(list.begin(), list.end(), [](int64_t n) { return n > 0; }); };
-  if (used(said) != 1 || used(is) < 2) return;
-  const size_t only = (size_t)(std::max_element(said.begin(), said.end()) - said.begin());
-  say("bert: every text was given one label, " + labels[only] +
-      ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
-}
 
 std::string confusion_table(const std::vector<int64_t>& confusion, const Strings& labels) {
   const size_t C = labels.size();
@@ -2311,14 +2176,16 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
     worst.resize(std::min(worst.size(), kMistakes));
   };
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (auto m = mistake(f.task, f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
+    if (auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
     if (worst.size() >= 4 * kMistakes) keep_worst();
   });
   keep_worst();
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
-  if (f.task == Task::classify) warn_of_one_class(scorer.confusion(), f.labels.names);
+  if (const int32_t only = scorer.only_answer(); only >= 0)
+    say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
+        ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
   e.report =
       confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
   return e;
@@ -2528,7 +2395,7 @@ Numbers label_scores(Answering& s) {
   Rows rows(s.source);
   LabelledSet set;
   for (std::vector<Strings> names; next_labelled(rows, labels, true, kItems, set, names);) {
-    for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
+    for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
     if (only_partners(labels.task, set.golds))
       std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
@@ -2665,13 +2532,6 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   return first;
 }
 
-// The raw outputs of every token, window after window.
-std::string token_logits(const Bert& bert, const std::vector<Window>& windows, int64_t batch_tokens) {
-  std::vector<Example> examples;
-  for (const Window& w : windows) examples.push_back(w.example);
-  return numbers(head_outputs(bert, examples, batch_tokens));
-}
-
 void cmd_predict(Args& a) {
   Answering s(a, "the folder of a task model, as bert finetune writes it");
   Prediction p{};
@@ -2692,7 +2552,8 @@ void cmd_predict(Args& a) {
   auto make = [&](const Row& row) { return usable_windows(s, row, p.task, how); };
   s.each_chunk(make, [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     if (p.logits && s.head().tokens) {
-      for (const std::vector<Window>& list : windows) s.out.line(token_logits(s.folder.bert, list, s.batch_tokens));
+      for (const std::vector<Window>& list : windows)
+        s.out.line(numbers(head_outputs(s.folder.bert, examples_of({&list, 1}), s.batch_tokens)));
       return;
     }
     const std::vector<Item> items(chunk.begin(), chunk.end());
@@ -2758,35 +2619,15 @@ std::vector<Window> embed_input(Answering& s, const EmbedOptions& o, const Row& 
   return {{s.encode(row, limit, cures[o.how])}};
 }
 
-// The vectors of all tokens of each window.
-std::vector<std::vector<float>> token_vectors(const Answering& s, std::span<const Example> examples) {
-  std::vector<int64_t> lengths;
-  for (const Example& e : examples) lengths.push_back((int64_t)e.ids.size());
-  std::vector<std::vector<float>> out(examples.size());
-  for (const std::vector<int64_t>& which : batches_by_tokens(lengths, s.batch_tokens)) {
-    const Tensor hidden = s.folder.bert.forward(make_batch(examples, which));
-    const float* v = hidden.data();
-    for (const int64_t i : which) {
-      const int64_t n = lengths[(size_t)i] * hidden.cols();
-      out[(size_t)i].assign(v, v + n), v += n;
-    }
-  }
-  return out;
-}
-
 // A line for each token of the texts: of a text in windows, from the one that decides about it, [CLS] from the first, [SEP] from the last.
 Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
-  std::vector<Example> examples;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) examples.push_back(w.example);
-  const std::vector<std::vector<float>> vectors = token_vectors(s, examples);
+  const std::vector<float> vectors = token_vectors(s.folder.bert, examples_of(windows), s.batch_tokens);
   const auto H = (size_t)s.folder.config.hidden_size;
+  const float* v = vectors.data();
   Strings out(chunk.size());
-  size_t at = 0;  // in vectors
   for (size_t i = 0; i < chunk.size(); i++) {
     const std::string line = to_string(chunk[i].number);
-    for (const Window& w : windows[i]) {
-      const float* v = vectors[at++].data();
+    for (const Window& w : windows[i])
       for (size_t t = 0; t < w.example.ids.size(); t++, v += H) {
         const bool added = w.words.empty() || w.words[t] < 0;
         if (windows[i].size() > 1 && (added ? &w != (t ? &windows[i].back() : &windows[i].front()) : !w.decides[t])) continue;
@@ -2795,7 +2636,6 @@ Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk
             json ? json_object({{"line", line}, {"token", json_quote(piece)}, {"vector", vector}}) : line + "\t" + piece + "\t" + vector;
         out[i] += "\n";
       }
-    }
   }
   return out;
 }

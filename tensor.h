@@ -62,6 +62,12 @@ std::optional<T> parse_number(std::string_view text) {
   if (r.ec != std::errc() || r.ptr != text.data() + text.size()) return {};
   return value;
 }
+// The shortest text that reads back as the same number.
+template <class T>
+std::string exact(T v) {
+  char text[40];
+  return std::string(text, std::to_chars(text, text + sizeof text, v).ptr);
+}
 
 // A JSON value. Numbers keep their text (a config may hold an integer of 31 digits), objects their order.
 // Everything here is inline and needs the standard library alone, so that the tokenizer can stand without tensor.cpp.
