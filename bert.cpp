@@ -19,7 +19,6 @@
 #include <limits>
 #include <numeric>
 #include <set>
-#include <tuple>
 
 namespace bert {
 
@@ -907,6 +906,44 @@ void TrainingStates::remove_all() const {
 }
 
 // ==== pretraining data ============================================================================================
+// Whether a full stop at line[at] only shortens the word before it: Mr. Mrs. Ms. Dr. St., and initials.
+static bool abbreviates(std::string_view line, size_t at) {
+  size_t begin = at;
+  while (begin && (std::isalpha((unsigned char)line[begin - 1]) || (line[begin - 1] & 0x80))) begin--;
+  const std::string_view word = line.substr(begin, at - begin);
+  for (const char* known : {"Mr", "Mrs", "Ms", "Dr", "St"})
+    if (line[at] == '.' && word == known) return true;
+  return line[at] == '.' && word.size() == 1 && word[0] <= 'Z';
+}
+
+std::vector<std::string_view> split_sentences(std::string_view line) {
+  auto one_of = [&](size_t i, std::initializer_list<std::string_view> list) -> size_t {
+    for (std::string_view s : list)
+      if (line.substr(i, s.size()) == s) return s.size();
+    return 0;
+  };
+  auto stop = [&](size_t i) { return one_of(i, {".", "!", "?"}); };
+  auto wide_stop = [&](size_t i) { return one_of(i, {"。", "！", "？"}); };
+  auto closer = [&](size_t i) { return one_of(i, {"\"", "'", ")", "]", "}", "”", "’", "»", "」", "』", "）"}); };
+  std::vector<std::string_view> sentences;
+  size_t begin = 0;
+  for (size_t i = 0; i < line.size();) {
+    const size_t first = i;
+    const bool wide = wide_stop(i) > 0;
+    if (!wide && !stop(i)) {
+      i++;
+      continue;
+    }
+    for (size_t n; i < line.size() && ((n = stop(i)) || (n = wide_stop(i)) || (n = closer(i)));) i += n;
+    if (!wide && i < line.size() && line[i] != ' ' && line[i] != '\t') continue;  // 3.14, example.org
+    if (i == first + 1 && abbreviates(line, first)) continue;
+    sentences.push_back(line.substr(begin, i - begin));
+    begin = i;
+  }
+  if (begin < line.size()) sentences.push_back(line.substr(begin));
+  return sentences;
+}
+
 void Corpus::end_sentence() {
   if ((int64_t)ids.size() > sentences.back()) sentences.push_back((int64_t)ids.size());
 }
@@ -1200,6 +1237,24 @@ std::vector<float> balanced_weights(const std::vector<double>& counts) {
   std::vector<float> weights;
   for (const double n : counts) weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
   return weights;
+}
+
+void check_partners(std::span<const Item> items, std::span<Gold> golds, PairLoss loss) {
+  static const char* const wants[] = {"two texts and their cosine", "two texts", "two texts and 1 or 0",
+                                      "a text, a positive and a negative one"};
+  for (size_t i = 0; i < items.size(); i++) {
+    const size_t texts = (items[i].pair ? 2 : 1) + items[i].others.size();
+    const bool scored = !golds[i].targets.empty();
+    const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
+    if (!fits)
+      throw Error("--loss of similarity: row " + std::to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
+                  "; give such data, or another --loss");
+    if (loss == PairLoss::inbatch) golds[i].targets.clear();
+  }
+}
+
+bool only_partners(Task task, std::span<const Gold> golds) {
+  return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
 }
 
 std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed) {
@@ -2828,81 +2883,6 @@ float Model::similarity(std::string_view a, std::string_view b) const {
 }
 
 // ==== search ======================================================================================================
-static bool better(const Match& x, const Match& y) {
-  return x.score != y.score ? x.score > y.score : std::tie(x.a, x.b) < std::tie(y.a, y.b);
-}
-
-namespace {
-// The best of what it is offered, at most `top`: a heap whose root is the worst that is kept. All orders of offers end the same.
-class Best {
- public:
-  explicit Best(int64_t top, float floor = -std::numeric_limits<float>::infinity()) : top_((size_t)top), floor_(floor) {}
-  float floor() const { return floor_; }  // less than this is not wanted
-  void offer(const Match& m) {
-    if (kept_.size() == top_) {
-      if (!better(m, kept_.front())) return;
-      std::pop_heap(kept_.begin(), kept_.end(), better), kept_.pop_back();
-    }
-    kept_.push_back(m), std::push_heap(kept_.begin(), kept_.end(), better);
-    if (kept_.size() == top_) floor_ = std::max(floor_, kept_.front().score);
-  }
-  std::vector<Match> sorted() && {
-    std::sort_heap(kept_.begin(), kept_.end(), better);
-    return std::move(kept_);
-  }
-
- private:
-  size_t top_;
-  float floor_;
-  std::vector<Match> kept_;
-};
-}  // namespace
-
-static constexpr int64_t kQueries = 256;  // scored at once
-
-// Offers each query q all products with the rows of vectors; with `later` only with the rows after the query's own number, first + q.
-static void score_rows(const float* queries, std::span<Best> best, int64_t first, const Tensor& vectors, bool later) {
-  const int64_t Q = (int64_t)best.size(), D = vectors.cols(), n = vectors.rows();
-  const PackedWeights packed(queries, Q, D);
-  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 16384);  // their products stay in the cache
-  std::vector<float> products((size_t)(block * Q));
-  for (int64_t row0 = later ? first + 1 : 0; row0 < n; row0 += block) {
-    const int64_t rows = std::min(block, n - row0);
-    gemm(rows, vectors.data() + row0 * D, D, packed, products.data(), Q, {});
-    parallel_ranges(Q, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t q = begin; q < end; q++)
-          if (const float score = products[(size_t)(r * Q + q)]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
-            best[(size_t)q].offer({score, first + q, row0 + r});
-    });
-  }
-}
-
-std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top) {
-  if (queries.cols() != vectors.cols() || top < 1)
-    throw Error("search: queries " + to_string(queries.shape()) + ", vectors " + to_string(vectors.shape()) + ", the best " +
-                std::to_string(top));
-  std::vector<std::vector<Match>> out;
-  for (int64_t q = 0; q < queries.rows(); q += kQueries) {
-    std::vector<Best> best((size_t)std::min(kQueries, queries.rows() - q), Best(top));
-    score_rows(queries.data() + q * queries.cols(), best, q, vectors, false);
-    for (Best& b : best) out.push_back(std::move(b).sorted());
-  }
-  return out;
-}
-
-std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top) {
-  if (top < 1) throw Error("search: the best " + std::to_string(top) + " pairs");
-  Best all(top);
-  for (int64_t a = 0; a < vectors.rows(); a += kQueries) {
-    std::vector<Best> best((size_t)std::min(kQueries, vectors.rows() - a), Best(top, all.floor()));
-    score_rows(vectors.data() + a * vectors.cols(), best, a, vectors, true);
-    for (Best& b : best)
-      for (const Match& m : std::move(b).sorted()) all.offer(m);
-  }
-  return std::move(all).sorted();
-}
-
 void Fingerprint::bytes(std::string_view s) {
   for (size_t i = 0; i < s.size(); i += 8) {
     uint64_t word = 0;

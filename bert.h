@@ -348,6 +348,9 @@ class TrainingStates {
 };
 
 // ==== 6 pretraining data =========================================================================================
+// The sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and after their full-width
+// forms. Nothing is lost: the rest of the line is a sentence too.
+std::vector<std::string_view> split_sentences(std::string_view line);
 // A text as ids: sentences in documents.
 struct Corpus {
   std::vector<int32_t> ids;
@@ -447,6 +450,10 @@ struct Outcome {
   std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
   double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
 };
+
+// Similarity: throws Error unless every item holds what the loss compares; where that is no score, the scores go.
+void check_partners(std::span<const Item> items, std::span<Gold> golds, PairLoss loss);
+bool only_partners(Task task, std::span<const Gold> golds);   // texts to compare, and no score
 
 // One labelled text or pair as ids.
 struct Example {
@@ -670,14 +677,6 @@ Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);
 
 // ==== 10 search ==================================================================================================
-// Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
-struct Match { float score; int64_t a, b; };
-// For each row a of queries [Q,D] the `top` rows b of vectors [n,D] with the largest products, best first. Rows that hold NaN are
-// never found. Exact: all are scored, in blocks, through gemm. The bytes do not depend on the number of threads or of queries.
-std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top);
-// The `top` pairs of rows a < b with the largest products, best first.
-std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top);
-
 // Tells whether data is what it was; no protection against who wants two to be the same.
 struct Fingerprint {
   uint64_t state = 14695981039346656037ull;        // FNV-1a's numbers; the shift takes the upper bits into account

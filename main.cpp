@@ -110,6 +110,11 @@ std::string duration(double seconds) {
   return to_string(s / 3600) + " h " + to_string(s / 60 % 60) + " min";
 }
 
+// How long the rest takes, if all goes on as it went since `began`.
+std::string time_left(double began, int64_t done, int64_t all) {
+  return duration((now() - began) / (double)done * (double)(all - done)) + " left";
+}
+
 double median(std::vector<double> v) {
   std::nth_element(v.begin(), v.begin() + (int64_t)v.size() / 2, v.end());
   return v[v.size() / 2];
@@ -452,11 +457,9 @@ class Rows {
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
     terminal_ = path == "-" && isatty(0);
+    const char* own_format = task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : "";
     if (s_.labels && (format_ == kLines || format_ == kIds))
-      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" +
-                  (task == Task::tag  ? " or conll"
-                   : task == Task::qa ? " or squad"
-                                      : ""));
+      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" + own_format);
     said_ = false, names_.clear(), columns_ = 0;
     if (format_ == kSquad) read_squad(path);
     if (format_ == kTsv || format_ == kCsv) try {
@@ -526,9 +529,11 @@ class Rows {
   }
 
   // Where the answer stands in the context: at `start` code points, or at its first place where none is given.
-  static void add_answer(Row& row, const std::string& answer, std::optional<int64_t> start) {
+  static void add_answer(Row& row, const Json& text, const Json* start) {
+    const std::string& answer = text.as_string("text");
     size_t at = start ? 0 : row.pair->find(answer);
-    for (int64_t i = 0; start && i < *start && at < row.pair->size(); i++) at += std::max<size_t>(utf8_length(*row.pair, at), 1);
+    for (int64_t i = start ? start->as_int("answer_start") : 0; i > 0 && at < row.pair->size(); i--)
+      at += std::max<size_t>(utf8_length(*row.pair, at), 1);
     if (answer.empty() || at >= row.pair->size() || row.pair->compare(at, answer.size(), answer))
       throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
     row.answers.push_back(answer), row.starts.push_back((int64_t)at);
@@ -537,18 +542,18 @@ class Rows {
   static void add_answers(Row& row, const Json& v) {
     row.listed = true;
     if (v.is(Json::string)) {
-      if (!v.as_string("answer").empty()) add_answer(row, v.as_string("answer"), {});
+      if (!v.as_string("answer").empty()) add_answer(row, v, nullptr);
     } else if (v.is(Json::array)) {
       for (const Json& one : v.items("answers")) {
-        const Json *text = one.find("text"), *start = one.find("answer_start");
+        const Json* text = one.find("text");
         if (!text) throw BadLine("an answer without 'text'");
-        add_answer(row, text->as_string("text"), start ? std::optional<int64_t>(start->as_int("answer_start")) : std::nullopt);
+        add_answer(row, *text, one.find("answer_start"));
       }
-    } else if (const Json* texts = v.find("text"), *starts = v.find("answer_start"); texts) {
+    } else if (const Json* texts = v.find("text")) {
+      const Json* starts = v.find("answer_start");
       for (size_t i = 0; i < texts->items("text").size(); i++) {
         if (starts && i >= starts->items("answer_start").size()) throw BadLine("fewer answer_start than texts of answers");
-        add_answer(row, texts->items("text")[i].as_string("text"),
-                   starts ? std::optional<int64_t>(starts->items("answer_start")[i].as_int("answer_start")) : std::nullopt);
+        add_answer(row, texts->items("text")[i], starts ? &starts->items("answer_start")[i] : nullptr);
       }
     } else {
       throw BadLine("answers are neither a string nor a list of texts");
@@ -837,43 +842,6 @@ std::string json_numbers(const Numbers& numbers) {
 }
 
 // ==== 5 text into ids =============================================================================================
-// Whether a full stop at line[at] only shortens the word before it: Mr. Mrs. Ms. Dr. St., and initials.
-bool abbreviates(std::string_view line, size_t at) {
-  size_t begin = at;
-  while (begin && (std::isalpha((unsigned char)line[begin - 1]) || (line[begin - 1] & 0x80))) begin--;
-  const std::string word(line.substr(begin, at - begin));
-  return line[at] == '.' && ((word.size() == 1 && word[0] <= 'Z') || among(word, {"Mr", "Mrs", "Ms", "Dr", "St"}));
-}
-
-// Calls each(sentence) for the sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and
-// after their full-width forms. Nothing is lost: the rest of the line is a sentence too.
-template <class F>
-void each_sentence(std::string_view line, F&& each) {
-  auto one_of = [&](size_t i, std::initializer_list<std::string_view> list) -> size_t {
-    for (std::string_view s : list)
-      if (line.substr(i, s.size()) == s) return s.size();
-    return 0;
-  };
-  auto stop = [&](size_t i) { return one_of(i, {".", "!", "?"}); };
-  auto wide_stop = [&](size_t i) { return one_of(i, {"。", "！", "？"}); };
-  auto closer = [&](size_t i) { return one_of(i, {"\"", "'", ")", "]", "}", "”", "’", "»", "」", "』", "）"}); };
-  size_t begin = 0;
-  for (size_t i = 0; i < line.size();) {
-    const size_t first = i;
-    const bool wide = wide_stop(i) > 0;
-    if (!wide && !stop(i)) {
-      i++;
-      continue;
-    }
-    for (size_t n; i < line.size() && ((n = stop(i)) || (n = wide_stop(i)) || (n = closer(i)));) i += n;
-    if (!wide && i < line.size() && line[i] != ' ' && line[i] != '\t') continue;  // 3.14, example.org
-    if (i == first + 1 && abbreviates(line, first)) continue;
-    each(line.substr(begin, i - begin));
-    begin = i;
-  }
-  if (begin < line.size()) each(line.substr(begin));
-}
-
 // Raw text as ids: a line is a paragraph, a blank line ends a document; in the other formats a row is a document.
 Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   source.raw = true;
@@ -885,7 +853,7 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
     parallel_ranges((int64_t)chunk.size(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
         for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
-          each_sentence(line, [&](std::string_view sentence) { tokenizer.append_ids(sentence, sentences[i].emplace_back()); });
+          for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, sentences[i].emplace_back());
     });
     for (size_t i = 0; i < chunk.size(); i++) {
       for (const std::vector<int32_t>& ids : sentences[i]) {
@@ -1094,11 +1062,12 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   fixed_ = {{"data", to_string(data_fingerprint.state)}, {"weights", to_string(weights.state)}, {"backend", backend_description()}};
   for (const auto& [name, value] : taken)
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
-  if (!s_.resume) states.remove_all();
   std::string remark;
-  About stored = s_.resume ? states.load(
-                                 trainer, [&](const About& about) { check(about); }, remark)
-                           : About();
+  About stored;
+  if (s_.resume)
+    stored = states.load(trainer, std::bind_front(&Run::check, this), remark);
+  else
+    states.remove_all();
   if (!remark.empty()) say("bert: " + remark);
   if (!stored.empty()) {
     fixed_["backend"] = stored["backend"];
@@ -1163,7 +1132,7 @@ void Run::after_step(const StepReport& r) {
   sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
   line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + "  loss " + fixed(r.loss.total, 4) + "  " +
           grouped((int64_t)((double)tokens_ / spent)) + " tokens/s  " +
-          (r.step < r.steps ? duration(spent / (double)(r.step - first_) * (double)(r.steps - r.step)) + " left" : "in " + duration(spent));
+          (r.step < r.steps ? time_left(begun_, r.step - first_, r.steps - first_) : "in " + duration(spent));
   progress_.show(line_);
 
   // About a thousand logged steps whatever the run's length; each stands for the mean since the one before.
@@ -1206,11 +1175,14 @@ std::string html(std::string_view text) {
   return out;
 }
 
+std::string html_section(const std::string& title, const std::string& rows) {
+  return "<section><h2>" + html(title) + "</h2><table>" + rows + "</table></section>\n";
+}
 std::string html_table(const std::string& title, const Named& rows) {
   std::string out;
   for (const auto& [name, value] : rows)
     if (!value.empty()) out += "<tr><th>" + html(name) + "</th><td>" + html(value) + "</td></tr>";
-  return "<section><h2>" + html(title) + "</h2><table>" + out + "</table></section>\n";
+  return html_section(title, out);
 }
 
 const char* const kReportHead =
@@ -1337,9 +1309,8 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
     if (row.pair) trainer.add_text(*row.pair);
     bytes += (int64_t)(row.text.size() + (row.pair ? row.pair->size() : 0)) + 1;
     if (rows.count() % 4096) continue;
-    const double left = (now() - began) / (double)bytes * (double)(total - bytes);
     progress.show(grouped(rows.count()) + " lines, " + grouped(trainer.words()) + " words" +
-                  (left > 0 ? ", " + duration(left) + " left" : ""));
+                  (total > bytes ? ", " + time_left(began, bytes, total) : ""));
   }
   rows.report();
   if (!trainer.words()) throw Error(join(source.files, ", ") + ": no words; give files of text");
@@ -1396,8 +1367,7 @@ void cmd_vocab(Args& a) {
   const double began = now();
   const int64_t first = extend.empty() ? 0 : old.size();
   options.on_progress = [&](int64_t pieces) {
-    const double left = (now() - began) / (double)(pieces - first) * (double)(options.size - pieces);
-    progress.show(grouped(pieces) + " of " + grouped(options.size) + " pieces, " + duration(left) + " left");
+    progress.show(grouped(pieces) + " of " + grouped(options.size) + " pieces, " + time_left(began, pieces - first, options.size - first));
   };
   options.on_left_out = [&](int64_t left_out, int64_t all) {
     note("bert: the alphabet has room for " + grouped(all - left_out) + " of " + grouped(all) + " characters; the rarer " +
@@ -1567,24 +1537,11 @@ void append_tokens(const WordPiece& t, std::span<const int32_t> ids, Tokenizatio
   out.resize(before + (size_t)(at - begin) - !ids.empty());
 }
 
-// The line of a text of which nothing but ids or pieces is wanted.
-void append_line(const WordPiece& t, const Row& row, const Tokenization& o, std::vector<int32_t>& ids, std::string& out) {
-  ids.clear();
-  try {
-    t.append_ids(row.text, ids, o.encode);
-  } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
-  append_tokens(t, ids, o.to, out);
-  out += '\n';
-}
-
 // The lines of one text's encodings.
 std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o, TokenCounts& counts) {
-  std::vector<Encoding> windows;
-  try {
-    const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
-    windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
-                      : t.encode_windows(row.text, pair, o.encode);
-  } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
+  const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
+  std::vector<Encoding> windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
+                                          : t.encode_windows(row.text, pair, o.encode);
   if (!o.windows) windows.resize(1);
   std::string out;
   counts.texts++;
@@ -1616,11 +1573,15 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
     std::vector<TokenCounts> counts(lines.size());
     parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> ids;
-      for (int64_t i = begin; i < end; i++)
-        if (out && o.to != Tokenization::jsonl && !o.windows && !o.words && !chunk[i].pair)
-          append_line(t, chunk[i], o, ids, lines[i / kPiece]);
-        else
-          lines[i / kPiece] += tokenized(t, chunk[i], o, counts[i / kPiece]);
+      for (int64_t i = begin; i < end; i++) try {
+          std::string& text = lines[i / kPiece];
+          if (out && o.to != Tokenization::jsonl && !o.windows && !o.words && !chunk[i].pair) {  // ids or pieces, and nothing else
+            ids.clear(), t.append_ids(chunk[i].text, ids, o.encode);
+            append_tokens(t, ids, o.to, text), text += '\n';
+          } else {
+            text += tokenized(t, chunk[i], o, counts[i / kPiece]);
+          }
+        } catch (const Error& e) { throw Error(chunk[i].where + ": " + e.what()); }
     });
     for (const TokenCounts& c : counts) total.add(c);
     for (const std::string& text : lines)
@@ -1957,27 +1918,7 @@ Task take_task(Args& a) {
 }
 std::string task_name(Task task) { return task == Task::embed ? "similarity" : head_kind(task).name; }
 
-// Whether the rows hold what the loss compares; a positive text beside the text is its pair.
-void check_partners(LabelledSet& set, PairLoss loss) {
-  const Strings wants = {"two texts and their cosine", "two texts", "two texts and 1 or 0", "a text, a positive and a negative one"};
-  for (size_t i = 0; i < set.items.size(); i++) {
-    const Item& item = set.items[i];
-    const size_t texts = (item.pair ? 2 : 1) + item.others.size();
-    const bool scored = !set.golds[i].targets.empty();
-    const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
-    if (!fits)
-      throw Error("--loss of similarity: row " + to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
-                  "; give such data, or another --loss");
-    if (loss == PairLoss::inbatch) set.golds[i].targets.clear();
-  }
-}
-
 constexpr size_t kItems = 2048;  // answered at once
-
-// Texts with partners and no score.
-bool only_partners(Task task, std::span<const Gold> golds) {
-  return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
-}
 
 Numbers partner_scores(const Asked& how, std::span<const Item> items) {
   const RankScores s = rank_partners(how, items);
@@ -2057,7 +1998,7 @@ void Finetuning::read() {
   train = read_labelled(train_input, labels, &config.labels);
   if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
     throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
-  if (task == Task::embed) check_partners(train, settings.loss.pairs);
+  if (task == Task::embed) check_partners(train.items, train.golds, settings.loss.pairs);
   if (dev_input) dev = read_labelled(*dev_input, labels);
   if (test_input) test = read_labelled(*test_input, labels);
 }
@@ -2095,7 +2036,6 @@ ModelFolder Finetuning::start() const {
   } else {
     folder.config = open_config(model + "/config.json");
     folder.config.labels = labels.names;
-    folder.config.architecture = head_kind(task).architecture, folder.config.problem_type = head_kind(task).problem_type;
     folder.bert = Bert::random(folder.config, task, settings.seed);
     folder.carried = tokenizer_files(model, tokenizer, folder.config.max_position_embeddings);
   }
@@ -2119,7 +2059,7 @@ constexpr size_t kMistakes = 20;  // shown in the report
 std::string confusion_table(const std::vector<int64_t>& confusion, const Strings& labels) {
   const size_t C = labels.size();
   if (confusion.empty() || C > 30) return "";
-  std::string out = "<section><h2>Held-out texts: what they are, and what was said</h2><table><tr><th>is \\ said</th>";
+  std::string out = "<tr><th>is \\ said</th>";
   for (const std::string& name : labels) out += "<th>" + html(name) + "</th>";
   for (size_t i = 0; i < C; i++) {
     int64_t most = 1;
@@ -2129,7 +2069,7 @@ std::string confusion_table(const std::vector<int64_t>& confusion, const Strings
       out += "<td style=\"background:color-mix(in srgb,var(" + std::string(i == k ? "--third" : "--dev") + ") " +
              to_string(60 * confusion[i * C + k] / most) + "%,transparent)\">" + grouped(confusion[i * C + k]) + "</td>";
   }
-  return out + "</tr></table></section>\n";
+  return html_section("Held-out texts: what they are, and what was said", out + "</tr>");
 }
 
 std::string mistakes_table(const std::vector<Mistake>& worst) {
@@ -2139,10 +2079,10 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
     while (n < s.size() && n && (s[n] & 0xC0) == 0x80) n--;
     return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
   };
-  std::string out = "<section><h2>The worst mistakes</h2><table><tr><th>right</th><th>said</th><th>text</th></tr>";
+  std::string out = "<tr><th>right</th><th>said</th><th>text</th></tr>";
   for (const Mistake& m : worst)
     out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
-  return out + "</table></section>\n";
+  return html_section("The worst mistakes", out);
 }
 
 Named data_facts(const Finetuning& f) {
@@ -2722,8 +2662,8 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
         if (chunk[i].text.find_first_not_of(" \t") != std::string::npos)
           std::copy_n(v.data() + (int64_t)i * H, H, vectors.data() + (chunk[i].number - 1 - index.count()) * H);
     });
-    const double left = (now() - start) * (double)(corpus.size() - index.count()) / (double)(index.count() - before);
-    progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " + duration(left) + " left");
+    progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " +
+                  time_left(start, index.count() - before, corpus.size() - before));
   };
   s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt, before);
   if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
@@ -2814,19 +2754,17 @@ Named model_differences(const std::string& one, const std::string& other) {
   Named facts;
   double largest = 0;
   for (const Parameter& p : a.bert.parameters()) {
-    const auto found = rest.find(p.name);
-    if (found == rest.end()) {
-      facts.emplace_back(p.name, "only in " + one);
+    const auto found = rest.extract(p.name);
+    if (!found || found.mapped().shape() != p.shape()) {
+      facts.emplace_back(p.name,
+                         !found ? "only in " + one : bert::to_string(p.shape()) + " against " + bert::to_string(found.mapped().shape()));
       continue;
     }
-    const Parameter q = found->second;
-    rest.erase(found);
+    const float *x = p.data(), *y = found.mapped().data();
     double worst = 0;
-    if (p.shape() == q.shape())
-      for (int64_t i = 0; i < p.shape().size(); i++) worst = std::max(worst, std::fabs((double)p.data()[i] - (double)q.data()[i]));
+    for (int64_t i = 0; i < p.shape().size(); i++) worst = std::max(worst, std::fabs((double)x[i] - (double)y[i]));
     largest = std::max(largest, worst);
-    facts.emplace_back(
-        p.name, p.shape() == q.shape() ? format_number(worst) : bert::to_string(p.shape()) + " against " + bert::to_string(q.shape()));
+    facts.emplace_back(p.name, format_number(worst));
   }
   for (const auto& [name, p] : rest) facts.emplace_back(name, "only in " + other);
   facts.emplace_back("largest_difference", format_number(largest));

@@ -1,7 +1,7 @@
 // tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, the product of matrices, tensors' files.
 //
 //   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
-//               one), kernels SIMD, gemm, this machine, files
+//               one), kernels SIMD, gemm, nearest rows, this machine, files
 //   Threads:    everything may be called from any thread. Kernels never start threads; gemm and parallel_for do.
 //   This file includes itself once for each instruction set, to compile the SIMD kernels' one text for all of them. BERT_ISA is set
 //   during those passes, and all else is skipped.
@@ -1427,6 +1427,82 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   check_product(how, m, n, k, lda, k, ldc);
   const bool plain = blas_alone();
   run({kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc}, Backend::own);
+}
+
+// ==== nearest rows ================================================================================================
+static bool better(const Match& x, const Match& y) {
+  return x.score != y.score ? x.score > y.score : std::tie(x.a, x.b) < std::tie(y.a, y.b);
+}
+
+namespace {
+// The best of what it is offered, at most `top`: a heap whose root is the worst that is kept. All orders of offers end the same.
+class Best {
+ public:
+  explicit Best(int64_t top, float floor = -std::numeric_limits<float>::infinity()) : top_((size_t)top), floor_(floor) {}
+  float floor() const { return floor_; }  // less than this is not wanted
+  void offer(const Match& m) {
+    if (kept_.size() == top_) {
+      if (!better(m, kept_.front())) return;
+      std::pop_heap(kept_.begin(), kept_.end(), better), kept_.pop_back();
+    }
+    kept_.push_back(m), std::push_heap(kept_.begin(), kept_.end(), better);
+    if (kept_.size() == top_) floor_ = std::max(floor_, kept_.front().score);
+  }
+  std::vector<Match> sorted() && {
+    std::sort_heap(kept_.begin(), kept_.end(), better);
+    return std::move(kept_);
+  }
+
+ private:
+  size_t top_;
+  float floor_;
+  std::vector<Match> kept_;
+};
+}  // namespace
+
+static constexpr int64_t kQueries = 256;  // scored at once
+
+// Offers each query q all products with the rows of vectors; with `later` only with the rows after the query's own number, first + q.
+static void score_rows(const float* queries, std::span<Best> best, int64_t first, const Tensor& vectors, bool later) {
+  const int64_t Q = (int64_t)best.size(), D = vectors.cols(), n = vectors.rows();
+  const PackedWeights packed(queries, Q, D);
+  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 16384);  // their products stay in the cache
+  std::vector<float> products((size_t)(block * Q));
+  for (int64_t row0 = later ? first + 1 : 0; row0 < n; row0 += block) {
+    const int64_t rows = std::min(block, n - row0);
+    gemm(rows, vectors.data() + row0 * D, D, packed, products.data(), Q, {});
+    parallel_ranges(Q, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t q = begin; q < end; q++)
+          if (const float score = products[(size_t)(r * Q + q)]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
+            best[(size_t)q].offer({score, first + q, row0 + r});
+    });
+  }
+}
+
+std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top) {
+  if (queries.cols() != vectors.cols() || top < 1)
+    throw Error("search: queries " + to_string(queries.shape()) + ", vectors " + to_string(vectors.shape()) + ", the best " +
+                std::to_string(top));
+  std::vector<std::vector<Match>> out;
+  for (int64_t q = 0; q < queries.rows(); q += kQueries) {
+    std::vector<Best> best((size_t)std::min(kQueries, queries.rows() - q), Best(top));
+    score_rows(queries.data() + q * queries.cols(), best, q, vectors, false);
+    for (Best& b : best) out.push_back(std::move(b).sorted());
+  }
+  return out;
+}
+
+std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top) {
+  if (top < 1) throw Error("search: the best " + std::to_string(top) + " pairs");
+  Best all(top);
+  for (int64_t a = 0; a < vectors.rows(); a += kQueries) {
+    std::vector<Best> best((size_t)std::min(kQueries, vectors.rows() - a), Best(top, all.floor()));
+    score_rows(vectors.data() + a * vectors.cols(), best, a, vectors, true);
+    for (Best& b : best)
+      for (const Match& m : std::move(b).sorted()) all.offer(m);
+  }
+  return std::move(all).sorted();
 }
 
 // ==== this machine ================================================================================================

@@ -779,6 +779,14 @@ class PackedWeights {
 };
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
 
+// Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
+struct Match { float score; int64_t a, b; };
+// For each row a of queries [Q,D] the `top` rows b of vectors [n,D] with the largest products, best first. Rows that hold NaN are
+// never found. Exact: all are scored, in blocks, through gemm. The bytes do not depend on the number of threads or of queries.
+std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top);
+// The `top` pairs of rows a < b with the largest products, best first.
+std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top);
+
 bool has_openblas();                       // built with it
 std::string backend_description();         // "avx512 kernels; OpenBLAS 0.3.21 for ..." for `bert info` and a run's state
 std::string cpu_name();                    // "" where the system does not say
