@@ -31,6 +31,14 @@ std::string join(std::span<const std::string> parts, const std::string& between)
   return out;
 }
 
+// 0, 1, 2 ...: n of them.
+template <class T = int64_t>
+static std::vector<T> count_up(size_t n) {
+  std::vector<T> numbers(n);
+  std::iota(numbers.begin(), numbers.end(), T(0));
+  return numbers;
+}
+
 // ==== families ====================================================================================================
 // BERT and its cousins: one encoder under several names. What BERT calls as on the left, a cousin calls as on the right; a key "" is
 // one that it has not. Names are replaced in this order, and taken back in the other.
@@ -702,8 +710,7 @@ void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_s
 }
 
 std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
-  std::vector<int64_t> order(lengths.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up(lengths.size());
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[(size_t)a] < lengths[(size_t)b]; });
   std::vector<std::vector<int64_t>> batches;
   int64_t held = 0;
@@ -958,8 +965,7 @@ Corpus hold_out(Corpus& text, double share, uint64_t seed) {
   std::vector<int64_t> cuts;  // first sentences of the stretches, and the end
   for (size_t d = 0; d + 1 < text.documents.size(); d++)
     for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += stretch) cuts.push_back(s);
-  std::vector<int64_t> order(cuts.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up(cuts.size());
   cuts.push_back((int64_t)text.sentences.size() - 1);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   std::vector<uint8_t> held(order.size(), 0);
@@ -1239,7 +1245,8 @@ std::vector<float> balanced_weights(const std::vector<double>& counts) {
   return weights;
 }
 
-void check_partners(std::span<const Item> items, std::span<Gold> golds, PairLoss loss) {
+void check_partners(LabelledSet& set, PairLoss loss) {
+  auto& [items, golds] = set;
   static const char* const wants[] = {"two texts and their cosine", "two texts", "two texts and 1 or 0",
                                       "a text, a positive and a negative one"};
   for (size_t i = 0; i < items.size(); i++) {
@@ -1257,12 +1264,12 @@ bool only_partners(Task task, std::span<const Gold> golds) {
   return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
 }
 
-std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed) {
+LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed) {
+  const std::vector<Gold>& golds = set.golds;
   const auto n = (int64_t)golds.size();
   if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
   const int64_t take = std::clamp<int64_t>(std::llround((double)n * share), 1, n - 1);
-  std::vector<int64_t> order((size_t)n);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up((size_t)n);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   // Ordered by where each stands among its class's: of every class the first ones are taken, as many as its share.
   std::map<int32_t, double> size, seen;
@@ -1272,7 +1279,13 @@ std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, 
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return place[(size_t)x] < place[(size_t)y]; });
   std::vector<uint8_t> held((size_t)n);
   for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
-  return held;
+  LabelledSet dev, rest;
+  for (size_t i = 0; i < held.size(); i++) {
+    LabelledSet& to = held[i] ? dev : rest;
+    to.items.push_back(std::move(set.items[i])), to.golds.push_back(std::move(set.golds[i]));
+  }
+  set = std::move(rest);
+  return dev;
 }
 
 FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
@@ -1296,8 +1309,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
   for (int64_t at = 0; at < whole * batch_; at += 50 * batch_)
     std::stable_sort(order_.begin() + at, order_.begin() + std::min(at + 50 * batch_, whole * batch_),
                      [&](int64_t x, int64_t y) { return length(x) < length(y); });
-  std::vector<int64_t> batches((size_t)whole), arranged;
-  std::iota(batches.begin(), batches.end(), 0);
+  std::vector<int64_t> batches = count_up((size_t)whole), arranged;
   random.shuffle(batches);
   for (const int64_t b : batches) arranged.insert(arranged.end(), order_.begin() + b * batch_, order_.begin() + (b + 1) * batch_);
   std::copy(arranged.begin(), arranged.end(), order_.begin());
@@ -1306,7 +1318,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
 std::vector<Batch> FinetuneSampler::next(int64_t step) {
   const int64_t n = (int64_t)examples_.size(), epoch = step / epoch_steps(), first = step % epoch_steps() * batch_ * accumulate_;
   if (epoch != epoch_) {
-    std::iota(order_.begin(), order_.end(), 0);
+    order_ = count_up(examples_.size());
     arrange(epoch);
     epoch_ = epoch;
   }
@@ -1375,6 +1387,12 @@ struct ClassCounts {
 };
 }  // namespace
 
+static ClassCounts total(std::span<const ClassCounts> counts) {
+  ClassCounts all;
+  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is;
+  return all;
+}
+
 // Gorodkin 2004, eq. 8 (for two classes Matthews 1975): 0 where a factor of the denominator is 0.
 static double matthews(std::span<const ClassCounts> counts) {
   double n = 0, right = 0, pt = 0, pp = 0, tt = 0;
@@ -1399,8 +1417,7 @@ double pearson(std::span<const double> x, std::span<const double> y) {
 }
 
 static std::vector<double> ranks(std::span<const double> x) {
-  std::vector<size_t> order(x.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<size_t> order = count_up<size_t>(x.size());
   std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return x[a] < x[b]; });
   std::vector<double> rank(x.size());
   for (size_t i = 0, j; i < order.size(); i = j) {
@@ -1666,8 +1683,7 @@ static void add_averages(Scores& scores, std::span<const ClassCounts> counts, co
   auto add = [&](const std::string& name, double value) {
     if (std::none_of(scores.begin(), scores.end(), [&](const auto& s) { return s.first == name; })) scores.emplace_back(name, value);
   };
-  ClassCounts all;
-  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is;
+  const ClassCounts all = total(counts);
   using Rate = double (ClassCounts::*)() const;
   const std::pair<std::string, Rate> rates[] = {
       {"precision", &ClassCounts::precision}, {"recall", &ClassCounts::recall}, {"f1", &ClassCounts::f1}};
@@ -1704,9 +1720,7 @@ Scorer::Scores Scorer::class_scores(Which which, bool all) const {
   for (const ClassCounts& c : counts) f1 += c.f1(), classes += task_ == Task::multilabel || c.said + c.is > 0;
   Scores scores;
   if (task_ == Task::multilabel) {
-    ClassCounts sum;
-    for (const ClassCounts& c : counts) sum.hit += c.hit, sum.said += c.said, sum.is += c.is;
-    scores = {{"f1_micro", sum.f1()}, {"f1_macro", f1 / classes}, {"exact", right}};
+    scores = {{"f1_micro", total(counts).f1()}, {"f1_macro", f1 / classes}, {"exact", right}};
   } else if (C == 2) {  // of the second label, as GLUE counts
     scores = {{"accuracy", right}, {"f1", counts[1].f1()}, {"mcc", matthews(counts)}};
     if (all) scores.insert(scores.end(), {{"precision", counts[1].precision()}, {"recall", counts[1].recall()}});
@@ -1766,8 +1780,7 @@ Scorer::Scores Scorer::answer_scores(Which which, std::optional<double> null_thr
 // As the official script's find_best_thresh, but that items of one margin stay together: no threshold parts them.
 double Scorer::best_null_threshold() const {
   if (task_ != Task::qa || !items_) throw Error("score: a threshold is found from answers to questions");
-  std::vector<int64_t> order((size_t)items_);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up((size_t)items_);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return margins_[(size_t)a] < margins_[(size_t)b]; });
   double best = 0, gain = 0, threshold = margins_[(size_t)order[0]] - 1;  // answering none
   for (size_t i = 0; i < order.size(); i++) {
@@ -1815,7 +1828,7 @@ std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, cons
     m.size = std::fabs((double)said.outputs[0] - (double)is.targets[0]), m.right = exact(is.targets[0]), m.said = exact(said.outputs[0]);
     return m;
   }
-  const std::vector<float> p = probabilities(task, said.outputs, (int64_t)said.outputs.size());
+  const std::vector<float> p = probabilities(task, said.outputs);
   if (task == Task::multilabel) {
     for (size_t c = 0; c < p.size(); c++) {
       m.size += std::fabs((double)p[c] - (double)is.targets[c]);
@@ -1845,8 +1858,7 @@ Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold,
 std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<double> null_threshold) const {
   if (!items_) throw Error("score: no labelled row");
   const auto resamples = seed ? (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000) : 0;
-  std::vector<int64_t> every((size_t)items_);
-  std::iota(every.begin(), every.end(), 0);
+  const std::vector<int64_t> every = count_up((size_t)items_);
   std::vector<Scores> drawn(resamples);
   parallel_for((int64_t)resamples, [&](int64_t s) {
     Random random({*seed, (uint32_t)s, 0, kSplitStream});
@@ -1873,6 +1885,7 @@ std::vector<float> probabilities(Task task, std::span<const float> outputs, int6
     for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
     return p;
   }
+  if (!C) C = (int64_t)outputs.size();
   const Tensor y = softmax(Tensor(Shape{(int64_t)outputs.size() / C, C}, outputs));
   std::copy_n(y.data(), y.size(), p.data());
   return p;
@@ -2360,8 +2373,7 @@ static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piec
 void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>& pieces) {
   const int64_t before = t.size(), hidden = bert.config.hidden_size;
   bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
-  std::vector<int32_t> all(before);
-  std::iota(all.begin(), all.end(), 0);
+  const std::vector<int32_t> all = count_up<int32_t>((size_t)before);
   auto extended = [&](const Tensor& old, int64_t width) {
     Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
     std::copy(old.data(), old.data() + old.size(), rows.data());
@@ -2516,6 +2528,26 @@ std::vector<Example> make_examples(Task task, std::vector<Window> windows, const
     out.push_back(std::move(w.example));
   }
   return out;
+}
+
+bool in_windows(std::span<const Window> windows) {
+  auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
+  return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
+}
+
+std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
+                                       const std::string& prompt, int64_t& cut) {
+  std::vector<std::vector<Example>> made(set.items.size());
+  std::vector<uint8_t> is_cut(made.size());
+  parallel_each((int64_t)made.size(), 8, [&](int64_t i) {
+    std::vector<Window> windows = make_windows(tokenizer, task, set.items[(size_t)i], max_length, stride, prompt);
+    is_cut[(size_t)i] = task != Task::tag && task != Task::qa && in_windows(windows);
+    made[(size_t)i] = make_examples(task, std::move(windows), set.golds[(size_t)i]);
+  });
+  cut = std::count(is_cut.begin(), is_cut.end(), 1);
+  std::vector<Example> all;
+  for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(all));
+  return all;
 }
 
 // Each word's tag, from the window that sees most around its first piece.
@@ -2695,9 +2727,8 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
 // The items' windows, cut in parallel.
 static std::vector<std::vector<Window>> windows_of(const Asked& how, std::span<const Item> items) {
   std::vector<std::vector<Window>> windows(items.size());
-  parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
-    for (size_t i = (size_t)begin; i < (size_t)end; i++)
-      windows[i] = make_windows(how.tokenizer, how.bert.task, items[i], how.max_length, how.stride, how.prompt);
+  parallel_each((int64_t)items.size(), 8, [&](int64_t i) {
+    windows[(size_t)i] = make_windows(how.tokenizer, how.bert.task, items[(size_t)i], how.max_length, how.stride, how.prompt);
   });
   return windows;
 }
@@ -2803,14 +2834,6 @@ Model Model::load(const std::string& folder) {
   return m;
 }
 
-// In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is itself, and
-// in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
-static EncodeOptions encode_options(const ModelFolder& folder, bool parse_special) {
-  EncodeOptions o;
-  o.max_length = folder.max_length, o.parse_special = parse_special;
-  return o;
-}
-static Example example_of(const Encoding& e) { return {e.ids, e.type_ids, kIgnored, {}}; }
 Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
   Tensor out;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
@@ -2821,27 +2844,33 @@ Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const
   return out;
 }
 
+// A text as ids. In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is
+// itself, as here, and in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
+static Example example_of(const ModelFolder& folder, std::string_view text) {
+  EncodeOptions options;
+  options.max_length = folder.max_length;
+  Encoding e = folder.tokenizer.encode(text, options);
+  return {std::move(e.ids), std::move(e.type_ids)};
+}
+
 std::vector<float> Model::embed(std::string_view text) const {
-  const Example e = example_of(folder_->tokenizer.encode(folder_->prompt + std::string(text), encode_options(*folder_, true)));
-  const Tensor v = embed_examples(folder_->bert, {&e, 1}, folder_->pooling, 1);
-  return {v.data(), v.data() + v.size()};
+  const std::string copy(text);
+  return embed({&copy, 1}, 1)[0];
 }
 std::vector<std::vector<float>> Model::embed(std::span<const std::string> texts, int64_t batch_tokens) const {
   std::vector<Example> examples(texts.size());
-  parallel_for((int64_t)texts.size(), [&](int64_t i) {
-    examples[(size_t)i] = example_of(folder_->tokenizer.encode(folder_->prompt + texts[(size_t)i], encode_options(*folder_, true)));
-  });
+  parallel_for((int64_t)texts.size(), [&](int64_t i) { examples[(size_t)i] = example_of(*folder_, folder_->prompt + texts[(size_t)i]); });
   const Tensor v = embed_examples(folder_->bert, examples, folder_->pooling, batch_tokens);
   std::vector<std::vector<float>> out;
   for (size_t i = 0; i < texts.size(); i++) out.emplace_back(v.data() + (int64_t)i * v.cols(), v.data() + (int64_t)(i + 1) * v.cols());
   return out;
 }
 TextScore Model::score(std::string_view text) const {
-  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
+  const Example e = example_of(*folder_, text);
   return score_texts(*folder_, {&e, 1}, 8192)[0];
 }
 std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) const {
-  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
+  const Example e = example_of(*folder_, text);
   return guess_masks(*folder_, {&e, 1}, top, 1)[0];
 }
 // What the model says of one item, however long.
@@ -2854,12 +2883,10 @@ void Model::need(Task task, const char* what) const {
     throw Error(std::string(what) + ": the model is for " + head_kind(folder_->bert.task).name + ", not for " + head_kind(task).name);
 }
 std::vector<float> Model::classify(std::string_view text) const {
-  const std::vector<float> out = ask({std::string(text), {}}).outputs;
-  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+  return probabilities(folder_->bert.task, ask({std::string(text), {}}).outputs);
 }
 std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
-  const std::vector<float> out = ask({std::string(text), std::string(pair)}).outputs;
-  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+  return probabilities(folder_->bert.task, ask({std::string(text), std::string(pair)}).outputs);
 }
 std::vector<TextEntity> Model::tag(std::string_view text) const {
   need(Task::tag, "tag");
@@ -2874,8 +2901,7 @@ Answer Model::answer(std::string_view question, std::string_view context) const 
 }
 std::vector<float> Model::choose(std::string_view text, std::span<const std::string> choices) const {
   need(Task::choice, "choose");
-  const std::vector<float> out = ask({std::string(text), {}, {}, {choices.begin(), choices.end()}}).outputs;
-  return probabilities(Task::choice, out, (int64_t)out.size());
+  return probabilities(Task::choice, ask({std::string(text), {}, {}, {choices.begin(), choices.end()}}).outputs);
 }
 float Model::similarity(std::string_view a, std::string_view b) const {
   need(Task::embed, "similarity");
@@ -2890,6 +2916,11 @@ void Fingerprint::bytes(std::string_view s) {
     number(word);
   }
   number(s.size());
+}
+
+void Fingerprint::add(const Example& e) {
+  add(e.ids), add(e.segments), add(e.targets), number((uint64_t)e.label), add(e.labels);
+  for (const Example& other : e.others) add(other.ids);
 }
 
 uint64_t folder_fingerprint(const std::string& folder) {

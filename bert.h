@@ -424,6 +424,10 @@ struct Gold {
   std::vector<std::string> answers = {};           // qa: each of them is right; none: there is no answer in the context
   std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
 };
+struct LabelledSet {                               // one gold an item
+  std::vector<Item> items;
+  std::vector<Gold> golds;
+};
 // The names of labels, by their numbers.
 struct Labels {
   Task task = Task::classify;
@@ -452,7 +456,7 @@ struct Outcome {
 };
 
 // Similarity: throws Error unless every item holds what the loss compares; where that is no score, the scores go.
-void check_partners(std::span<const Item> items, std::span<Gold> golds, PairLoss loss);
+void check_partners(LabelledSet& set, PairLoss loss);
 bool only_partners(Task task, std::span<const Gold> golds);   // texts to compare, and no score
 
 // One labelled text or pair as ids.
@@ -479,8 +483,12 @@ std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const It
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
-// Which of the items to hold out: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
-std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed);
+// All items so, made in parallel; cut: how many have more text than is trained with.
+std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
+                                       const std::string& prompt, int64_t& cut);
+bool in_windows(std::span<const Window> windows);  // some text of the item did not fit into one
+// Takes items out as a held-out set: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
+LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed);
 // How often each label is right: of items, or of words.   [C]
 std::vector<double> label_counts(std::span<const Gold> golds, size_t classes);
 // What makes all labels count alike: n / (C its own number), as scikit-learn's "balanced"; 0 where there is none.   [C]
@@ -609,8 +617,8 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
 // where there is none). `pieces`: the whole new vocabulary.
 void extend_rows(Bert& bert, const WordPiece& tokenizer, const std::vector<std::string>& pieces);
 
-// [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress).
-std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes);
+// [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress). classes 0: one row.
+std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes = 0);
 struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
 
 // For each row the guesses of each [MASK] in it, mask by mask, best first.
@@ -682,6 +690,7 @@ struct Fingerprint {
   uint64_t state = 14695981039346656037ull;        // FNV-1a's numbers; the shift takes the upper bits into account
   void number(uint64_t v) { state = (state ^ v) * 1099511628211ull, state ^= state >> 32; }
   void bytes(std::string_view s);                  // their number, too
+  void add(const Example& e);
   template <class List>
   void add(const List& list) {
     for (const auto v : list)

@@ -64,8 +64,12 @@ void note(const std::string& text) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-int index_of(const std::string& name, const Strings& names) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); }
-bool among(const std::string& name, const Strings& names) { return index_of(name, names) < (int)names.size(); }
+// -1: not among them.
+int index_of(const std::string& name, const Strings& names) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  return found == names.end() ? -1 : (int)(found - names.begin());
+}
+bool among(const std::string& name, const Strings& names) { return index_of(name, names) >= 0; }
 
 Strings split(std::string_view text, char at) {
   Strings out;
@@ -165,7 +169,7 @@ class Args {
   }
   bool take_switch(const std::string& name) {
     asked_.push_back(name);
-    if (const int i = index_of("--" + name, words_); i < (int)words_.size()) erase((size_t)i, 1), given_.insert(name);
+    if (const int i = index_of("--" + name, words_); i >= 0) erase((size_t)i, 1), given_.insert(name);
     keep(name, given(name) ? "yes" : "");
     return given(name);
   }
@@ -195,7 +199,7 @@ class Args {
   // The number of the choice.
   int choice(const std::string& name, const std::string& value, Strings choices) const {
     const int at = index_of(value, choices);
-    if (at < (int)choices.size()) return at;
+    if (at >= 0) return at;
     std::erase_if(choices, [](const std::string& c) { return c.find(' ') != c.npos; });  // a default that is not for typing
     fail("--" + name + " " + value + ": " + join(Strings(choices.begin(), choices.end() - 1), ", ") + " or " + choices.back() +
          " is wanted; did you mean " + nearest(value, choices) + "?");
@@ -678,7 +682,7 @@ class Rows {
     if (said_ && names == names_) return;
     names_ = names, text_ = pair_ = label_ = -1, others_.clear();
     if (s_.task == Task::choice)
-      for (int i = 0; among("choice" + to_string(i), names); i++) others_.push_back(index_of("choice" + to_string(i), names));
+      for (int i = 0, at; (at = index_of("choice" + to_string(i), names)) >= 0; i++) others_.push_back(at);
     if (s_.task == Task::choice && others_.empty() && among("choices", names)) others_ = {index_of("choices", names)};
     for (const char* name : {"positive", "negative"})
       if (s_.task == Task::embed && among(name, names)) others_.push_back(index_of(name, names));
@@ -695,7 +699,7 @@ class Rows {
     if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
     const Strings& known_labels = s_.task == Task::tag ? kTagNames : s_.task == Task::qa ? kAnswerNames : kLabelNames;
     for (const std::string& name : known_labels)
-      if (label_ < 0 && among(name, names)) label_ = index_of(name, names);
+      if (label_ < 0) label_ = index_of(name, names);
     if (!s_.labels) label_ = -1;
     auto missing = [&](const std::string& what, const Strings& known) {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
@@ -719,8 +723,7 @@ class Rows {
         throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
       const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
       *to = number ? *number : index_of(value, names);
-      if (*to < 0 || (!number && *to == (int)names.size()))
-        throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
+      if (*to < 0) throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
     }
   }
 
@@ -742,23 +745,25 @@ class Rows {
     if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
     for (const int i : others_) {
       const Json& other = values[i].second;
-      if (other.is(Json::string)) row.others.push_back(other.as_string(names[i]));
-      for (size_t k = 0; other.is(Json::array) && k < other.items(names[i]).size(); k++)
-        row.others.push_back(answer(other.items(names[i])[k]));
+      if (other.is(Json::string) || other.is(Json::array)) append_answers(other, row.others);
     }
     if (const Json* id = s_.task == Task::qa ? v.find("id") : nullptr) row.id = answer(*id);
     if (label_ < 0) return;
     const Json& label = values[label_].second;
     if (s_.task == Task::qa) return add_answers(row, label);
     row.listed = label.is(Json::array);
-    if (!row.listed) row.answers = {answer(label)};
-    for (size_t i = 0; row.listed && i < label.items("label").size(); i++) row.answers.push_back(answer(label.items("label")[i]));
+    append_answers(label, row.answers);
   }
   std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
     if (v.is(Json::string)) return v.as_string(key);
     if ((!s_.word_lists && s_.task != Task::tag) || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
-    for (const Json& word : v.items(key)) words.push_back(answer(word));
+    append_answers(v, words);
     return "";
+  }
+  // A list's values, or one.
+  static void append_answers(const Json& v, Strings& to) {
+    if (!v.is(Json::array)) return to.push_back(answer(v));
+    for (const Json& one : v.items("label")) to.push_back(answer(one));
   }
   static std::string answer(const Json& v) {
     if (v.is(Json::string)) return v.as_string("label");
@@ -850,10 +855,9 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   std::vector<Row> chunk;
   while (read_chunk(rows, chunk, 1 << 16)) {
     std::vector<std::vector<std::vector<int32_t>>> sentences(chunk.size());  // of each row
-    parallel_ranges((int64_t)chunk.size(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
-          for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, sentences[i].emplace_back());
+    parallel_each((int64_t)chunk.size(), 16, [&](int64_t i) {
+      for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
+        for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, sentences[i].emplace_back());
     });
     for (size_t i = 0; i < chunk.size(); i++) {
       for (const std::vector<int32_t>& ids : sentences[i]) {
@@ -1501,14 +1505,10 @@ std::string TokenCounts::report(const WordPiece& t) const {
   Numbers out = {{"texts", (double)texts},     {"words", (double)words},
                  {"tokens", (double)tokens},   {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
                  {"unknown", (double)unknown}, {"longest", (double)longest}};
-  auto by_count = [](std::vector<std::pair<int64_t, std::string>> list) {
-    std::sort(list.begin(), list.end(),
-              [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
-    return list;
-  };
-  std::vector<std::pair<int64_t, std::string>> names, lacking;
-  for (const auto& [name, s] : scripts) names.emplace_back(s.words, name);
-  for (const auto& [count, name] : by_count(names)) {
+  std::vector<std::pair<int64_t, std::string>> names, lacking;  // less their counts, so that the commonest come first
+  for (const auto& [name, s] : scripts) names.emplace_back(-s.words, name);
+  std::sort(names.begin(), names.end());
+  for (const auto& [count, name] : names) {
     const Script& s = scripts.at(name);
     out.emplace_back(name + "_words", (double)s.words);
     out.emplace_back(name + "_pieces_per_word", (double)s.pieces / (double)s.words);
@@ -1520,10 +1520,10 @@ std::string TokenCounts::report(const WordPiece& t) const {
     t.append_ids(letter, ids), t.append_ids("a" + letter, ids);
     char code[16];
     std::snprintf(code, sizeof code, "U+%04X ", (unsigned)code_point(letter, 0, n));
-    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end()) lacking.emplace_back(count, "unknown_character " + (code + letter));
+    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end()) lacking.emplace_back(-count, "unknown_character " + (code + letter));
   }
-  lacking = by_count(lacking);
-  for (size_t i = 0; i < std::min<size_t>(lacking.size(), 20); i++) out.emplace_back(lacking[i].second, (double)lacking[i].first);
+  std::sort(lacking.begin(), lacking.end());
+  for (size_t i = 0; i < std::min<size_t>(lacking.size(), 20); i++) out.emplace_back(lacking[i].second, -(double)lacking[i].first);
   return figures(out);
 }
 
@@ -1829,12 +1829,6 @@ void cmd_pretrain(Args& a) {
 }
 
 // ==== 11 finetune =================================================================================================
-// Labelled rows, in the user's own words.
-struct LabelledSet {
-  std::vector<Item> items;
-  std::vector<Gold> golds;
-};
-
 // The names of labels that a row may use.
 Strings label_names(const Row& row, const Labels& labels, bool known) {
   Strings names = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
@@ -1920,15 +1914,9 @@ std::string task_name(Task task) { return task == Task::embed ? "similarity" : h
 
 constexpr size_t kItems = 2048;  // answered at once
 
-Numbers partner_scores(const Asked& how, std::span<const Item> items) {
+Numbers partner_scores(const Asked& how, std::span<const Item> items, const std::string& ending = "") {
   const RankScores s = rank_partners(how, items);
-  return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
-}
-
-// Whether some text of an item did not fit into one window.
-bool in_windows(const std::vector<Window>& windows) {
-  auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
-  return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
+  return {{"mrr" + ending, s.mrr}, {"recall_1" + ending, s.recall_1}, {"recall_10" + ending, s.recall_10}};
 }
 
 // A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
@@ -1998,33 +1986,15 @@ void Finetuning::read() {
   train = read_labelled(train_input, labels, &config.labels);
   if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
     throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
-  if (task == Task::embed) check_partners(train.items, train.golds, settings.loss.pairs);
+  if (task == Task::embed) check_partners(train, settings.loss.pairs);
   if (dev_input) dev = read_labelled(*dev_input, labels);
   if (test_input) test = read_labelled(*test_input, labels);
 }
 
 // Holds out a share of the training data, unless there is --dev, and makes what is trained with.
 void Finetuning::split(uint64_t seed) {
-  if (!dev_input && dev_split > 0) {
-    const std::vector<uint8_t> held = choose_held_out(train.golds, dev_split, seed);
-    LabelledSet rest;
-    for (size_t i = 0; i < held.size(); i++) {
-      LabelledSet& to = held[i] ? dev : rest;
-      to.items.push_back(std::move(train.items[i])), to.golds.push_back(std::move(train.golds[i]));
-    }
-    train = std::move(rest);
-  }
-  std::vector<std::vector<Example>> made(train.items.size());
-  std::vector<uint8_t> is_cut(made.size());
-  parallel_ranges((int64_t)made.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      std::vector<Window> windows = make_windows(tokenizer, task, train.items[i], max_length, stride, prompt);
-      is_cut[i] = task != Task::tag && task != Task::qa && in_windows(windows);
-      made[i] = make_examples(task, std::move(windows), train.golds[i]);
-    }
-  });
-  cut = std::count(is_cut.begin(), is_cut.end(), 1);
-  for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(examples));
+  if (!dev_input && dev_split > 0) dev = hold_out(train, dev_split, seed);
+  examples = training_examples(tokenizer, task, train, max_length, stride, prompt, cut);
   if (balanced) settings.loss.classes.weights = balanced_weights(label_counts(train.golds, labels.names.size()));
 }
 
@@ -2106,7 +2076,7 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   Evaluation e;
   if (set.items.empty()) return e;
   if (only_partners(f.task, set.golds)) {
-    for (const auto& [name, value] : partner_scores(f.asked(bert), set.items)) e.metrics.emplace_back(name + ending, value);
+    e.metrics = partner_scores(f.asked(bert), set.items, ending);
     return e;
   }
   Scorer scorer(f.task, f.labels.names);
@@ -2172,11 +2142,7 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
   settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)sampler.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
   Fingerprint fingerprint;
-  for (const Example& e : f.examples) {
-    fingerprint.add(e.ids), fingerprint.add(e.segments), fingerprint.add(e.targets), fingerprint.number((uint64_t)e.label);
-    fingerprint.add(e.labels);
-    for (const Example& other : e.others) fingerprint.add(other.ids);
-  }
+  for (const Example& e : f.examples) fingerprint.add(e);
   for (const Item& item : f.dev.items) fingerprint.bytes(item.text), fingerprint.bytes(item.pair.value_or(""));
   for (const std::string& name : f.labels.names) fingerprint.add(name);
   BestOnDev best;
@@ -2281,10 +2247,10 @@ struct Answering {
     for (std::vector<Row> chunk; read_chunk(rows, chunk, kItems);) {
       std::vector<std::invoke_result_t<Make&, const Row&>> made(chunk.size());
       Strings wrong(chunk.size());
-      parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) try {
-            made[i] = make(chunk[i]);
-          } catch (const BadLine& e) { wrong[i] = e.what(); }
+      parallel_each((int64_t)chunk.size(), 8, [&](int64_t i) {
+        try {
+          made[i] = make(chunk[i]);
+        } catch (const BadLine& e) { wrong[i] = e.what(); }
       });
       size_t good = 0;
       for (size_t i = 0; i < chunk.size(); i++) {
@@ -2385,7 +2351,7 @@ struct Prediction {
     const bool plain = logits || task == Task::regress || task == Task::embed;
     if (logits || (plain && !json)) return numbers(o.outputs) + "\n";
     if (plain) return json_object({{o.outputs.size() > 1 ? "scores" : "score", numbers(o.outputs, o.outputs.size() > 1)}}) + "\n";
-    return scores(probabilities(task, o.outputs, (int64_t)o.outputs.size())) + "\n";
+    return scores(probabilities(task, o.outputs)) + "\n";
   }
 
  private:
@@ -2588,14 +2554,12 @@ Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector
   Strings out(chunk.size());
   const Tensor vectors = embed_windows(s.folder.bert, windows, o.pooling, s.batch_tokens);
   const size_t H = (size_t)vectors.cols();
-  parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const float* v = vectors.data() + (size_t)i * H;
-      if (o.to == EmbedOptions::npy)
-        out[(size_t)i].assign((const char*)v, H * sizeof(float));
-      else
-        out[(size_t)i] = numbers({v, H}, json) + "\n";
-    }
+  parallel_each((int64_t)chunk.size(), 8, [&](int64_t i) {
+    const float* v = vectors.data() + (size_t)i * H;
+    if (o.to == EmbedOptions::npy)
+      out[(size_t)i].assign((const char*)v, H * sizeof(float));
+    else
+      out[(size_t)i] = numbers({v, H}, json) + "\n";
   });
   return out;
 }

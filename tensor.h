@@ -410,6 +410,12 @@ void parallel_ranges(int64_t n, int64_t piece, F&& f) {
   parallel_for((n + piece - 1) / piece, [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); });
 }
 
+// f(i) for every i, in such pieces.
+template <class F>
+void parallel_each(int64_t n, int64_t piece, F&& f) {
+  parallel_ranges(n, piece, [&](int64_t i, int64_t end) { for (; i < end; i++) f(i); });
+}
+
 // Default rounding, denormals kept, no traps, while it lives; then as it was.
 class DefaultFloatMode {
  public:
