@@ -1,4 +1,4 @@
-// bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, search.   Interface: bert.h, 2 to 10.
+// bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, fingerprints.   Interface: bert.h, 2 to 10.
 //
 // Read in this order: encoder_layer (the paper's figure 1 in seven lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step;
 // where its batches come from: mask_tokens, PretrainSampler::next.
@@ -6,7 +6,7 @@
 // It computes nothing itself: every product, norm and softmax is an op of tensor.h.
 //
 // Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (pairs, masking)  fine-tuning
-//            metrics  model folders  tasks (windows, and what they answer together)  Model  search
+//            metrics  model folders  tasks (windows, and what they answer together)  Model  fingerprints
 #include "bert.h"
 
 #include <sys/stat.h>
@@ -873,14 +873,16 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
   return about;
 }
 
-TrainingStates::TrainingStates(const std::string& folder, int64_t keep) : base_(folder + "/training_state"), keep_(keep) {}
+TrainingStates::TrainingStates(const std::string& folder, int64_t keep) : folder_(folder), keep_(keep) {}
 
-std::string TrainingStates::name(int64_t i) const { return base_ + (i ? "-" + std::to_string(i) : "") + ".safetensors"; }
+std::string TrainingStates::name(int64_t i) const {
+  return folder_ + "/training_state" + (i ? "-" + std::to_string(i) : "") + ".safetensors";
+}
 
 bool TrainingStates::any() const { return fs::exists(name(0)) || fs::exists(name(1)); }
 
 void TrainingStates::save(const Trainer& trainer, const About& about) const {
-  const std::string fresh = base_ + "-new.safetensors";
+  const std::string fresh = folder_ + "/training_state-new.safetensors";
   trainer.save(fresh, about);
   std::error_code code;  // an older state that is not there, or cannot be linked, is no failure
   for (int64_t i = keep_ - 1; i > 1; i--) fs::rename(name(i - 1), name(i), code);
@@ -889,7 +891,26 @@ void TrainingStates::save(const Trainer& trainer, const About& about) const {
   fs::rename(fresh, name(0));
 }
 
-TrainingStates::About TrainingStates::load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const {
+// A resumed run must be the run that was begun.
+void TrainingStates::check(const About& run, const About& stored, const std::function<void(const std::string&)>& say) const {
+  auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
+  auto same = [&](const std::string& key) { return get(run, key) == get(stored, key); };
+  About all = run;  // the keys of both
+  all.insert(stored.begin(), stored.end());
+  Strings differ;
+  for (const auto& [key, value] : all)
+    if (key.starts_with("--") && !same(key)) differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(run, key) + ")");
+  if (differ.empty() && !same("data")) differ = {"other data"};
+  if (differ.empty() && !same("weights")) differ = {"another model or vocabulary to start from"};
+  if (!differ.empty())
+    throw Error(folder_ + ": --resume with what the run did not begin with: " + join(differ, ", ") +
+                "; give the same, or begin anew in another folder");
+  if (!same("backend"))
+    say("the run began on " + get(stored, "backend") + ", here are " + get(run, "backend") + ": its last bits may come out otherwise");
+}
+
+TrainingStates::About TrainingStates::load(Trainer& trainer, const About& run, const std::function<void(const std::string&)>& say) const {
+  std::string remark;
   for (int64_t i = 0; i < 2; i++) {
     if (!fs::exists(name(i))) continue;
     About about;
@@ -901,8 +922,10 @@ TrainingStates::About TrainingStates::load(Trainer& trainer, const std::function
       remark = e.what() + ("; going on from " + name(1));
       continue;
     }
-    check(about);
-    return trainer.load(name(i));
+    check(run, about, say);
+    About loaded = trainer.load(name(i));
+    if (!remark.empty()) say(remark);
+    return loaded;
   }
   return {};
 }
@@ -2640,6 +2663,10 @@ static Outcome answer_outcome(const Item& item, std::span<const Window> windows,
   return o;
 }
 
+Answer Outcome::answer(std::optional<double> null_threshold) const {
+  return answers.empty() || (null_threshold && null_margin > *null_threshold) ? Answer() : answers[0];
+}
+
 // The mean of the outputs of all windows of a part, part by part.
 static std::vector<float> mean_outputs(std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
   std::vector<float> means;
@@ -2895,9 +2922,7 @@ std::vector<TextEntity> Model::tag(std::string_view text) const {
 }
 Answer Model::answer(std::string_view question, std::string_view context) const {
   need(Task::qa, "answer");
-  const Outcome o = ask({std::string(question), std::string(context)});
-  const auto& threshold = folder_->config.null_threshold;
-  return o.answers.empty() || (threshold && o.null_margin > *threshold) ? Answer() : o.answers[0];
+  return ask({std::string(question), std::string(context)}).answer(folder_->config.null_threshold);
 }
 std::vector<float> Model::choose(std::string_view text, std::span<const std::string> choices) const {
   need(Task::choice, "choose");
@@ -2908,7 +2933,7 @@ float Model::similarity(std::string_view a, std::string_view b) const {
   return ask({std::string(a), std::string(b)}).outputs[0];
 }
 
-// ==== search ======================================================================================================
+// ==== fingerprints ================================================================================================
 void Fingerprint::bytes(std::string_view s) {
   for (size_t i = 0; i < s.size(); i += 8) {
     uint64_t word = 0;

@@ -15,7 +15,7 @@
 //     }
 //
 //   Contents:   1 WordPiece  2 config  3 batches  4 the model  5 training  6 pretraining data  7 tasks  8 metrics
-//               9 model folders and Model  10 search
+//               9 model folders and Model  10 fingerprints
 #pragma once
 #include <bit>
 
@@ -137,9 +137,9 @@ bool is_white_space(char32_t c);           // Unicode's White_Space
 bool is_letter(char32_t c);                // a letter, digit or number, as Python's isalnum but for rare signs; no mark
 const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
-std::string join(std::span<const std::string> parts, const std::string& between);   // [bert.cpp]
-
 // ==== 2 config =================================================================================================== [bert.cpp]
+std::string join(std::span<const std::string> parts, const std::string& between);
+
 struct Config {   // config.json, by the names there
   int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
   int64_t max_position_embeddings = 512, type_vocab_size = 2, pad_token_id = 0;
@@ -336,15 +336,16 @@ class TrainingStates {
   TrainingStates(const std::string& folder, int64_t keep);   // keep: files, at least 1
   bool any() const;
   void save(const Trainer& trainer, const About& about) const;
-  // The newest state that can be read, after `check` of what it is about; empty where there is none. When the newest cannot be read,
-  // `remark` says why and which one was taken.
-  About load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const;
+  // The newest state that can be read; empty where there is none. Throws Error where it is not of this `run`, whose settings (under
+  // --name), "data" and "weights" must be the same; says when its "backend" is another, and when a newer state could not be read.
+  About load(Trainer& trainer, const About& run, const std::function<void(const std::string&)>& say) const;
   void remove_all() const;
 
  private:
-  std::string base_;
+  std::string folder_;
   int64_t keep_;
   std::string name(int64_t i) const;
+  void check(const About& run, const About& stored, const std::function<void(const std::string&)>& say) const;
 };
 
 // ==== 6 pretraining data =========================================================================================
@@ -453,6 +454,7 @@ struct Outcome {
   std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
   std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
   double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
+  Answer answer(std::optional<double> null_threshold) const;   // qa: the best part; an empty one where the margin is above the threshold
 };
 
 // Similarity: throws Error unless every item holds what the loss compares; where that is no score, the scores go.
@@ -684,7 +686,7 @@ Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const
 // they decide about.   [parts of all items, width]
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);
 
-// ==== 10 search ==================================================================================================
+// ==== 10 fingerprints ============================================================================================
 // Tells whether data is what it was; no protection against who wants two to be the same.
 struct Fingerprint {
   uint64_t state = 14695981039346656037ull;        // FNV-1a's numbers; the shift takes the upper bits into account

@@ -1054,7 +1054,6 @@ class Run {
   StepReport sum_;                         // since the last logged step
   double first_loss_ = 0, last_loss_ = 0;  // of this process's first and last logged step
 
-  void check(const About& stored) const;
   void open_log(int64_t step);
   void add(const std::string& object);
 };
@@ -1066,13 +1065,11 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   fixed_ = {{"data", to_string(data_fingerprint.state)}, {"weights", to_string(weights.state)}, {"backend", backend_description()}};
   for (const auto& [name, value] : taken)
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
-  std::string remark;
   About stored;
   if (s_.resume)
-    stored = states.load(trainer, std::bind_front(&Run::check, this), remark);
+    stored = states.load(trainer, fixed_, [](const std::string& remark) { say("bert: " + remark); });
   else
     states.remove_all();
-  if (!remark.empty()) say("bert: " + remark);
   if (!stored.empty()) {
     fixed_["backend"] = stored["backend"];
     trainer.set_steps(stored_number(stored, "steps"));
@@ -1084,25 +1081,6 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   open_log(trainer.done());
   begun_ = saved_at_ = window_began_ = now(), first_ = window_first_ = trainer.done();
   return stored;
-}
-
-// A resumed run must be the run that was begun.
-void Run::check(const About& stored) const {
-  auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
-  About all = fixed_;  // the keys of both
-  all.insert(stored.begin(), stored.end());
-  Strings differ;
-  for (const auto& [key, value] : all)
-    if (key.starts_with("--") && get(fixed_, key) != get(stored, key))
-      differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(fixed_, key) + ")");
-  if (differ.empty() && get(fixed_, "data") != get(stored, "data")) differ = {"other data"};
-  if (differ.empty() && get(fixed_, "weights") != get(stored, "weights")) differ = {"another model or vocabulary to start from"};
-  if (!differ.empty())
-    throw Error(s_.output + ": --resume with what the run did not begin with: " + join(differ, ", ") +
-                "; give the same, or begin anew in another folder");
-  if (get(fixed_, "backend") != get(stored, "backend"))
-    say("bert: the run began on " + get(stored, "backend") + ", here are " + get(fixed_, "backend") +
-        ": its last bits may come out otherwise");
 }
 
 // Keeps what was logged up to `step` and goes on behind it; 0: begins anew.
@@ -2401,8 +2379,7 @@ struct Prediction {
             {"score", format_number((float)a.score)}};
   }
   std::string answer_json(const Row& row, const Outcome& o) const {
-    const bool none = o.answers.empty() || (null_threshold && o.null_margin > *null_threshold);
-    Named record = answer_facts(row, none ? Answer() : o.answers[0]);
+    Named record = answer_facts(row, o.answer(null_threshold));
     record.insert(record.begin(), {"id", row.id.empty() ? to_string(row.number) : json_quote(row.id)});
     if (!json) return json_object(record);
     Strings list;

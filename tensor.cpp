@@ -1,4 +1,4 @@
-// tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, the product of matrices, tensors' files.
+// tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, products of matrices, files of tensors.
 //
 //   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
 //               one), kernels SIMD, gemm, nearest rows, this machine, files
