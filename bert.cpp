@@ -31,6 +31,12 @@ std::string join(std::span<const std::string> parts, const std::string& between)
   return out;
 }
 
+// The first row of a table that fits, or null.
+template <class Row, size_t n, class Fits>
+static const Row* find_row(const Row (&table)[n], Fits fits) {
+  const Row* found = std::find_if(table, table + n, fits);
+  return found == table + n ? nullptr : found;
+}
 // 0, 1, 2 ...: n of them.
 template <class T = int64_t>
 static std::vector<T> count_up(size_t n) {
@@ -101,8 +107,7 @@ static const Family families[] = {
       {"cls.predictions.bias", "generator_lm_head.bias"}}},
 };
 static const Family& family(const Config& config) {
-  for (const Family& f : families)
-    if (config.model_type == f.model_type) return f;
+  if (const Family* found = find_row(families, [&](const Family& f) { return config.model_type == f.model_type; })) return *found;
   throw Error("config: model_type '" + config.model_type + "' is not built; bert, distilbert and electra are");
 }
 
@@ -221,11 +226,9 @@ static void refuse_variants(const Json& json, const std::string& where) {
 }
 
 static const Family& find_family(const std::string& model_type, const std::string& where) {
-  for (const Family& f : families)
-    if (model_type == f.model_type) return f;
-  std::string lacks;
-  for (const Stranger& s : strangers)
-    if (model_type == s.model_type) lacks = std::string(": it needs ") + s.lacks;
+  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
+  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
+  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
   throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
 }
 
@@ -248,9 +251,7 @@ static const HeadKind head_kinds[] = {
 };
 
 static const HeadKind* find_architecture(std::string_view name) {
-  for (const HeadKind& h : head_kinds)
-    if (name == h.architecture) return &h;
-  return nullptr;
+  return find_row(head_kinds, [&](const HeadKind& h) { return name == h.architecture; });
 }
 
 Config Config::parse(std::string_view text, const std::string& where, const std::string& type_of_tensors) {
@@ -281,9 +282,8 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
                 std::to_string(c.num_attention_heads));
   const std::string& act = need("hidden_act").as_string(where + ": hidden_act");
-  const auto* found = std::find_if(std::begin(activations), std::end(activations), [&](const auto& a) { return act == a.first; });
-  if (found == std::end(activations))
-    throw Error(where + ": hidden_act: '" + act + "' is not built; gelu, gelu_new, gelu_pytorch_tanh, relu and tanh are");
+  const auto* found = find_row(activations, [&](const auto& a) { return act == a.first; });
+  if (!found) throw Error(where + ": hidden_act: '" + act + "' is not built; gelu, gelu_new, gelu_pytorch_tanh, relu and tanh are");
   c.hidden_act = found->second;
   if (const Json* v = given("architectures")) {
     const auto& names = v->items(where + ": architectures");
@@ -330,7 +330,7 @@ Config Config::named(const std::string& name, int64_t vocab_size) {
 
 std::string Config::to_json(const std::string& dtype) const {
   const Family& f = family(*this);
-  const auto* act = std::find_if(std::begin(activations), std::end(activations), [&](const auto& a) { return a.second == hidden_act; });
+  const auto* act = find_row(activations, [&](const auto& a) { return a.second == hidden_act; });
   std::map<std::string, std::string> lines = {{f.key("hidden_act"), json_quote(act->first)},
                                               {"model_type", json_quote(model_type)},
                                               {"position_embedding_type", "\"absolute\""},
@@ -356,14 +356,11 @@ std::string Config::to_json(const std::string& dtype) const {
 
 // ==== parameters ==================================================================================================
 const HeadKind& head_kind(Task task) {
-  for (const HeadKind& h : head_kinds)
-    if (h.task == task) return h;
+  if (const HeadKind* head = find_row(head_kinds, [&](const HeadKind& h) { return h.task == task; })) return *head;
   throw Error("no such task");
 }
 const HeadKind* find_head(std::string_view name) {
-  for (const HeadKind& h : head_kinds)
-    if (name == h.name) return &h;
-  return nullptr;
+  return find_row(head_kinds, [&](const HeadKind& h) { return name == h.name; });
 }
 // Without a problem_type one label means regression, more mean classes: transformers' rule.
 const HeadKind& head_kind(const Config& config) {
@@ -2201,9 +2198,9 @@ static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
   const Json config = Json::parse(read_file(path), path);
   std::vector<Pooling::Kind> kinds;
   auto add = [&](const std::string& name) {
-    for (const PoolingMode& m : pooling_modes)
-      if (name == m.name) return kinds.push_back(m.kind);
-    throw Error(path + ": pooling_mode: '" + name + "' is not built");
+    const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return name == m.name; });
+    if (!mode) throw Error(path + ": pooling_mode: '" + name + "' is not built");
+    kinds.push_back(mode->kind);
   };
   if (const Json* mode = config.find("pooling_mode")) {
     if (mode->is(Json::string))
@@ -2214,7 +2211,7 @@ static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
   }
   for (const auto& [key, value] : config.members())
     if (key.starts_with("pooling_mode_") && value.is(Json::boolean) && value.as_bool(path) &&
-        std::none_of(std::begin(pooling_modes), std::end(pooling_modes), [&, k = key](const PoolingMode& m) { return k == m.flag; }))
+        !find_row(pooling_modes, [&, k = key](const PoolingMode& m) { return k == m.flag; }))
       throw Error(path + ": " + key + " is not built");
   for (const PoolingMode& m : pooling_modes)
     if (const Json* on = config.find(m.flag); on && on->as_bool(path + ": " + m.flag)) kinds.push_back(m.kind);
@@ -2229,8 +2226,8 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
   const Json config = Json::parse(read_file(path), path);
   const Json *name = config.find("activation_function"), *residual = config.find("use_residual");
   const std::string text = name ? name->as_string(path + ": activation_function") : "torch.nn.Tanh", act = text.substr(text.rfind('.') + 1);
-  const auto* found = std::find_if(std::begin(known), std::end(known), [&](const auto& a) { return act == a.first; });
-  if (found == std::end(known) || !text.starts_with("torch.nn."))
+  const auto* found = find_row(known, [&](const auto& a) { return act == a.first; });
+  if (!found || !text.starts_with("torch.nn."))
     throw Error(path + ": activation_function: '" + text + "' is not built; torch.nn's Tanh, Identity, ReLU and GELU are");
   if (residual && residual->as_bool(path + ": use_residual")) throw Error(path + ": use_residual: true is not built");
   for (const char* key : {"module_input_name", "module_output_name"})
@@ -2288,8 +2285,8 @@ std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_
 std::string Pooling::name() const {
   std::string text;
   for (const Kind k : kinds) {
-    const auto* m = std::find_if(std::begin(pooling_modes), std::end(pooling_modes), [&](const PoolingMode& p) { return p.kind == k; });
-    text += (text.empty() ? "" : "+") + std::string(m == std::end(pooling_modes) ? "pooler" : m->name);
+    const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return m.kind == k; });
+    text += (text.empty() ? "" : "+") + std::string(mode ? mode->name : "pooler");
   }
   for (const Layer& l : layers) text += " dense " + to_string(l.dense.weight.shape());
   return text;

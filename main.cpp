@@ -2317,11 +2317,12 @@ std::string numbers(std::span<const float> values, bool json = false) {
 
 // What `predict` prints of one row by its task.
 struct Prediction {
-  Task task;
-  Strings labels;
-  bool json, logits, chars;
-  int64_t top;
-  std::optional<double> null_threshold;
+  Args& a;
+  const int64_t top = a.take_int("top", 1, 1, 1 << 20);
+  const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  Task task = Task::classify;  // this and the rest are the model's
+  Strings labels = {};
+  std::optional<double> null_threshold = {};
 
   std::string lines(const Row& row, const Outcome& o, bool conll) const {
     if (task == Task::tag) return conll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
@@ -2417,9 +2418,7 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
 
 void cmd_predict(Args& a) {
   Answering s(a, "the folder of a task model, as bert finetune writes it");
-  Prediction p{};
-  p.top = a.take_int("top", 1, 1, 1 << 20), p.json = a.take_switch("jsonl"), p.logits = a.take_switch("logits");
-  p.chars = a.take_choice("offsets", {"bytes", "chars"});
+  Prediction p{a};
   s.stride = a.take_int("stride", 128, 0, 1 << 20);
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   const Strings ways = {"window", "error", "truncate"};
