@@ -439,12 +439,13 @@ class Rows {
   Format format_ = kLines;
   size_t file_ = 0;
   Strings names_;                           // of the columns or keys that were picked from last
+  bool picked_ = false, said_ = false;      // all that is needed, and that this was said of the file
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   std::vector<int> others_;                 // of choices, or of what is and what is not alike
   size_t columns_ = 0;                      // conll: of the file's first line
   std::vector<Row> questions_;              // squad: the file's, last one first
   std::string text_line_;                   // read last; its room is used again
-  bool said_ = false, terminal_ = false;
+  bool terminal_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
 
@@ -464,7 +465,7 @@ class Rows {
     const char* own_format = task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : "";
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" + own_format);
-    said_ = false, names_.clear(), columns_ = 0;
+    picked_ = said_ = false, columns_ = 0;
     if (format_ == kSquad) read_squad(path);
     if (format_ == kTsv || format_ == kCsv) try {
         Row row;
@@ -679,8 +680,8 @@ class Rows {
 
   // Settles which columns or keys are meant: those of --columns, else by well-known names in the order they stand.
   void pick(const Strings& names) {
-    if (said_ && names == names_) return;
-    names_ = names, text_ = pair_ = label_ = -1, others_.clear();
+    if (picked_ && names == names_) return;
+    picked_ = false, names_ = names, text_ = pair_ = label_ = -1, others_.clear();
     if (s_.task == Task::choice)
       for (int i = 0, at; (at = index_of("choice" + to_string(i), names)) >= 0; i++) others_.push_back(at);
     if (s_.task == Task::choice && others_.empty() && among("choices", names)) others_ = {index_of("choices", names)};
@@ -712,7 +713,7 @@ class Rows {
     for (const auto& [number, what] : {std::pair(text_, "text is "), {pair_, ", pair is "}, {label_, ", label is "}})
       if (number >= 0) found += what + ("'" + (number < (int)names.size() ? names[number] : "column " + to_string(number))) + "'";
     if (!said_) note(lines_->name() + ": " + found);
-    said_ = true;
+    picked_ = said_ = true;
   }
   void pick_by_option(const Strings& names) {
     for (const std::string& wish : split(s_.columns, ',')) {
