@@ -409,7 +409,6 @@ template <class F>
 void parallel_ranges(int64_t n, int64_t piece, F&& f) {
   parallel_for((n + piece - 1) / piece, [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); });
 }
-
 // f(i) for every i, in such pieces.
 template <class F>
 void parallel_each(int64_t n, int64_t piece, F&& f) {
