@@ -1,4 +1,4 @@
-// bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, search.   Interface: bert.h, 2 to 10.
+// bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, fingerprints.   Interface: bert.h, 2 to 10.
 //
 // Read in this order: encoder_layer (the paper's figure 1 in seven lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step;
 // where its batches come from: mask_tokens, PretrainSampler::next.
@@ -6,12 +6,9 @@
 // It computes nothing itself: every product, norm and softmax is an op of tensor.h.
 //
 // Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (pairs, masking)  fine-tuning
-//            metrics  model folders  tasks (windows, and what they answer together)  Model  search
+//            metrics  model folders  tasks (windows, and what they answer together)  Model  fingerprints
 #include "bert.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -22,11 +19,31 @@
 #include <limits>
 #include <numeric>
 #include <set>
-#include <tuple>
 
 namespace bert {
 
 namespace fs = std::filesystem;
+using Strings = std::vector<std::string>;
+
+std::string join(std::span<const std::string> parts, const std::string& between) {
+  std::string out;
+  for (size_t i = 0; i < parts.size(); i++) out += (i ? between : "") + parts[i];
+  return out;
+}
+
+// The first row of a table that fits, or null.
+template <class Row, size_t n, class Fits>
+static const Row* find_row(const Row (&table)[n], Fits fits) {
+  const Row* found = std::find_if(table, table + n, fits);
+  return found == table + n ? nullptr : found;
+}
+// 0, 1, 2 ...: n of them.
+template <class T = int64_t>
+static std::vector<T> count_up(size_t n) {
+  std::vector<T> numbers(n);
+  std::iota(numbers.begin(), numbers.end(), T(0));
+  return numbers;
+}
 
 // ==== families ====================================================================================================
 // BERT and its cousins: one encoder under several names. What BERT calls as on the left, a cousin calls as on the right; a key "" is
@@ -90,8 +107,7 @@ static const Family families[] = {
       {"cls.predictions.bias", "generator_lm_head.bias"}}},
 };
 static const Family& family(const Config& config) {
-  for (const Family& f : families)
-    if (config.model_type == f.model_type) return f;
+  if (const Family* found = find_row(families, [&](const Family& f) { return config.model_type == f.model_type; })) return *found;
   throw Error("config: model_type '" + config.model_type + "' is not built; bert, distilbert and electra are");
 }
 
@@ -188,9 +204,8 @@ static std::vector<std::string> parse_labels(const Json& id2label, const std::st
   std::vector<std::string> labels(members.size());
   std::vector<bool> seen(members.size());
   for (const auto& [number, label] : members) {
-    size_t i = 0;
-    const auto r = std::from_chars(number.data(), number.data() + number.size(), i);
-    if (r.ec != std::errc() || r.ptr != number.data() + number.size() || i >= labels.size() || seen[i])
+    const size_t i = parse_number<size_t>(number).value_or(labels.size());
+    if (i >= labels.size() || seen[i])
       throw Error(where + ": id2label: '" + number + "' is not one of the numbers 0 to " + std::to_string(labels.size() - 1) +
                   ", each once");
     labels[i] = label.as_string(where + ": id2label " + number);
@@ -211,11 +226,9 @@ static void refuse_variants(const Json& json, const std::string& where) {
 }
 
 static const Family& find_family(const std::string& model_type, const std::string& where) {
-  for (const Family& f : families)
-    if (model_type == f.model_type) return f;
-  std::string lacks;
-  for (const Stranger& s : strangers)
-    if (model_type == s.model_type) lacks = std::string(": it needs ") + s.lacks;
+  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
+  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
+  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
   throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
 }
 
@@ -238,9 +251,7 @@ static const HeadKind head_kinds[] = {
 };
 
 static const HeadKind* find_architecture(std::string_view name) {
-  for (const HeadKind& h : head_kinds)
-    if (name == h.architecture) return &h;
-  return nullptr;
+  return find_row(head_kinds, [&](const HeadKind& h) { return name == h.architecture; });
 }
 
 Config Config::parse(std::string_view text, const std::string& where, const std::string& type_of_tensors) {
@@ -277,9 +288,8 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
                 std::to_string(c.num_attention_heads));
   const std::string& act = need("hidden_act").as_string(where + ": hidden_act");
-  const auto* found = std::find_if(std::begin(activations), std::end(activations), [&](const auto& a) { return act == a.first; });
-  if (found == std::end(activations))
-    throw Error(where + ": hidden_act: '" + act + "' is not built; gelu, gelu_new, gelu_pytorch_tanh, relu and tanh are");
+  const auto* found = find_row(activations, [&](const auto& a) { return act == a.first; });
+  if (!found) throw Error(where + ": hidden_act: '" + act + "' is not built; gelu, gelu_new, gelu_pytorch_tanh, relu and tanh are");
   c.hidden_act = found->second;
   if (const Json* v = given("architectures")) {
     const auto& names = v->items(where + ": architectures");
@@ -326,7 +336,7 @@ Config Config::named(const std::string& name, int64_t vocab_size) {
 
 std::string Config::to_json(const std::string& dtype) const {
   const Family& f = family(*this);
-  const auto* act = std::find_if(std::begin(activations), std::end(activations), [&](const auto& a) { return a.second == hidden_act; });
+  const auto* act = find_row(activations, [&](const auto& a) { return a.second == hidden_act; });
   std::map<std::string, std::string> lines = {{f.key("hidden_act"), json_quote(act->first)},
                                               {"model_type", json_quote(model_type)},
                                               {"position_embedding_type", "\"absolute\""},
@@ -353,14 +363,11 @@ std::string Config::to_json(const std::string& dtype) const {
 
 // ==== parameters ==================================================================================================
 const HeadKind& head_kind(Task task) {
-  for (const HeadKind& h : head_kinds)
-    if (h.task == task) return h;
+  if (const HeadKind* head = find_row(head_kinds, [&](const HeadKind& h) { return h.task == task; })) return *head;
   throw Error("no such task");
 }
 const HeadKind* find_head(std::string_view name) {
-  for (const HeadKind& h : head_kinds)
-    if (name == h.name) return &h;
-  return nullptr;
+  return find_row(head_kinds, [&](const HeadKind& h) { return name == h.name; });
 }
 // Without a problem_type one label means regression, more mean classes: transformers' rule.
 const HeadKind& head_kind(const Config& config) {
@@ -736,8 +743,7 @@ void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_s
 }
 
 std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
-  std::vector<int64_t> order(lengths.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up(lengths.size());
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[(size_t)a] < lengths[(size_t)b]; });
   std::vector<std::vector<int64_t>> batches;
   int64_t held = 0;
@@ -880,11 +886,9 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
   if (about["bert_state_version"] != kStateVersion)
     throw Error(path + ": not a training state of this version; start again without --resume");
   auto number = [&](const char* key, int64_t most) {
-    int64_t n = -1;
-    const std::string& text = about[key];
-    const auto r = std::from_chars(text.data(), text.data() + text.size(), n);
-    if (r.ec != std::errc() || r.ptr != text.data() + text.size() || n < 0 || n > most)
-      throw Error(path + ": " + key + ": '" + text + "' is not a number of steps from 0 to " + std::to_string(most));
+    const int64_t n = parse_number<int64_t>(about[key]).value_or(-1);
+    if (n < 0 || n > most)
+      throw Error(path + ": " + key + ": '" + about[key] + "' is not a number of steps from 0 to " + std::to_string(most));
     return n;
   };
   const int64_t steps = number("bert_steps", INT32_MAX), done = number("bert_steps_done", steps);
@@ -902,14 +906,16 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
   return about;
 }
 
-TrainingStates::TrainingStates(const std::string& folder, int64_t keep) : base_(folder + "/training_state"), keep_(keep) {}
+TrainingStates::TrainingStates(const std::string& folder, int64_t keep) : folder_(folder), keep_(keep) {}
 
-std::string TrainingStates::name(int64_t i) const { return base_ + (i ? "-" + std::to_string(i) : "") + ".safetensors"; }
+std::string TrainingStates::name(int64_t i) const {
+  return folder_ + "/training_state" + (i ? "-" + std::to_string(i) : "") + ".safetensors";
+}
 
 bool TrainingStates::any() const { return fs::exists(name(0)) || fs::exists(name(1)); }
 
 void TrainingStates::save(const Trainer& trainer, const About& about) const {
-  const std::string fresh = base_ + "-new.safetensors";
+  const std::string fresh = folder_ + "/training_state-new.safetensors";
   trainer.save(fresh, about);
   std::error_code code;  // an older state that is not there, or cannot be linked, is no failure
   for (int64_t i = keep_ - 1; i > 1; i--) fs::rename(name(i - 1), name(i), code);
@@ -918,7 +924,26 @@ void TrainingStates::save(const Trainer& trainer, const About& about) const {
   fs::rename(fresh, name(0));
 }
 
-TrainingStates::About TrainingStates::load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const {
+// A resumed run must be the run that was begun.
+void TrainingStates::check(const About& run, const About& stored, const std::function<void(const std::string&)>& say) const {
+  auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
+  auto same = [&](const std::string& key) { return get(run, key) == get(stored, key); };
+  About all = run;  // the keys of both
+  all.insert(stored.begin(), stored.end());
+  Strings differ;
+  for (const auto& [key, value] : all)
+    if (key.starts_with("--") && !same(key)) differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(run, key) + ")");
+  if (differ.empty() && !same("data")) differ = {"other data"};
+  if (differ.empty() && !same("weights")) differ = {"another model or vocabulary to start from"};
+  if (!differ.empty())
+    throw Error(folder_ + ": --resume with what the run did not begin with: " + join(differ, ", ") +
+                "; give the same, or begin anew in another folder");
+  if (!same("backend"))
+    say("the run began on " + get(stored, "backend") + ", here are " + get(run, "backend") + ": its last bits may come out otherwise");
+}
+
+TrainingStates::About TrainingStates::load(Trainer& trainer, const About& run, const std::function<void(const std::string&)>& say) const {
+  std::string remark;
   for (int64_t i = 0; i < 2; i++) {
     if (!fs::exists(name(i))) continue;
     About about;
@@ -930,8 +955,10 @@ TrainingStates::About TrainingStates::load(Trainer& trainer, const std::function
       remark = e.what() + ("; going on from " + name(1));
       continue;
     }
-    check(about);
-    return trainer.load(name(i));
+    check(run, about, say);
+    About loaded = trainer.load(name(i));
+    if (!remark.empty()) say(remark);
+    return loaded;
   }
   return {};
 }
@@ -942,6 +969,44 @@ void TrainingStates::remove_all() const {
 }
 
 // ==== pretraining data ============================================================================================
+// Whether a full stop at line[at] only shortens the word before it: Mr. Mrs. Ms. Dr. St., and initials.
+static bool abbreviates(std::string_view line, size_t at) {
+  size_t begin = at;
+  while (begin && (std::isalpha((unsigned char)line[begin - 1]) || (line[begin - 1] & 0x80))) begin--;
+  const std::string_view word = line.substr(begin, at - begin);
+  for (const char* known : {"Mr", "Mrs", "Ms", "Dr", "St"})
+    if (line[at] == '.' && word == known) return true;
+  return line[at] == '.' && word.size() == 1 && word[0] <= 'Z';
+}
+
+std::vector<std::string_view> split_sentences(std::string_view line) {
+  auto one_of = [&](size_t i, std::initializer_list<std::string_view> list) -> size_t {
+    for (std::string_view s : list)
+      if (line.substr(i, s.size()) == s) return s.size();
+    return 0;
+  };
+  auto stop = [&](size_t i) { return one_of(i, {".", "!", "?"}); };
+  auto wide_stop = [&](size_t i) { return one_of(i, {"。", "！", "？"}); };
+  auto closer = [&](size_t i) { return one_of(i, {"\"", "'", ")", "]", "}", "”", "’", "»", "」", "』", "）"}); };
+  std::vector<std::string_view> sentences;
+  size_t begin = 0;
+  for (size_t i = 0; i < line.size();) {
+    const size_t first = i;
+    const bool wide = wide_stop(i) > 0;
+    if (!wide && !stop(i)) {
+      i++;
+      continue;
+    }
+    for (size_t n; i < line.size() && ((n = stop(i)) || (n = wide_stop(i)) || (n = closer(i)));) i += n;
+    if (!wide && i < line.size() && line[i] != ' ' && line[i] != '\t') continue;  // 3.14, example.org
+    if (i == first + 1 && abbreviates(line, first)) continue;
+    sentences.push_back(line.substr(begin, i - begin));
+    begin = i;
+  }
+  if (begin < line.size()) sentences.push_back(line.substr(begin));
+  return sentences;
+}
+
 void Corpus::end_sentence() {
   if ((int64_t)ids.size() > sentences.back()) sentences.push_back((int64_t)ids.size());
 }
@@ -956,8 +1021,7 @@ Corpus hold_out(Corpus& text, double share, uint64_t seed) {
   std::vector<int64_t> cuts;  // first sentences of the stretches, and the end
   for (size_t d = 0; d + 1 < text.documents.size(); d++)
     for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += stretch) cuts.push_back(s);
-  std::vector<int64_t> order(cuts.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up(cuts.size());
   cuts.push_back((int64_t)text.sentences.size() - 1);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   std::vector<uint8_t> held(order.size(), 0);
@@ -1190,12 +1254,78 @@ Batch make_batch(std::span<const Example> examples, std::span<const int64_t> whi
   return batch;
 }
 
-std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed) {
+void Labels::set(const Strings& list) {
+  names = list, ids.clear();
+  for (size_t i = 0; i < list.size(); i++) ids.emplace(list[i], (int32_t)i);
+}
+
+void Labels::learn(std::span<const Strings> of_items, const Strings& of_model) {
+  std::set<std::string> seen;
+  for (const Strings& own : of_items) seen.insert(own.begin(), own.end());
+  if (seen == std::set<std::string>(of_model.begin(), of_model.end())) return set(of_model);
+  Strings ordered(seen.begin(), seen.end());
+  auto number = [](const std::string& s) { return parse_number<int64_t>(s); };
+  if (std::all_of(ordered.begin(), ordered.end(), [&](const auto& s) { return number(s).has_value(); }))
+    std::stable_sort(ordered.begin(), ordered.end(), [&](const auto& x, const auto& y) { return *number(x) < *number(y); });
+  set(ordered);
+}
+
+void Labels::put_in(Gold& gold, std::span<const std::string> own) const {
+  if (task == Task::classify) gold.label = ids.at(own[0]);
+  if (task == Task::multilabel) gold.targets.assign(names.size(), 0);
+  for (const std::string& name : own) {
+    if (task == Task::multilabel) gold.targets[(size_t)ids.at(name)] = 1;
+    if (task == Task::tag) gold.tags.push_back(ids.at(name));
+  }
+}
+
+std::string Labels::some() const {
+  const auto all = std::span(names);
+  return all.size() > 8 ? join(all.first(8), ", ") + ", …" : join(all, ", ");
+}
+
+std::vector<double> label_counts(std::span<const Gold> golds, size_t classes) {
+  std::vector<double> counts(classes);
+  for (const Gold& g : golds) {
+    if (g.label != kIgnored) counts[(size_t)g.label]++;
+    for (size_t c = 0; c < g.targets.size(); c++) counts[c] += (double)g.targets[c];
+    for (const int32_t tag : g.tags) counts[(size_t)tag]++;
+  }
+  return counts;
+}
+
+std::vector<float> balanced_weights(const std::vector<double>& counts) {
+  const double all = std::accumulate(counts.begin(), counts.end(), 0.0);
+  std::vector<float> weights;
+  for (const double n : counts) weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
+  return weights;
+}
+
+void check_partners(LabelledSet& set, PairLoss loss) {
+  auto& [items, golds] = set;
+  static const char* const wants[] = {"two texts and their cosine", "two texts", "two texts and 1 or 0",
+                                      "a text, a positive and a negative one"};
+  for (size_t i = 0; i < items.size(); i++) {
+    const size_t texts = (items[i].pair ? 2 : 1) + items[i].others.size();
+    const bool scored = !golds[i].targets.empty();
+    const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
+    if (!fits)
+      throw Error("--loss of similarity: row " + std::to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
+                  "; give such data, or another --loss");
+    if (loss == PairLoss::inbatch) golds[i].targets.clear();
+  }
+}
+
+bool only_partners(Task task, std::span<const Gold> golds) {
+  return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
+}
+
+LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed) {
+  const std::vector<Gold>& golds = set.golds;
   const auto n = (int64_t)golds.size();
   if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
   const int64_t take = std::clamp<int64_t>(std::llround((double)n * share), 1, n - 1);
-  std::vector<int64_t> order((size_t)n);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up((size_t)n);
   Random({seed, 0, 0, kSplitStream}).shuffle(order);
   // Ordered by where each stands among its class's: of every class the first ones are taken, as many as its share.
   std::map<int32_t, double> size, seen;
@@ -1205,7 +1335,13 @@ std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, 
   std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return place[(size_t)x] < place[(size_t)y]; });
   std::vector<uint8_t> held((size_t)n);
   for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
-  return held;
+  LabelledSet dev, rest;
+  for (size_t i = 0; i < held.size(); i++) {
+    LabelledSet& to = held[i] ? dev : rest;
+    to.items.push_back(std::move(set.items[i])), to.golds.push_back(std::move(set.golds[i]));
+  }
+  set = std::move(rest);
+  return dev;
 }
 
 FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
@@ -1229,8 +1365,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
   for (int64_t at = 0; at < whole * batch_; at += 50 * batch_)
     std::stable_sort(order_.begin() + at, order_.begin() + std::min(at + 50 * batch_, whole * batch_),
                      [&](int64_t x, int64_t y) { return length(x) < length(y); });
-  std::vector<int64_t> batches((size_t)whole), arranged;
-  std::iota(batches.begin(), batches.end(), 0);
+  std::vector<int64_t> batches = count_up((size_t)whole), arranged;
   random.shuffle(batches);
   for (const int64_t b : batches) arranged.insert(arranged.end(), order_.begin() + b * batch_, order_.begin() + (b + 1) * batch_);
   std::copy(arranged.begin(), arranged.end(), order_.begin());
@@ -1239,7 +1374,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
 std::vector<Batch> FinetuneSampler::next(int64_t step) {
   const int64_t n = (int64_t)examples_.size(), epoch = step / epoch_steps(), first = step % epoch_steps() * batch_ * accumulate_;
   if (epoch != epoch_) {
-    std::iota(order_.begin(), order_.end(), 0);
+    order_ = count_up(examples_.size());
     arrange(epoch);
     epoch_ = epoch;
   }
@@ -1257,19 +1392,15 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
   for (const auto& rows : batches_by_tokens(lengths, batch_tokens)) each(make_batch(examples, rows), rows);
 }
 
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
-  const HeadKind& head = head_kind(model.task);
-  if (!head.output && !head.next_sentence)
-    throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
-  const int64_t C = head.classes(model.config);
-  Offsets at{0};  // where each example's outputs begin
-  for (const Example& e : examples) at.push_back(at.back() + C * (head.tokens ? (int64_t)e.ids.size() : 1));
+// What `answer` makes of a batch, C numbers for each row or for each token, in the examples' order.
+template <class Answer>
+static std::vector<float> gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
+  Offsets at{0};  // where each example's begin
+  for (const Example& e : examples) at.push_back(at.back() + C * (tokens ? (int64_t)e.ids.size() : 1));
   std::vector<float> out((size_t)at.back());
-  Dropout none;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor hidden = model.forward(batch),
-                 logits = finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
-    const float* from = logits.data();
+    const Tensor numbers = answer(batch);
+    const float* from = numbers.data();
     for (const int64_t r : rows) {
       const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
       std::copy_n(from, n, out.data() + at[(size_t)r]);
@@ -1277,6 +1408,28 @@ std::vector<float> head_outputs(const Bert& model, std::span<const Example> exam
     }
   });
   return out;
+}
+
+std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+  const HeadKind& head = head_kind(model.task);
+  if (!head.output && !head.next_sentence)
+    throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
+  Dropout none;
+  return gather_answers(examples, head.classes(model.config), head.tokens, batch_tokens, [&](const Batch& batch) {
+    const Tensor hidden = model.forward(batch);
+    return finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+  });
+}
+
+std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+  return gather_answers(examples, model.config.hidden_size, true, batch_tokens, [&](const Batch& b) { return model.forward(b); });
+}
+
+std::vector<Example> examples_of(std::span<const std::vector<Window>> windows) {
+  std::vector<Example> examples;
+  for (const std::vector<Window>& list : windows)
+    for (const Window& w : list) examples.push_back(w.example);
+  return examples;
 }
 
 // ==== metrics =====================================================================================================
@@ -1289,6 +1442,12 @@ struct ClassCounts {
   double f1() const { return said + is > 0 ? 2 * hit / (said + is) : 0; }
 };
 }  // namespace
+
+static ClassCounts total(std::span<const ClassCounts> counts) {
+  ClassCounts all;
+  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is;
+  return all;
+}
 
 // Gorodkin 2004, eq. 8 (for two classes Matthews 1975): 0 where a factor of the denominator is 0.
 static double matthews(std::span<const ClassCounts> counts) {
@@ -1314,8 +1473,7 @@ double pearson(std::span<const double> x, std::span<const double> y) {
 }
 
 static std::vector<double> ranks(std::span<const double> x) {
-  std::vector<size_t> order(x.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<size_t> order = count_up<size_t>(x.size());
   std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return x[a] < x[b]; });
   std::vector<double> rank(x.size());
   for (size_t i = 0, j; i < order.size(); i = j) {
@@ -1581,8 +1739,7 @@ static void add_averages(Scores& scores, std::span<const ClassCounts> counts, co
   auto add = [&](const std::string& name, double value) {
     if (std::none_of(scores.begin(), scores.end(), [&](const auto& s) { return s.first == name; })) scores.emplace_back(name, value);
   };
-  ClassCounts all;
-  for (const ClassCounts& c : counts) all.hit += c.hit, all.said += c.said, all.is += c.is;
+  const ClassCounts all = total(counts);
   using Rate = double (ClassCounts::*)() const;
   const std::pair<std::string, Rate> rates[] = {
       {"precision", &ClassCounts::precision}, {"recall", &ClassCounts::recall}, {"f1", &ClassCounts::f1}};
@@ -1619,9 +1776,7 @@ Scorer::Scores Scorer::class_scores(Which which, bool all) const {
   for (const ClassCounts& c : counts) f1 += c.f1(), classes += task_ == Task::multilabel || c.said + c.is > 0;
   Scores scores;
   if (task_ == Task::multilabel) {
-    ClassCounts sum;
-    for (const ClassCounts& c : counts) sum.hit += c.hit, sum.said += c.said, sum.is += c.is;
-    scores = {{"f1_micro", sum.f1()}, {"f1_macro", f1 / classes}, {"exact", right}};
+    scores = {{"f1_micro", total(counts).f1()}, {"f1_macro", f1 / classes}, {"exact", right}};
   } else if (C == 2) {  // of the second label, as GLUE counts
     scores = {{"accuracy", right}, {"f1", counts[1].f1()}, {"mcc", matthews(counts)}};
     if (all) scores.insert(scores.end(), {{"precision", counts[1].precision()}, {"recall", counts[1].recall()}});
@@ -1681,8 +1836,7 @@ Scorer::Scores Scorer::answer_scores(Which which, std::optional<double> null_thr
 // As the official script's find_best_thresh, but that items of one margin stay together: no threshold parts them.
 double Scorer::best_null_threshold() const {
   if (task_ != Task::qa || !items_) throw Error("score: a threshold is found from answers to questions");
-  std::vector<int64_t> order((size_t)items_);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int64_t> order = count_up((size_t)items_);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return margins_[(size_t)a] < margins_[(size_t)b]; });
   double best = 0, gain = 0, threshold = margins_[(size_t)order[0]] - 1;  // answering none
   for (size_t i = 0; i < order.size(); i++) {
@@ -1698,6 +1852,50 @@ std::vector<int64_t> Scorer::confusion() const {
   std::vector<int64_t> matrix(labels_.size() * labels_.size());
   for (int64_t i = 0; i < items_; i++) matrix[(size_t)row(i)[1] * labels_.size() + (size_t)row(i)[0]]++;
   return matrix;
+}
+
+int32_t Scorer::only_answer() const {
+  if (task_ != Task::classify || !items_) return -1;
+  bool one_said = true, one_is = true;
+  for (int64_t i = 1; i < items_; i++) one_said &= row(i)[0] == row(0)[0], one_is &= row(i)[1] == row(0)[1];
+  return one_said && !one_is ? (int32_t)row(0)[0] : -1;
+}
+
+std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said) {
+  const Task task = labels.task;
+  const bool words = !item.pair && !item.words.empty();
+  Mistake m{0, item.pair ? item.text + " / " + *item.pair : words ? join(item.words, " ") : item.text, "", ""};
+  auto name = [&](int32_t label) { return !labels.named() ? std::to_string(label) : label < 0 ? "O" : labels.names[(size_t)label]; };
+  if (task == Task::qa) {
+    const Answer best = said.answers.empty() ? Answer{.text = "", .score = 1} : said.answers[0];
+    const double f1 = score_answer(best.text, is.answers).f1;
+    m.size = (1 - f1) * best.score, m.right = join(is.answers, " | "), m.said = best.text;
+    return f1 == 1 ? std::nullopt : std::optional(m);
+  }
+  if (task == Task::tag) {
+    for (size_t i = 0; i < is.tags.size(); i++) {
+      if (said.tags[i] == is.tags[i]) continue;
+      m.size += (double)said.scores[i], m.right += name(is.tags[i]) + " ", m.said += item.words[i] + "/" + name(said.tags[i]) + " ";
+    }
+    return m.size > 0 ? std::optional(m) : std::nullopt;
+  }
+  if (task == Task::regress || task == Task::embed) {
+    if (is.targets.empty()) return {};
+    m.size = std::fabs((double)said.outputs[0] - (double)is.targets[0]), m.right = exact(is.targets[0]), m.said = exact(said.outputs[0]);
+    return m;
+  }
+  const std::vector<float> p = probabilities(task, said.outputs);
+  if (task == Task::multilabel) {
+    for (size_t c = 0; c < p.size(); c++) {
+      m.size += std::fabs((double)p[c] - (double)is.targets[c]);
+      if (is.targets[c] > 0.5f) m.right += name((int32_t)c) + " ";
+      if (p[c] >= 0.5f) m.said += name((int32_t)c) + " ";
+    }
+    return m.right == m.said ? std::nullopt : std::optional(m);
+  }
+  const auto best = (int32_t)(std::max_element(p.begin(), p.end()) - p.begin());
+  m.size = (double)(p[(size_t)best] - p[(size_t)is.label]), m.right = name(is.label), m.said = name(best);
+  return best == is.label ? std::nullopt : std::optional(m);
 }
 
 Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold, bool all) const {
@@ -1716,8 +1914,7 @@ Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold,
 std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<double> null_threshold) const {
   if (!items_) throw Error("score: no labelled row");
   const auto resamples = seed ? (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000) : 0;
-  std::vector<int64_t> every((size_t)items_);
-  std::iota(every.begin(), every.end(), 0);
+  const std::vector<int64_t> every = count_up((size_t)items_);
   std::vector<Scores> drawn(resamples);
   parallel_for((int64_t)resamples, [&](int64_t s) {
     Random random({*seed, (uint32_t)s, 0, kSplitStream});
@@ -1744,6 +1941,7 @@ std::vector<float> probabilities(Task task, std::span<const float> outputs, int6
     for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
     return p;
   }
+  if (!C) C = (int64_t)outputs.size();
   const Tensor y = softmax(Tensor(Shape{(int64_t)outputs.size() / C, C}, outputs));
   std::copy_n(y.data(), y.size(), p.data());
   return p;
@@ -1772,10 +1970,9 @@ static const char* const carried_files[] = {"vocab.txt",
                                             "config_sentence_transformers.json",
                                             "1_Pooling/config.json"};
 
-static std::string list_names(const std::vector<std::string>& names) {
-  std::string s;
-  for (size_t i = 0; i < names.size() && i < 4; i++) s += (i ? ", " : "") + names[i];
-  return names.size() > 4 ? s + " and " + std::to_string(names.size() - 4) + " more" : s;
+static std::string list_names(std::span<const std::string> names) {
+  if (names.size() <= 4) return join(names, ", ");
+  return join(names.first(4), ", ") + " and " + std::to_string(names.size() - 4) + " more";
 }
 
 // A second copy of what the model holds once (the decoder is the word embeddings, its bias cls.predictions.bias).
@@ -1975,6 +2172,23 @@ void check_folder(const std::string& folder, bool weights) {
   if (!missing.empty()) throw Error(folder + ": " + list_names(missing) + " missing" + where_from);
 }
 
+void check_output(const std::string& path, bool resume, bool overwrite) {
+  const bool there = fs::exists(path), state = TrainingStates(path, 1).any();
+  if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
+  if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
+  // What a run leaves that ended before its first save; with nothing else there, it begins again.
+  static const std::set<std::string> of_unfinished_run = {".lock", "log.jsonl", "report.html", "training_state-new.safetensors"};
+  std::string foreign;
+  if (there)
+    for (const auto& entry : fs::directory_iterator(path))
+      if (const std::string name = entry.path().filename().string(); !of_unfinished_run.count(name) && name.find(".tmp-") == name.npos)
+        foreign = name;
+  if (foreign.empty() || overwrite || (resume && state)) return;
+  if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
+  throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
+              (state ? ", or go on with --resume" : ""));
+}
+
 std::map<std::string, std::string> tokenizer_files(const std::string& path, const WordPiece& tokenizer, int64_t max_length) {
   std::map<std::string, std::string> files;
   std::error_code none;
@@ -2053,9 +2267,9 @@ static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
   const Json config = Json::parse(read_file(path), path);
   std::vector<Pooling::Kind> kinds;
   auto add = [&](const std::string& name) {
-    for (const PoolingMode& m : pooling_modes)
-      if (name == m.name) return kinds.push_back(m.kind);
-    throw Error(path + ": pooling_mode: '" + name + "' is not built");
+    const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return name == m.name; });
+    if (!mode) throw Error(path + ": pooling_mode: '" + name + "' is not built");
+    kinds.push_back(mode->kind);
   };
   if (const Json* mode = config.find("pooling_mode")) {
     if (mode->is(Json::string))
@@ -2066,7 +2280,7 @@ static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
   }
   for (const auto& [key, value] : config.members())
     if (key.starts_with("pooling_mode_") && value.is(Json::boolean) && value.as_bool(path) &&
-        std::none_of(std::begin(pooling_modes), std::end(pooling_modes), [&, k = key](const PoolingMode& m) { return k == m.flag; }))
+        !find_row(pooling_modes, [&, k = key](const PoolingMode& m) { return k == m.flag; }))
       throw Error(path + ": " + key + " is not built");
   for (const PoolingMode& m : pooling_modes)
     if (const Json* on = config.find(m.flag); on && on->as_bool(path + ": " + m.flag)) kinds.push_back(m.kind);
@@ -2081,8 +2295,8 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
   const Json config = Json::parse(read_file(path), path);
   const Json *name = config.find("activation_function"), *residual = config.find("use_residual");
   const std::string text = name ? name->as_string(path + ": activation_function") : "torch.nn.Tanh", act = text.substr(text.rfind('.') + 1);
-  const auto* found = std::find_if(std::begin(known), std::end(known), [&](const auto& a) { return act == a.first; });
-  if (found == std::end(known) || !text.starts_with("torch.nn."))
+  const auto* found = find_row(known, [&](const auto& a) { return act == a.first; });
+  if (!found || !text.starts_with("torch.nn."))
     throw Error(path + ": activation_function: '" + text + "' is not built; torch.nn's Tanh, Identity, ReLU and GELU are");
   if (residual && residual->as_bool(path + ": use_residual")) throw Error(path + ": use_residual: true is not built");
   for (const char* key : {"module_input_name", "module_output_name"})
@@ -2140,8 +2354,8 @@ std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_
 std::string Pooling::name() const {
   std::string text;
   for (const Kind k : kinds) {
-    const auto* m = std::find_if(std::begin(pooling_modes), std::end(pooling_modes), [&](const PoolingMode& p) { return p.kind == k; });
-    text += (text.empty() ? "" : "+") + std::string(m == std::end(pooling_modes) ? "pooler" : m->name);
+    const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return m.kind == k; });
+    text += (text.empty() ? "" : "+") + std::string(mode ? mode->name : "pooler");
   }
   for (const Layer& l : layers) text += " dense " + to_string(l.dense.weight.shape());
   return text;
@@ -2242,37 +2456,6 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
 
-FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
-  for (;;) {
-    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) throw Error(folder + ": cannot write here: " + std::strerror(errno) + "; give a folder that may be written");
-    if (flock(file_, LOCK_EX | LOCK_NB)) {
-      char holder[256] = "";
-      const ssize_t n = pread(file_, holder, sizeof holder - 1, 0);
-      ::close(file_);
-      throw Error(folder + ": another run is writing here (" + (n > 0 ? std::string(holder, (size_t)n) : "unknown") +
-                  "); wait for it, or take another --output");
-    }
-    struct stat mine {
-    }, named{};  // another process may have removed the file between open and lock
-    if (fstat(file_, &mine) == 0 && stat(path_.c_str(), &named) == 0 && mine.st_ino == named.st_ino) break;
-    ::close(file_);
-  }
-  char host[128] = "";
-  gethostname(host, sizeof host - 1);
-  const std::string who = std::string(host) + " pid " + std::to_string(getpid());
-  if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
-    // only the message for others suffers; the lock itself holds
-  }
-  std::error_code ignored;  // half-written files of a run that was killed: the folder is ours now
-  for (fs::directory_iterator entry(folder, ignored), end; !ignored && entry != end; entry.increment(ignored))
-    if (entry->path().filename().string().find(".tmp-") != std::string::npos) unlink(entry->path().c_str());
-}
-FolderLock::~FolderLock() {
-  unlink(path_.c_str());
-  ::close(file_);
-}
-
 // The old pieces that a new one would be read as, longest first.
 static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piece) {
   std::vector<int32_t> ids;
@@ -2288,8 +2471,7 @@ static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piec
 void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>& pieces) {
   const int64_t before = t.size(), hidden = bert.config.hidden_size;
   bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
-  std::vector<int32_t> all(before);
-  std::iota(all.begin(), all.end(), 0);
+  const std::vector<int32_t> all = count_up<int32_t>((size_t)before);
   auto extended = [&](const Tensor& old, int64_t width) {
     Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
     std::copy(old.data(), old.data() + old.size(), rows.data());
@@ -2456,6 +2638,26 @@ std::vector<Example> make_examples(Task task, std::vector<Window> windows, const
   return out;
 }
 
+bool in_windows(std::span<const Window> windows) {
+  auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
+  return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
+}
+
+std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
+                                       const std::string& prompt, int64_t& cut) {
+  std::vector<std::vector<Example>> made(set.items.size());
+  std::vector<uint8_t> is_cut(made.size());
+  parallel_each((int64_t)made.size(), 8, [&](int64_t i) {
+    std::vector<Window> windows = make_windows(tokenizer, task, set.items[(size_t)i], max_length, stride, prompt);
+    is_cut[(size_t)i] = task != Task::tag && task != Task::qa && in_windows(windows);
+    made[(size_t)i] = make_examples(task, std::move(windows), set.golds[(size_t)i]);
+  });
+  cut = std::count(is_cut.begin(), is_cut.end(), 1);
+  std::vector<Example> all;
+  for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(all));
+  return all;
+}
+
 // Each word's tag, from the window that sees most around its first piece.
 static Outcome tag_outcome(const Item& item, std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
   Outcome o;
@@ -2546,6 +2748,10 @@ static Outcome answer_outcome(const Item& item, std::span<const Window> windows,
   return o;
 }
 
+Answer Outcome::answer(std::optional<double> null_threshold) const {
+  return answers.empty() || (null_threshold && null_margin > *null_threshold) ? Answer() : answers[0];
+}
+
 // The mean of the outputs of all windows of a part, part by part.
 static std::vector<float> mean_outputs(std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
   std::vector<float> means;
@@ -2561,19 +2767,18 @@ static std::vector<float> mean_outputs(std::span<const Window> windows, std::spa
 }
 
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens) {
-  std::vector<Example> examples;
   std::vector<int64_t> row;     // of each window in the result
   std::vector<double> decided;  // tokens
   int64_t rows = 0;
   for (const std::vector<Window>& list : windows)
     for (const Window& w : list) {
       if (&w == list.data() || w.part != (&w)[-1].part) rows++;
-      examples.push_back(w.example), row.push_back(rows - 1);
+      row.push_back(rows - 1);
       decided.push_back((double)std::count(w.decides.begin(), w.decides.end(), 1));
     }
   Pooling plain = pooling;
   plain.normalize = false;
-  const Tensor v = embed_examples(bert, examples, plain, batch_tokens);
+  const Tensor v = embed_examples(bert, examples_of(windows), plain, batch_tokens);
   Tensor out({rows, v.cols()});
   for (size_t w = 0, n; w < row.size(); w += n) {
     double all = 0;
@@ -2611,10 +2816,7 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
   if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
   const HeadKind& head = head_kind(bert.task);
-  std::vector<Example> examples;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) examples.push_back(w.example);
-  const std::vector<float> outputs = head_outputs(bert, examples, batch_tokens);
+  const std::vector<float> outputs = head_outputs(bert, examples_of(windows), batch_tokens);
   const int64_t classes = head.classes(bert.config);
   std::vector<Outcome> out(items.size());
   size_t at = 0;  // in outputs
@@ -2637,9 +2839,8 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
 // The items' windows, cut in parallel.
 static std::vector<std::vector<Window>> windows_of(const Asked& how, std::span<const Item> items) {
   std::vector<std::vector<Window>> windows(items.size());
-  parallel_ranges((int64_t)items.size(), 8, [&](int64_t begin, int64_t end) {
-    for (size_t i = (size_t)begin; i < (size_t)end; i++)
-      windows[i] = make_windows(how.tokenizer, how.bert.task, items[i], how.max_length, how.stride, how.prompt);
+  parallel_each((int64_t)items.size(), 8, [&](int64_t i) {
+    windows[(size_t)i] = make_windows(how.tokenizer, how.bert.task, items[(size_t)i], how.max_length, how.stride, how.prompt);
   });
   return windows;
 }
@@ -2745,14 +2946,6 @@ Model Model::load(const std::string& folder, std::optional<Precision> precision)
   return m;
 }
 
-// In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is itself, and
-// in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
-static EncodeOptions encode_options(const ModelFolder& folder, bool parse_special) {
-  EncodeOptions o;
-  o.max_length = folder.max_length, o.parse_special = parse_special;
-  return o;
-}
-static Example example_of(const Encoding& e) { return {e.ids, e.type_ids, kIgnored, {}}; }
 Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
   Tensor out;
   for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
@@ -2763,27 +2956,33 @@ Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const
   return out;
 }
 
+// A text as ids. In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is
+// itself, as here, and in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
+static Example example_of(const ModelFolder& folder, std::string_view text) {
+  EncodeOptions options;
+  options.max_length = folder.max_length;
+  Encoding e = folder.tokenizer.encode(text, options);
+  return {std::move(e.ids), std::move(e.type_ids)};
+}
+
 std::vector<float> Model::embed(std::string_view text) const {
-  const Example e = example_of(folder_->tokenizer.encode(folder_->prompt + std::string(text), encode_options(*folder_, true)));
-  const Tensor v = embed_examples(folder_->bert, {&e, 1}, folder_->pooling, 1);
-  return {v.data(), v.data() + v.size()};
+  const std::string copy(text);
+  return embed({&copy, 1}, 1)[0];
 }
 std::vector<std::vector<float>> Model::embed(std::span<const std::string> texts, int64_t batch_tokens) const {
   std::vector<Example> examples(texts.size());
-  parallel_for((int64_t)texts.size(), [&](int64_t i) {
-    examples[(size_t)i] = example_of(folder_->tokenizer.encode(folder_->prompt + texts[(size_t)i], encode_options(*folder_, true)));
-  });
+  parallel_for((int64_t)texts.size(), [&](int64_t i) { examples[(size_t)i] = example_of(*folder_, folder_->prompt + texts[(size_t)i]); });
   const Tensor v = embed_examples(folder_->bert, examples, folder_->pooling, batch_tokens);
   std::vector<std::vector<float>> out;
   for (size_t i = 0; i < texts.size(); i++) out.emplace_back(v.data() + (int64_t)i * v.cols(), v.data() + (int64_t)(i + 1) * v.cols());
   return out;
 }
 TextScore Model::score(std::string_view text) const {
-  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
+  const Example e = example_of(*folder_, text);
   return score_texts(*folder_, {&e, 1}, 8192)[0];
 }
 std::vector<MaskGuess> Model::fill_mask(std::string_view text, int64_t top) const {
-  const Example e = example_of(folder_->tokenizer.encode(text, encode_options(*folder_, true)));
+  const Example e = example_of(*folder_, text);
   return guess_masks(*folder_, {&e, 1}, top, 1)[0];
 }
 // What the model says of one item, however long.
@@ -2796,12 +2995,10 @@ void Model::need(Task task, const char* what) const {
     throw Error(std::string(what) + ": the model is for " + head_kind(folder_->bert.task).name + ", not for " + head_kind(task).name);
 }
 std::vector<float> Model::classify(std::string_view text) const {
-  const std::vector<float> out = ask({std::string(text), {}}).outputs;
-  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+  return probabilities(folder_->bert.task, ask({std::string(text), {}}).outputs);
 }
 std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
-  const std::vector<float> out = ask({std::string(text), std::string(pair)}).outputs;
-  return probabilities(folder_->bert.task, out, (int64_t)out.size());
+  return probabilities(folder_->bert.task, ask({std::string(text), std::string(pair)}).outputs);
 }
 std::vector<TextEntity> Model::tag(std::string_view text) const {
   need(Task::tag, "tag");
@@ -2810,96 +3007,18 @@ std::vector<TextEntity> Model::tag(std::string_view text) const {
 }
 Answer Model::answer(std::string_view question, std::string_view context) const {
   need(Task::qa, "answer");
-  const Outcome o = ask({std::string(question), std::string(context)});
-  const auto& threshold = folder_->config.null_threshold;
-  return o.answers.empty() || (threshold && o.null_margin > *threshold) ? Answer() : o.answers[0];
+  return ask({std::string(question), std::string(context)}).answer(folder_->config.null_threshold);
 }
 std::vector<float> Model::choose(std::string_view text, std::span<const std::string> choices) const {
   need(Task::choice, "choose");
-  const std::vector<float> out = ask({std::string(text), {}, {}, {choices.begin(), choices.end()}}).outputs;
-  return probabilities(Task::choice, out, (int64_t)out.size());
+  return probabilities(Task::choice, ask({std::string(text), {}, {}, {choices.begin(), choices.end()}}).outputs);
 }
 float Model::similarity(std::string_view a, std::string_view b) const {
   need(Task::embed, "similarity");
   return ask({std::string(a), std::string(b)}).outputs[0];
 }
 
-// ==== search ======================================================================================================
-static bool better(const Match& x, const Match& y) {
-  return x.score != y.score ? x.score > y.score : std::tie(x.a, x.b) < std::tie(y.a, y.b);
-}
-
-namespace {
-// The best of what it is offered, at most `top`: a heap whose root is the worst that is kept. All orders of offers end the same.
-class Best {
- public:
-  explicit Best(int64_t top, float floor = -std::numeric_limits<float>::infinity()) : top_((size_t)top), floor_(floor) {}
-  float floor() const { return floor_; }  // less than this is not wanted
-  void offer(const Match& m) {
-    if (kept_.size() == top_) {
-      if (!better(m, kept_.front())) return;
-      std::pop_heap(kept_.begin(), kept_.end(), better), kept_.pop_back();
-    }
-    kept_.push_back(m), std::push_heap(kept_.begin(), kept_.end(), better);
-    if (kept_.size() == top_) floor_ = std::max(floor_, kept_.front().score);
-  }
-  std::vector<Match> sorted() && {
-    std::sort_heap(kept_.begin(), kept_.end(), better);
-    return std::move(kept_);
-  }
-
- private:
-  size_t top_;
-  float floor_;
-  std::vector<Match> kept_;
-};
-}  // namespace
-
-static constexpr int64_t kQueries = 256;  // scored at once
-
-// Offers each query q all products with the rows of vectors; with `later` only with the rows after the query's own number, first + q.
-static void score_rows(const float* queries, std::span<Best> best, int64_t first, const Tensor& vectors, bool later) {
-  const int64_t Q = (int64_t)best.size(), D = vectors.cols(), n = vectors.rows();
-  const PackedWeights packed(queries, Q, D);
-  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 16384);  // their products stay in the cache
-  std::vector<float> products((size_t)(block * Q));
-  for (int64_t row0 = later ? first + 1 : 0; row0 < n; row0 += block) {
-    const int64_t rows = std::min(block, n - row0);
-    gemm(rows, vectors.data() + row0 * D, D, packed, products.data(), Q, {});
-    parallel_ranges(Q, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t q = begin; q < end; q++)
-          if (const float score = products[(size_t)(r * Q + q)]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
-            best[(size_t)q].offer({score, first + q, row0 + r});
-    });
-  }
-}
-
-std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top) {
-  if (queries.cols() != vectors.cols() || top < 1)
-    throw Error("search: queries " + to_string(queries.shape()) + ", vectors " + to_string(vectors.shape()) + ", the best " +
-                std::to_string(top));
-  std::vector<std::vector<Match>> out;
-  for (int64_t q = 0; q < queries.rows(); q += kQueries) {
-    std::vector<Best> best((size_t)std::min(kQueries, queries.rows() - q), Best(top));
-    score_rows(queries.data() + q * queries.cols(), best, q, vectors, false);
-    for (Best& b : best) out.push_back(std::move(b).sorted());
-  }
-  return out;
-}
-
-std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top) {
-  if (top < 1) throw Error("search: the best " + std::to_string(top) + " pairs");
-  Best all(top);
-  for (int64_t a = 0; a < vectors.rows(); a += kQueries) {
-    std::vector<Best> best((size_t)std::min(kQueries, vectors.rows() - a), Best(top, all.floor()));
-    score_rows(vectors.data() + a * vectors.cols(), best, a, vectors, true);
-    for (Best& b : best)
-      for (const Match& m : std::move(b).sorted()) all.offer(m);
-  }
-  return std::move(all).sorted();
-}
-
+// ==== fingerprints ================================================================================================
 void Fingerprint::bytes(std::string_view s) {
   for (size_t i = 0; i < s.size(); i += 8) {
     uint64_t word = 0;
@@ -2907,6 +3026,11 @@ void Fingerprint::bytes(std::string_view s) {
     number(word);
   }
   number(s.size());
+}
+
+void Fingerprint::add(const Example& e) {
+  add(e.ids), add(e.segments), add(e.targets), number((uint64_t)e.label), add(e.labels);
+  for (const Example& other : e.others) add(other.ids);
 }
 
 uint64_t folder_fingerprint(const std::string& folder) {
@@ -2926,83 +3050,6 @@ uint64_t folder_fingerprint(const std::string& folder) {
       std::fclose(f);
     }
   return all.state;
-}
-
-struct VectorIndex::Header {
-  char magic[8] = {'b', 'e', 'r', 't', 'v', 'e', 'c', 's'};
-  uint64_t version = 1;
-  Key key;
-  int64_t count;
-  uint64_t none = 0;
-};
-
-// Whether the file is one for this key; a file that is no index at all is left alone.
-bool VectorIndex::read_header(int file, const std::string& path, Header& header) const {
-  static_assert(sizeof(Header) == 64);
-  struct stat s {};
-  const Header ours{.key = key_, .count = 0};
-  if (fstat(file, &s) || (s.st_size && (pread(file, &header, sizeof header, 0) != (ssize_t)sizeof header ||
-                                        std::memcmp(header.magic, ours.magic, sizeof ours.magic))))
-    throw Error(path + ": there is something else than an index of vectors; give another name");
-  return s.st_size && header.version == ours.version && header.key == key_ && header.count >= 0 && header.count <= key_.lines &&
-         (uint64_t)s.st_size >= sizeof header + (uint64_t)(header.count * key_.dimension) * sizeof(float);
-}
-
-VectorIndex::VectorIndex(const std::string& path, const Key& key) : path_(path), key_(key) {
-  Header header{.key = key, .count = 0};
-  if (const int whole = ::open(path.c_str(), O_RDONLY | O_CLOEXEC); whole >= 0) {
-    const std::shared_ptr<const int> closed(new int(whole), [](const int* file) { ::close(*file), delete file; });
-    stale_ = !read_header(whole, path, header) || header.count != key.lines;
-    if (!stale_) map(whole);
-  }
-  if (vectors_) return;
-  const std::string part = path + ".part";
-  const int file = ::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-  if (file < 0) throw Error(path + ": cannot write: " + std::strerror(errno) + "; give --index a place that may be written");
-  part_ = {new int(file), [](const int* f) { ::close(*f), delete f; }};
-  struct stat mine {
-  }, named{};
-  if (flock(file, LOCK_EX | LOCK_NB) || fstat(file, &mine) || stat(part.c_str(), &named) || mine.st_ino != named.st_ino)
-    throw Error(path + ": another process is making it; wait for it, or give another --index");
-  if (read_header(file, part, header)) {
-    count_ = header.count;
-    return;
-  }
-  header = {.key = key, .count = 0};
-  if (ftruncate(file, 0)) throw Error(part + ": cannot write: " + std::strerror(errno));
-  write(&header, sizeof header, 0);
-}
-
-void VectorIndex::write(const void* bytes, size_t size, int64_t at) {
-  for (size_t done = 0; done < size;) {
-    const ssize_t n = pwrite(*part_, static_cast<const char*>(bytes) + done, size - done, at + (int64_t)done);
-    if (n < 0 && errno != EINTR) throw Error(path_ + ".part: cannot write: " + std::strerror(errno) + "; it can go on from here later");
-    done += (size_t)std::max<ssize_t>(n, 0);
-  }
-}
-
-void VectorIndex::append(std::span<const float> vectors) {
-  const int64_t lines = (int64_t)vectors.size() / key_.dimension, row = key_.dimension * (int64_t)sizeof(float);
-  if (!part_ || lines * key_.dimension != (int64_t)vectors.size() || count_ + lines > key_.lines)
-    throw Error(path_ + ": " + std::to_string(vectors.size()) + " numbers do not fit after " + std::to_string(count_) + " vectors");
-  write(vectors.data(), vectors.size_bytes(), (int64_t)sizeof(Header) + count_ * row);
-  if (fdatasync(*part_)) throw Error(path_ + ".part: cannot write: " + std::strerror(errno));
-  count_ += lines;
-  const Header header{.key = key_, .count = count_};  // after the vectors that it counts
-  write(&header, sizeof header, 0);
-  if (count_ < key_.lines) return;
-  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str())) throw Error(path_ + ": cannot write: " + std::strerror(errno));
-  map(*part_), part_ = {};
-}
-
-void VectorIndex::map(int file) {
-  const size_t size = sizeof(Header) + (size_t)(key_.lines * key_.dimension) * sizeof(float);
-  void* const at = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
-  if (at == MAP_FAILED) throw Error(path_ + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
-  const std::shared_ptr<const void> owner(at, [size](const void* p) { munmap(const_cast<void*>(p), size); });
-  count_ = key_.lines;
-  vectors_ =
-      Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
 }
 
 }  // namespace bert

@@ -15,10 +15,9 @@
 //     }
 //
 //   Contents:   1 WordPiece  2 config  3 batches  4 the model  5 training  6 pretraining data  7 tasks  8 metrics
-//               9 model folders and Model  10 search
+//               9 model folders and Model  10 fingerprints
 #pragma once
 #include <bit>
-#include <optional>
 
 #include "tensor.h"
 
@@ -139,6 +138,8 @@ bool is_letter(char32_t c);                // a letter, digit or number, as Pyth
 const char* script_of(char32_t c);         // latin, chinese, digits, other ...: by the Unicode block that it stands in
 
 // ==== 2 config =================================================================================================== [bert.cpp]
+std::string join(std::span<const std::string> parts, const std::string& between);
+
 struct Config {   // config.json, by the names there
   int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
   int64_t max_position_embeddings = 512, type_vocab_size = 2, pad_token_id = 0;
@@ -339,18 +340,22 @@ class TrainingStates {
   TrainingStates(const std::string& folder, int64_t keep);   // keep: files, at least 1
   bool any() const;
   void save(const Trainer& trainer, const About& about) const;
-  // The newest state that can be read, after `check` of what it is about; empty where there is none. When the newest cannot be read,
-  // `remark` says why and which one was taken.
-  About load(Trainer& trainer, const std::function<void(const About&)>& check, std::string& remark) const;
+  // The newest state that can be read; empty where there is none. Throws Error where it is not of this `run`, whose settings (under
+  // --name), "data" and "weights" must be the same; says when its "backend" is another, and when a newer state could not be read.
+  About load(Trainer& trainer, const About& run, const std::function<void(const std::string&)>& say) const;
   void remove_all() const;
 
  private:
-  std::string base_;
+  std::string folder_;
   int64_t keep_;
   std::string name(int64_t i) const;
+  void check(const About& run, const About& stored, const std::function<void(const std::string&)>& say) const;
 };
 
 // ==== 6 pretraining data =========================================================================================
+// The sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and after their full-width
+// forms. Nothing is lost: the rest of the line is a sentence too.
+std::vector<std::string_view> split_sentences(std::string_view line);
 // A text as ids: sentences in documents.
 struct Corpus {
   std::vector<int32_t> ids;
@@ -424,6 +429,22 @@ struct Gold {
   std::vector<std::string> answers = {};           // qa: each of them is right; none: there is no answer in the context
   std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
 };
+struct LabelledSet {                               // one gold an item
+  std::vector<Item> items;
+  std::vector<Gold> golds;
+};
+// The names of labels, by their numbers.
+struct Labels {
+  Task task = Task::classify;
+  std::vector<std::string> names;
+  std::map<std::string, int32_t> ids = {};
+  void set(const std::vector<std::string>& list);
+  // Those that items have: in the model's order where it has the same ones, else numbers by value, names by their bytes.
+  void learn(std::span<const std::vector<std::string>> of_items, const std::vector<std::string>& of_model);
+  void put_in(Gold& gold, std::span<const std::string> own) const;   // an item's, as numbers
+  bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
+  std::string some() const;                        // for a message
+};
 struct Answer {                                    // a part of the context
   std::string text;
   int64_t start = 0, end = 0;                      // bytes
@@ -437,7 +458,12 @@ struct Outcome {
   std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
   std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
   double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
+  Answer answer(std::optional<double> null_threshold) const;   // qa: the best part; an empty one where the margin is above the threshold
 };
+
+// Similarity: throws Error unless every item holds what the loss compares; where that is no score, the scores go.
+void check_partners(LabelledSet& set, PairLoss loss);
+bool only_partners(Task task, std::span<const Gold> golds);   // texts to compare, and no score
 
 // One labelled text or pair as ids.
 struct Example {
@@ -463,8 +489,16 @@ std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const It
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
 Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
-// Which of the items to hold out: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
-std::vector<uint8_t> choose_held_out(std::span<const Gold> golds, double share, uint64_t seed);
+// All items so, made in parallel; cut: how many have more text than is trained with.
+std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
+                                       const std::string& prompt, int64_t& cut);
+bool in_windows(std::span<const Window> windows);  // some text of the item did not fit into one
+// Takes items out as a held-out set: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
+LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed);
+// How often each label is right: of items, or of words.   [C]
+std::vector<double> label_counts(std::span<const Gold> golds, size_t classes);
+// What makes all labels count alike: n / (C its own number), as scikit-learn's "balanced"; 0 where there is none.   [C]
+std::vector<float> balanced_weights(const std::vector<double>& counts);
 // The batches of every step: epoch after epoch, each in an order from the seed; its last step takes what is left.
 class FinetuneSampler {
  public:
@@ -481,6 +515,9 @@ class FinetuneSampler {
 };
 // Raw outputs of the head, [examples, C], or of every token [tokens of all, C], computed without tape in batches to a token budget.
 std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+// The encoder's output: [tokens of all, H].
+std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+std::vector<Example> examples_of(std::span<const std::vector<Window>> windows);   // one after another
 
 // ==== 8 metrics ==================================================================================================
 // low, high: bootstrap 95 % interval from the seed; both 0 where none is drawn (averages beside the main ones, single classes).
@@ -499,6 +536,7 @@ class Scorer {
   // answered; where it is best to answer none, less than all of them.
   double best_null_threshold() const;
   std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
+  int32_t only_answer() const;                     // classify: the label that all items were given, where not all have one; else -1
 
  private:
   using Which = std::span<const int64_t>;          // items, some of them perhaps several times: that is how the bootstrap draws
@@ -517,6 +555,12 @@ class Scorer {
   std::vector<float> rows_;                        // [items, width], laid out as bert.cpp says
   std::vector<double> margins_;                    // qa: each null_margin as it is, so that a threshold parts the same items again
 };
+// Where the model is wrong about an item: how wrong, and for people the item, what is right and what it said. Nothing where it is right.
+struct Mistake {
+  double size;
+  std::string text, right, said;
+};
+std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said);
 double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
 double pearson(std::span<const double> x, std::span<const double> y);
 double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
@@ -556,6 +600,8 @@ struct ModelFolder {
 };
 // Throws Error that says what the folder lacks, and to a newcomer where models come from. weights: whether it must hold them.
 void check_folder(const std::string& folder, bool weights = true);
+// Throws Error for a folder to write that holds something else, and with `resume` for one that holds no run.
+void check_output(const std::string& folder, bool resume, bool overwrite);
 // The tokenizer's files as they are, of a folder or of a vocab.txt, for a model folder that is made from it.
 std::map<std::string, std::string> tokenizer_files(const std::string& folder_or_file, const WordPiece& tokenizer, int64_t max_length);
 // The text that a sentence-transformers folder has under `name`, to go in front of every text; "": its default, if any. Throws Error
@@ -584,21 +630,8 @@ void narrow_part(Bert& bert, int64_t part, const Bert& from, Precision precision
 // where there is none). `pieces`: the whole new vocabulary.
 void extend_rows(Bert& bert, const WordPiece& tokenizer, const std::vector<std::string>& pieces);
 
-// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
-class FolderLock {
- public:
-  explicit FolderLock(const std::string& folder);  // throws Error naming host and pid of the holder
-  ~FolderLock();
-  FolderLock(const FolderLock&) = delete;
-  FolderLock& operator=(const FolderLock&) = delete;
-
- private:
-  std::string path_;
-  int file_ = -1;
-};
-
-// [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress).
-std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes);
+// [n,C] -> [n,C]: softmax of each row (classify, next sentence), sigmoid (multilabel), as it is (regress). classes 0: one row.
+std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t classes = 0);
 struct MaskGuess { int64_t mask; std::string token; int32_t id; double probability; };   // mask: number of the [MASK] in the text
 
 // For each row the guesses of each [MASK] in it, mask by mask, best first.
@@ -664,20 +697,13 @@ Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const
 // they decide about.   [parts of all items, width]
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);
 
-// ==== 10 search ==================================================================================================
-// Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
-struct Match { float score; int64_t a, b; };
-// For each row a of queries [Q,D] the `top` rows b of vectors [n,D] with the largest products, best first. Rows that hold NaN are
-// never found. Exact: all are scored, in blocks, through gemm. The bytes do not depend on the number of threads or of queries.
-std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top);
-// The `top` pairs of rows a < b with the largest products, best first.
-std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top);
-
+// ==== 10 fingerprints ============================================================================================
 // Tells whether data is what it was; no protection against who wants two to be the same.
 struct Fingerprint {
   uint64_t state = 14695981039346656037ull;        // FNV-1a's numbers; the shift takes the upper bits into account
   void number(uint64_t v) { state = (state ^ v) * 1099511628211ull, state ^= state >> 32; }
   void bytes(std::string_view s);                  // their number, too
+  void add(const Example& e);
   template <class List>
   void add(const List& list) {
     for (const auto v : list)
@@ -688,36 +714,7 @@ struct Fingerprint {
     number(list.size());
   }
 };
-uint64_t folder_fingerprint(const std::string& folder);   // of what a model's answers depend on: config, tokenizer, recipe, weights
-
-// The vectors of a corpus in a file: a header of 64 bytes, then float32 [lines, dimension], line after line. While it is made it is
-// FILE.part; its header counts the vectors that are safely on the disk, so that a run that was killed goes on there.
-class VectorIndex {
- public:
-  struct Key {                             // of what the vectors were made
-    uint64_t model, corpus;
-    int64_t dimension, lines;
-    friend bool operator==(const Key&, const Key&) = default;
-  };
-  // Maps the whole index that `path` names; where there is none, or one for another key, opens or begins its part. Throws Error when
-  // the file is something else, cannot be written, or when another process is making it.
-  VectorIndex(const std::string& path, const Key& key);
-  bool stale() const { return stale_; }            // there was one for another model or corpus, which will be replaced
-  int64_t count() const { return count_; }         // vectors there are
-  void append(std::span<const float> vectors);     // whole ones; on the disk when it returns. The last line's makes the index whole
-  const Tensor& vectors() const { return vectors_; }   // [lines, dimension] of a whole index, mapped; else empty
-
- private:
-  struct Header;
-  bool read_header(int file, const std::string& path, Header& header) const;
-  void write(const void* bytes, size_t size, int64_t at);
-  void map(int file);
-  std::string path_;
-  Key key_;
-  int64_t count_ = 0;
-  bool stale_ = false;
-  std::shared_ptr<const int> part_;                // its descriptor, locked; closed with the last copy
-  Tensor vectors_;
-};
+// Of what a model's answers depend on: config, tokenizer, recipe, weights.
+uint64_t folder_fingerprint(const std::string& folder);
 
 }  // namespace bert

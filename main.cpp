@@ -64,14 +64,12 @@ void note(const std::string& text) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-int index_of(const std::string& name, const Strings& names) { return (int)(std::find(names.begin(), names.end(), name) - names.begin()); }
-bool among(const std::string& name, const Strings& names) { return index_of(name, names) < (int)names.size(); }
-
-std::string join(const Strings& parts, const std::string& between) {
-  std::string out;
-  for (size_t i = 0; i < parts.size(); i++) out += (i ? between : "") + parts[i];
-  return out;
+// -1: not among them.
+int index_of(const std::string& name, const Strings& names) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  return found == names.end() ? -1 : (int)(found - names.begin());
 }
+bool among(const std::string& name, const Strings& names) { return index_of(name, names) >= 0; }
 
 Strings split(std::string_view text, char at) {
   Strings out;
@@ -88,20 +86,6 @@ Strings split_words(std::string_view text) {
   return words;
 }
 
-template <class T>
-std::optional<T> parse_number(std::string_view text) {
-  T value{};
-  const auto r = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (r.ec != std::errc() || r.ptr != text.data() + text.size()) return {};
-  return value;
-}
-
-// The shortest text that reads back as the same number.
-template <class T>
-std::string exact(T v) {
-  char text[40];
-  return std::string(text, std::to_chars(text, text + sizeof text, v).ptr);
-}
 // A figure of the results: counts whole, anything else so that it reads back as the same float.
 std::string figure(double v) { return v == std::floor(v) && std::fabs(v) < 1e15 ? to_string((int64_t)v) : format_number(v); }
 
@@ -128,6 +112,11 @@ std::string duration(double seconds) {
   if (s < 100) return to_string(s) + " s";
   if (s < 3600) return to_string(s / 60) + " min " + to_string(s % 60) + " s";
   return to_string(s / 3600) + " h " + to_string(s / 60 % 60) + " min";
+}
+
+// How long the rest takes, if all goes on as it went since `began`.
+std::string time_left(double began, int64_t done, int64_t all) {
+  return duration((now() - began) / (double)done * (double)(all - done)) + " left";
 }
 
 double median(std::vector<double> v) {
@@ -180,7 +169,7 @@ class Args {
   }
   bool take_switch(const std::string& name) {
     asked_.push_back(name);
-    if (const int i = index_of("--" + name, words_); i < (int)words_.size()) erase((size_t)i, 1), given_.insert(name);
+    if (const int i = index_of("--" + name, words_); i >= 0) erase((size_t)i, 1), given_.insert(name);
     keep(name, given(name) ? "yes" : "");
     return given(name);
   }
@@ -210,7 +199,7 @@ class Args {
   // The number of the choice.
   int choice(const std::string& name, const std::string& value, Strings choices) const {
     const int at = index_of(value, choices);
-    if (at < (int)choices.size()) return at;
+    if (at >= 0) return at;
     std::erase_if(choices, [](const std::string& c) { return c.find(' ') != c.npos; });  // a default that is not for typing
     fail("--" + name + " " + value + ": " + join(Strings(choices.begin(), choices.end() - 1), ", ") + " or " + choices.back() +
          " is wanted; did you mean " + nearest(value, choices) + "?");
@@ -455,12 +444,13 @@ class Rows {
   Format format_ = kLines;
   size_t file_ = 0;
   Strings names_;                           // of the columns or keys that were picked from last
+  bool picked_ = false, said_ = false;      // all that is needed, and that this was said of the file
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   std::vector<int> others_;                 // of choices, or of what is and what is not alike
   size_t columns_ = 0;                      // conll: of the file's first line
   std::vector<Row> questions_;              // squad: the file's, last one first
   std::string text_line_;                   // read last; its room is used again
-  bool said_ = false, terminal_ = false;
+  bool terminal_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
 
@@ -477,12 +467,10 @@ class Rows {
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
     terminal_ = path == "-" && isatty(0);
+    const char* own_format = task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : "";
     if (s_.labels && (format_ == kLines || format_ == kIds))
-      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" +
-                  (task == Task::tag  ? " or conll"
-                   : task == Task::qa ? " or squad"
-                                      : ""));
-    said_ = false, names_.clear(), columns_ = 0;
+      throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" + own_format);
+    picked_ = said_ = false, columns_ = 0;
     if (format_ == kSquad) read_squad(path);
     if (format_ == kTsv || format_ == kCsv) try {
         Row row;
@@ -551,9 +539,11 @@ class Rows {
   }
 
   // Where the answer stands in the context: at `start` code points, or at its first place where none is given.
-  static void add_answer(Row& row, const std::string& answer, std::optional<int64_t> start) {
+  static void add_answer(Row& row, const Json& text, const Json* start) {
+    const std::string& answer = text.as_string("text");
     size_t at = start ? 0 : row.pair->find(answer);
-    for (int64_t i = 0; start && i < *start && at < row.pair->size(); i++) at += std::max<size_t>(utf8_length(*row.pair, at), 1);
+    for (int64_t i = start ? start->as_int("answer_start") : 0; i > 0 && at < row.pair->size(); i--)
+      at += std::max<size_t>(utf8_length(*row.pair, at), 1);
     if (answer.empty() || at >= row.pair->size() || row.pair->compare(at, answer.size(), answer))
       throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
     row.answers.push_back(answer), row.starts.push_back((int64_t)at);
@@ -562,18 +552,18 @@ class Rows {
   static void add_answers(Row& row, const Json& v) {
     row.listed = true;
     if (v.is(Json::string)) {
-      if (!v.as_string("answer").empty()) add_answer(row, v.as_string("answer"), {});
+      if (!v.as_string("answer").empty()) add_answer(row, v, nullptr);
     } else if (v.is(Json::array)) {
       for (const Json& one : v.items("answers")) {
-        const Json *text = one.find("text"), *start = one.find("answer_start");
+        const Json* text = one.find("text");
         if (!text) throw BadLine("an answer without 'text'");
-        add_answer(row, text->as_string("text"), start ? std::optional<int64_t>(start->as_int("answer_start")) : std::nullopt);
+        add_answer(row, *text, one.find("answer_start"));
       }
-    } else if (const Json* texts = v.find("text"), *starts = v.find("answer_start"); texts) {
+    } else if (const Json* texts = v.find("text")) {
+      const Json* starts = v.find("answer_start");
       for (size_t i = 0; i < texts->items("text").size(); i++) {
         if (starts && i >= starts->items("answer_start").size()) throw BadLine("fewer answer_start than texts of answers");
-        add_answer(row, texts->items("text")[i].as_string("text"),
-                   starts ? std::optional<int64_t>(starts->items("answer_start")[i].as_int("answer_start")) : std::nullopt);
+        add_answer(row, texts->items("text")[i], starts ? &starts->items("answer_start")[i] : nullptr);
       }
     } else {
       throw BadLine("answers are neither a string nor a list of texts");
@@ -695,10 +685,10 @@ class Rows {
 
   // Settles which columns or keys are meant: those of --columns, else by well-known names in the order they stand.
   void pick(const Strings& names) {
-    if (said_ && names == names_) return;
-    names_ = names, text_ = pair_ = label_ = -1, others_.clear();
+    if (picked_ && names == names_) return;
+    picked_ = false, names_ = names, text_ = pair_ = label_ = -1, others_.clear();
     if (s_.task == Task::choice)
-      for (int i = 0; among("choice" + to_string(i), names); i++) others_.push_back(index_of("choice" + to_string(i), names));
+      for (int i = 0, at; (at = index_of("choice" + to_string(i), names)) >= 0; i++) others_.push_back(at);
     if (s_.task == Task::choice && others_.empty() && among("choices", names)) others_ = {index_of("choices", names)};
     for (const char* name : {"positive", "negative"})
       if (s_.task == Task::embed && among(name, names)) others_.push_back(index_of(name, names));
@@ -715,7 +705,7 @@ class Rows {
     if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
     const Strings& known_labels = s_.task == Task::tag ? kTagNames : s_.task == Task::qa ? kAnswerNames : kLabelNames;
     for (const std::string& name : known_labels)
-      if (label_ < 0 && among(name, names)) label_ = index_of(name, names);
+      if (label_ < 0) label_ = index_of(name, names);
     if (!s_.labels) label_ = -1;
     auto missing = [&](const std::string& what, const Strings& known) {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
@@ -728,7 +718,7 @@ class Rows {
     for (const auto& [number, what] : {std::pair(text_, "text is "), {pair_, ", pair is "}, {label_, ", label is "}})
       if (number >= 0) found += what + ("'" + (number < (int)names.size() ? names[number] : "column " + to_string(number))) + "'";
     if (!said_) note(lines_->name() + ": " + found);
-    said_ = true;
+    picked_ = said_ = true;
   }
   void pick_by_option(const Strings& names) {
     for (const std::string& wish : split(s_.columns, ',')) {
@@ -739,8 +729,7 @@ class Rows {
         throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
       const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
       *to = number ? *number : index_of(value, names);
-      if (*to < 0 || (!number && *to == (int)names.size()))
-        throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
+      if (*to < 0) throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
     }
   }
 
@@ -762,23 +751,25 @@ class Rows {
     if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
     for (const int i : others_) {
       const Json& other = values[i].second;
-      if (other.is(Json::string)) row.others.push_back(other.as_string(names[i]));
-      for (size_t k = 0; other.is(Json::array) && k < other.items(names[i]).size(); k++)
-        row.others.push_back(answer(other.items(names[i])[k]));
+      if (other.is(Json::string) || other.is(Json::array)) append_answers(other, row.others);
     }
     if (const Json* id = s_.task == Task::qa ? v.find("id") : nullptr) row.id = answer(*id);
     if (label_ < 0) return;
     const Json& label = values[label_].second;
     if (s_.task == Task::qa) return add_answers(row, label);
     row.listed = label.is(Json::array);
-    if (!row.listed) row.answers = {answer(label)};
-    for (size_t i = 0; row.listed && i < label.items("label").size(); i++) row.answers.push_back(answer(label.items("label")[i]));
+    append_answers(label, row.answers);
   }
   std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
     if (v.is(Json::string)) return v.as_string(key);
     if ((!s_.word_lists && s_.task != Task::tag) || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
-    for (const Json& word : v.items(key)) words.push_back(answer(word));
+    append_answers(v, words);
     return "";
+  }
+  // A list's values, or one.
+  static void append_answers(const Json& v, Strings& to) {
+    if (!v.is(Json::array)) return to.push_back(answer(v));
+    for (const Json& one : v.items("label")) to.push_back(answer(one));
   }
   static std::string answer(const Json& v) {
     if (v.is(Json::string)) return v.as_string("label");
@@ -855,68 +846,13 @@ std::string figures(const Numbers& list) {
 
 void print(const Numbers& list) { std::fputs(figures(list).c_str(), stdout); }
 
-template <class T>
-std::string json_list(const std::vector<T>& list) {
-  std::string out = "[";
-  for (const T& v : list) {
-    if (out.size() > 1) out += ',';
-    if constexpr (std::is_same_v<T, std::string>)
-      out += v;
-    else
-      out += to_string(v);
-  }
-  return out + "]";
-}
-// The values are JSON already.
-std::string json_object(const Named& members) {
-  std::string out;
-  for (const auto& [name, value] : members) out += (out.empty() ? "" : ",") + json_quote(name) + ":" + value;
-  return "{" + out + "}";
-}
-std::string json_object(const Numbers& numbers) {
+std::string json_numbers(const Numbers& numbers) {
   Named members;
   for (const auto& [name, v] : numbers) members.emplace_back(name, std::isfinite(v) ? figure(v) : "null");  // JSON has no nan, no inf
   return json_object(members);
 }
 
 // ==== 5 text into ids =============================================================================================
-// Whether a full stop at line[at] only shortens the word before it: Mr. Mrs. Ms. Dr. St., and initials.
-bool abbreviates(std::string_view line, size_t at) {
-  size_t begin = at;
-  while (begin && (std::isalpha((unsigned char)line[begin - 1]) || (line[begin - 1] & 0x80))) begin--;
-  const std::string word(line.substr(begin, at - begin));
-  return line[at] == '.' && ((word.size() == 1 && word[0] <= 'Z') || among(word, {"Mr", "Mrs", "Ms", "Dr", "St"}));
-}
-
-// Calls each(sentence) for the sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and
-// after their full-width forms. Nothing is lost: the rest of the line is a sentence too.
-template <class F>
-void each_sentence(std::string_view line, F&& each) {
-  auto one_of = [&](size_t i, std::initializer_list<std::string_view> list) -> size_t {
-    for (std::string_view s : list)
-      if (line.substr(i, s.size()) == s) return s.size();
-    return 0;
-  };
-  auto stop = [&](size_t i) { return one_of(i, {".", "!", "?"}); };
-  auto wide_stop = [&](size_t i) { return one_of(i, {"。", "！", "？"}); };
-  auto closer = [&](size_t i) { return one_of(i, {"\"", "'", ")", "]", "}", "”", "’", "»", "」", "』", "）"}); };
-  size_t begin = 0;
-  for (size_t i = 0; i < line.size();) {
-    const size_t first = i;
-    const bool wide = wide_stop(i) > 0;
-    if (!wide && !stop(i)) {
-      i++;
-      continue;
-    }
-    for (size_t n; i < line.size() && ((n = stop(i)) || (n = wide_stop(i)) || (n = closer(i)));) i += n;
-    if (!wide && i < line.size() && line[i] != ' ' && line[i] != '\t') continue;  // 3.14, example.org
-    if (i == first + 1 && abbreviates(line, first)) continue;
-    each(line.substr(begin, i - begin));
-    begin = i;
-  }
-  if (begin < line.size()) each(line.substr(begin));
-}
-
 // Raw text as ids: a line is a paragraph, a blank line ends a document; in the other formats a row is a document.
 Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   source.raw = true;
@@ -925,10 +861,9 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
   std::vector<Row> chunk;
   while (read_chunk(rows, chunk, 1 << 16)) {
     std::vector<std::vector<std::vector<int32_t>>> sentences(chunk.size());  // of each row
-    parallel_ranges((int64_t)chunk.size(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
-          each_sentence(line, [&](std::string_view sentence) { tokenizer.append_ids(sentence, sentences[i].emplace_back()); });
+    parallel_each((int64_t)chunk.size(), 16, [&](int64_t i) {
+      for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
+        for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, sentences[i].emplace_back());
     });
     for (size_t i = 0; i < chunk.size(); i++) {
       for (const std::vector<int32_t>& ids : sentences[i]) {
@@ -1015,25 +950,6 @@ void catch_signals() {
 
 int64_t stored_number(const About& about, const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); }
 
-// Refuses a folder that holds something else, and with --resume one that holds no run.
-void check_output(const std::string& path, bool resume, bool overwrite) {
-  const bool there = fs::exists(path);
-  auto has = [&](const char* file) { return fs::exists(path + "/" + file); };
-  if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
-  if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
-  const bool state = has("training_state.safetensors") || has("training_state-1.safetensors");
-  // What a run leaves that ended before its first save; with nothing else there, it begins again.
-  static const Strings of_unfinished_run = {".lock", "log.jsonl", "report.html", "training_state-new.safetensors"};
-  std::string foreign;
-  if (there)
-    for (const auto& entry : fs::directory_iterator(path))
-      if (const std::string name = entry.path().filename().string(); !among(name, of_unfinished_run) && name.find(".tmp-") == name.npos)
-        foreign = name;
-  if (foreign.empty() || overwrite || (resume && state)) return;
-  if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
-  throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
-              (state ? ", or go on with --resume" : ""));
-}
 // The folder that a command writes: made, and locked against a second run.
 FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
   check_output(path, resume, overwrite);
@@ -1106,7 +1022,7 @@ class Run {
   // Takes up the run that the folder holds, or begins anew: then empty.
   About take_up(Trainer& trainer, const Named& taken, const Fingerprint& data_fingerprint);
   void after_step(const StepReport& r);
-  void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_object(metrics)}})); }
+  void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_numbers(metrics)}})); }
   bool save_due(int64_t done) const { return s_.save_every ? done % s_.save_every == 0 : now() - saved_at_ > 300; }
   void save(const Trainer& trainer);
   void write_report() const;
@@ -1144,7 +1060,6 @@ class Run {
   StepReport sum_;                         // since the last logged step
   double first_loss_ = 0, last_loss_ = 0;  // of this process's first and last logged step
 
-  void check(const About& stored) const;
   void open_log(int64_t step);
   void add(const std::string& object);
 };
@@ -1156,12 +1071,11 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   fixed_ = {{"data", to_string(data_fingerprint.state)}, {"weights", to_string(weights.state)}, {"backend", backend_description()}};
   for (const auto& [name, value] : taken)
     if (!value.empty() && !among(name, kFreeSettings)) fixed_["--" + name] = value;
-  if (!s_.resume) states.remove_all();
-  std::string remark;
-  About stored = s_.resume ? states.load(
-                                 trainer, [&](const About& about) { check(about); }, remark)
-                           : About();
-  if (!remark.empty()) say("bert: " + remark);
+  About stored;
+  if (s_.resume)
+    stored = states.load(trainer, fixed_, [](const std::string& remark) { say("bert: " + remark); });
+  else
+    states.remove_all();
   if (!stored.empty()) {
     fixed_["backend"] = stored["backend"];
     trainer.set_steps(stored_number(stored, "steps"));
@@ -1173,25 +1087,6 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
   open_log(trainer.done());
   begun_ = saved_at_ = window_began_ = now(), first_ = window_first_ = trainer.done();
   return stored;
-}
-
-// A resumed run must be the run that was begun.
-void Run::check(const About& stored) const {
-  auto get = [](const About& m, const std::string& key) { return m.count(key) ? m.at(key) : "none"; };
-  About all = fixed_;  // the keys of both
-  all.insert(stored.begin(), stored.end());
-  Strings differ;
-  for (const auto& [key, value] : all)
-    if (key.starts_with("--") && get(fixed_, key) != get(stored, key))
-      differ.push_back(key + " (begun with " + get(stored, key) + ", now " + get(fixed_, key) + ")");
-  if (differ.empty() && get(fixed_, "data") != get(stored, "data")) differ = {"other data"};
-  if (differ.empty() && get(fixed_, "weights") != get(stored, "weights")) differ = {"another model or vocabulary to start from"};
-  if (!differ.empty())
-    throw Error(s_.output + ": --resume with what the run did not begin with: " + join(differ, ", ") +
-                "; give the same, or begin anew in another folder");
-  if (get(fixed_, "backend") != get(stored, "backend"))
-    say("bert: the run began on " + get(stored, "backend") + ", here are " + get(fixed_, "backend") +
-        ": its last bits may come out otherwise");
 }
 
 // Keeps what was logged up to `step` and goes on behind it; 0: begins anew.
@@ -1225,7 +1120,7 @@ void Run::after_step(const StepReport& r) {
   sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
   line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + "  loss " + fixed(r.loss.total, 4) + "  " +
           grouped((int64_t)((double)tokens_ / spent)) + " tokens/s  " +
-          (r.step < r.steps ? duration(spent / (double)(r.step - first_) * (double)(r.steps - r.step)) + " left" : "in " + duration(spent));
+          (r.step < r.steps ? time_left(begun_, r.step - first_, r.steps - first_) : "in " + duration(spent));
   progress_.show(line_);
 
   // About a thousand logged steps whatever the run's length; each stands for the mean since the one before.
@@ -1243,7 +1138,7 @@ void Run::after_step(const StepReport& r) {
                                  {"nsp_loss", sum_.loss.next_sentence / n},
                                  {"mlm_accuracy", (double)sum_.loss.masked_right / (double)sum_.masked},
                                  {"nsp_accuracy", (double)sum_.loss.next_right / (double)sum_.rows}});
-  add(json_object(record));
+  add(json_numbers(record));
   last_loss_ = sum_.loss.total / n;
   if (!first_loss_) first_loss_ = last_loss_;
   sum_ = StepReport(), window_first_ = r.step, window_began_ = t;
@@ -1268,11 +1163,14 @@ std::string html(std::string_view text) {
   return out;
 }
 
+std::string html_section(const std::string& title, const std::string& rows) {
+  return "<section><h2>" + html(title) + "</h2><table>" + rows + "</table></section>\n";
+}
 std::string html_table(const std::string& title, const Named& rows) {
   std::string out;
   for (const auto& [name, value] : rows)
     if (!value.empty()) out += "<tr><th>" + html(name) + "</th><td>" + html(value) + "</td></tr>";
-  return "<section><h2>" + html(title) + "</h2><table>" + out + "</table></section>\n";
+  return html_section(title, out);
 }
 
 const char* const kReportHead =
@@ -1368,13 +1266,6 @@ if (last) {
 }
 </script>)js";
 
-std::string cpu_name() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);)
-    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
-  return "";
-}
-
 void Run::write_report() const {
   std::string page = kReportHead + std::string("<title>") + html(title_) + "</title></head><body><main><h1>" + html(title_) +
                      "</h1><p id=\"sub\" class=\"sub\"></p><div class=\"tiles\">";
@@ -1406,9 +1297,8 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
     if (row.pair) trainer.add_text(*row.pair);
     bytes += (int64_t)(row.text.size() + (row.pair ? row.pair->size() : 0)) + 1;
     if (rows.count() % 4096) continue;
-    const double left = (now() - began) / (double)bytes * (double)(total - bytes);
     progress.show(grouped(rows.count()) + " lines, " + grouped(trainer.words()) + " words" +
-                  (left > 0 ? ", " + duration(left) + " left" : ""));
+                  (total > bytes ? ", " + time_left(began, bytes, total) : ""));
   }
   rows.report();
   if (!trainer.words()) throw Error(join(source.files, ", ") + ": no words; give files of text");
@@ -1465,8 +1355,7 @@ void cmd_vocab(Args& a) {
   const double began = now();
   const int64_t first = extend.empty() ? 0 : old.size();
   options.on_progress = [&](int64_t pieces) {
-    const double left = (now() - began) / (double)(pieces - first) * (double)(options.size - pieces);
-    progress.show(grouped(pieces) + " of " + grouped(options.size) + " pieces, " + duration(left) + " left");
+    progress.show(grouped(pieces) + " of " + grouped(options.size) + " pieces, " + time_left(began, pieces - first, options.size - first));
   };
   options.on_left_out = [&](int64_t left_out, int64_t all) {
     note("bert: the alphabet has room for " + grouped(all - left_out) + " of " + grouped(all) + " characters; the rarer " +
@@ -1600,14 +1489,10 @@ std::string TokenCounts::report(const WordPiece& t) const {
   Numbers out = {{"texts", (double)texts},     {"words", (double)words},
                  {"tokens", (double)tokens},   {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
                  {"unknown", (double)unknown}, {"longest", (double)longest}};
-  auto by_count = [](std::vector<std::pair<int64_t, std::string>> list) {
-    std::sort(list.begin(), list.end(),
-              [](const auto& x, const auto& y) { return x.first != y.first ? x.first > y.first : x.second < y.second; });
-    return list;
-  };
-  std::vector<std::pair<int64_t, std::string>> names, lacking;
-  for (const auto& [name, s] : scripts) names.emplace_back(s.words, name);
-  for (const auto& [count, name] : by_count(names)) {
+  std::vector<std::pair<int64_t, std::string>> names, lacking;  // less their counts, so that the commonest come first
+  for (const auto& [name, s] : scripts) names.emplace_back(-s.words, name);
+  std::sort(names.begin(), names.end());
+  for (const auto& [count, name] : names) {
     const Script& s = scripts.at(name);
     out.emplace_back(name + "_words", (double)s.words);
     out.emplace_back(name + "_pieces_per_word", (double)s.pieces / (double)s.words);
@@ -1619,10 +1504,10 @@ std::string TokenCounts::report(const WordPiece& t) const {
     t.append_ids(letter, ids), t.append_ids("a" + letter, ids);
     char code[16];
     std::snprintf(code, sizeof code, "U+%04X ", (unsigned)code_point(letter, 0, n));
-    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end()) lacking.emplace_back(count, "unknown_character " + (code + letter));
+    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end()) lacking.emplace_back(-count, "unknown_character " + (code + letter));
   }
-  lacking = by_count(lacking);
-  for (size_t i = 0; i < std::min<size_t>(lacking.size(), 20); i++) out.emplace_back(lacking[i].second, (double)lacking[i].first);
+  std::sort(lacking.begin(), lacking.end());
+  for (size_t i = 0; i < std::min<size_t>(lacking.size(), 20); i++) out.emplace_back(lacking[i].second, -(double)lacking[i].first);
   return figures(out);
 }
 
@@ -1636,24 +1521,11 @@ void append_tokens(const WordPiece& t, std::span<const int32_t> ids, Tokenizatio
   out.resize(before + (size_t)(at - begin) - !ids.empty());
 }
 
-// The line of a text of which nothing but ids or pieces is wanted.
-void append_line(const WordPiece& t, const Row& row, const Tokenization& o, std::vector<int32_t>& ids, std::string& out) {
-  ids.clear();
-  try {
-    t.append_ids(row.text, ids, o.encode);
-  } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
-  append_tokens(t, ids, o.to, out);
-  out += '\n';
-}
-
 // The lines of one text's encodings.
 std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o, TokenCounts& counts) {
-  std::vector<Encoding> windows;
-  try {
-    const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
-    windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
-                      : t.encode_windows(row.text, pair, o.encode);
-  } catch (const Error& e) { throw Error(row.where + ": " + e.what()); }
+  const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
+  std::vector<Encoding> windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
+                                          : t.encode_windows(row.text, pair, o.encode);
   if (!o.windows) windows.resize(1);
   std::string out;
   counts.texts++;
@@ -1685,11 +1557,15 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
     std::vector<TokenCounts> counts(lines.size());
     parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> ids;
-      for (int64_t i = begin; i < end; i++)
-        if (out && o.to != Tokenization::jsonl && !o.windows && !o.words && !chunk[i].pair)
-          append_line(t, chunk[i], o, ids, lines[i / kPiece]);
-        else
-          lines[i / kPiece] += tokenized(t, chunk[i], o, counts[i / kPiece]);
+      for (int64_t i = begin; i < end; i++) try {
+          std::string& text = lines[i / kPiece];
+          if (out && o.to != Tokenization::jsonl && !o.windows && !o.words && !chunk[i].pair) {  // ids or pieces, and nothing else
+            ids.clear(), t.append_ids(chunk[i].text, ids, o.encode);
+            append_tokens(t, ids, o.to, text), text += '\n';
+          } else {
+            text += tokenized(t, chunk[i], o, counts[i / kPiece]);
+          }
+        } catch (const Error& e) { throw Error(chunk[i].where + ": " + e.what()); }
     });
     for (const TokenCounts& c : counts) total.add(c);
     for (const std::string& text : lines)
@@ -1937,48 +1813,6 @@ void cmd_pretrain(Args& a) {
 }
 
 // ==== 11 finetune =================================================================================================
-// The peak of this process's memory, in MiB; 0 where the system does not say.
-double peak_mib() {
-  std::ifstream status("/proc/self/status");
-  for (std::string line; std::getline(status, line);)
-    if (line.starts_with("VmHWM:")) return (double)std::strtoll(line.c_str() + 6, nullptr, 10) / 1024;
-  return 0;
-}
-
-// The names of the labels: those of a model, or for training data those that occur.
-struct Labels {
-  Task task = Task::classify;
-  Strings names;
-  std::map<std::string, int32_t> ids = {};
-
-  void set(const Strings& list) {
-    names = list, ids.clear();
-    for (size_t i = 0; i < list.size(); i++) ids.emplace(list[i], (int32_t)i);
-  }
-  std::string some() const {
-    const int64_t shown = std::min<int64_t>((int64_t)names.size(), 8);
-    return join(Strings(names.begin(), names.begin() + shown), ", ") + (names.size() > 8 ? ", …" : "");
-  }
-  bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
-  // In an order that does not depend on the order of the file: numbers by value, names by their bytes; or as the model has them.
-  void learn(const std::vector<Strings>& answers, const Strings& of_model) {
-    std::set<std::string> seen;
-    for (const Strings& list : answers) seen.insert(list.begin(), list.end());
-    if (seen == std::set<std::string>(of_model.begin(), of_model.end())) return set(of_model);
-    Strings ordered(seen.begin(), seen.end());
-    auto number = [](const std::string& s) { return parse_number<int64_t>(s); };
-    if (std::all_of(ordered.begin(), ordered.end(), [&](const auto& s) { return number(s).has_value(); }))
-      std::stable_sort(ordered.begin(), ordered.end(), [&](const auto& x, const auto& y) { return *number(x) < *number(y); });
-    set(ordered);
-  }
-};
-
-// Labelled rows, in the user's own words.
-struct LabelledSet {
-  std::vector<Item> items;
-  std::vector<Gold> golds;
-};
-
 // The names of labels that a row may use.
 Strings label_names(const Row& row, const Labels& labels, bool known) {
   Strings names = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
@@ -2025,16 +1859,6 @@ Gold gold_of(const Row& row, const Labels& labels, bool known, Strings& names) {
   return gold;
 }
 
-// Puts the labels' numbers in.
-void set_labels(Gold& gold, const Labels& labels, const Strings& names) {
-  if (labels.task == Task::classify) gold.label = labels.ids.at(names[0]);
-  if (labels.task == Task::multilabel) gold.targets.assign(labels.names.size(), 0);
-  for (const std::string& name : names) {
-    if (labels.task == Task::multilabel) gold.targets[(size_t)labels.ids.at(name)] = 1;
-    if (labels.task == Task::tag) gold.tags.push_back(labels.ids.at(name));
-  }
-}
-
 // The next rows, at most `most`, and the names of their labels, which training data (not `known`) says itself; false: there are none.
 bool next_labelled(Rows& rows, const Labels& labels, bool known, size_t most, LabelledSet& set, std::vector<Strings>& names) {
   set = {}, names.clear();
@@ -2060,7 +1884,7 @@ LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model
   rows.report();
   if (set.items.empty()) no_labelled(source);
   if (of_model && labels.named()) labels.learn(names, *of_model);
-  for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
+  for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
   return set;
 }
 
@@ -2072,79 +1896,11 @@ Task take_task(Args& a) {
 }
 std::string task_name(Task task) { return task == Task::embed ? "similarity" : head_kind(task).name; }
 
-// Whether the rows hold what the loss compares; a positive text beside the text is its pair.
-void check_partners(LabelledSet& set, PairLoss loss) {
-  const Strings wants = {"two texts and their cosine", "two texts", "two texts and 1 or 0", "a text, a positive and a negative one"};
-  for (size_t i = 0; i < set.items.size(); i++) {
-    const Item& item = set.items[i];
-    const size_t texts = (item.pair ? 2 : 1) + item.others.size();
-    const bool scored = !set.golds[i].targets.empty();
-    const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
-    if (!fits)
-      throw Error("--loss of similarity: row " + to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
-                  "; give such data, or another --loss");
-    if (loss == PairLoss::inbatch) set.golds[i].targets.clear();
-  }
-}
-
 constexpr size_t kItems = 2048;  // answered at once
 
-// Texts with partners and no score.
-bool only_partners(Task task, std::span<const Gold> golds) {
-  return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
-}
-
-// An item that the model got wrong, and how sure it was.
-struct Mistake {
-  double size;
-  std::string text, right, said;
-};
-// Nothing where it is right.
-std::optional<Mistake> mistake(Task task, const Labels& labels, const Item& item, const Gold& gold, const Outcome& o) {
-  const std::string text = item.pair ? item.text + " / " + *item.pair : item.words.empty() ? item.text : join(item.words, " ");
-  auto name = [&](int32_t label) { return labels.named() ? label < 0 ? "O" : labels.names[(size_t)label] : to_string(label); };
-  if (task == Task::qa) {
-    const std::string said = o.answers.empty() ? "" : o.answers[0].text;
-    const double f1 = score_answer(said, gold.answers).f1;
-    if (f1 == 1) return {};
-    return Mistake{(1 - f1) * (o.answers.empty() ? 1 : o.answers[0].score), text, join(gold.answers, " | "), said};
-  }
-  if (task == Task::tag) {
-    Mistake m{0, text, "", ""};
-    for (size_t i = 0; i < gold.tags.size(); i++) {
-      if (o.tags[i] == gold.tags[i]) continue;
-      m.size += (double)o.scores[i], m.right += name(gold.tags[i]) + " ", m.said += item.words[i] + "/" + name(o.tags[i]) + " ";
-    }
-    return m.size > 0 ? std::optional(m) : std::nullopt;
-  }
-  if (task == Task::regress || task == Task::embed) {
-    if (gold.targets.empty()) return {};
-    return Mistake{std::fabs((double)o.outputs[0] - (double)gold.targets[0]), text, exact(gold.targets[0]), exact(o.outputs[0])};
-  }
-  const std::vector<float> p = probabilities(task, o.outputs, (int64_t)o.outputs.size());
-  if (task == Task::multilabel) {
-    Mistake m{0, text, "", ""};
-    for (size_t c = 0; c < p.size(); c++) {
-      m.size += std::fabs((double)p[c] - (double)gold.targets[c]);
-      if (gold.targets[c] > 0.5f) m.right += name((int32_t)c) + " ";
-      if (p[c] >= 0.5f) m.said += name((int32_t)c) + " ";
-    }
-    return m.right == m.said ? std::nullopt : std::optional(m);
-  }
-  const auto said = (int32_t)(std::max_element(p.begin(), p.end()) - p.begin());
-  if (said == gold.label) return {};
-  return Mistake{(double)(p[(size_t)said] - p[(size_t)gold.label]), text, name(gold.label), name(said)};
-}
-
-Numbers partner_scores(const Asked& how, std::span<const Item> items) {
+Numbers partner_scores(const Asked& how, std::span<const Item> items, const std::string& ending = "") {
   const RankScores s = rank_partners(how, items);
-  return {{"mrr", s.mrr}, {"recall_1", s.recall_1}, {"recall_10", s.recall_10}};
-}
-
-// Whether some text of an item did not fit into one window.
-bool in_windows(const std::vector<Window>& windows) {
-  auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
-  return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
+  return {{"mrr" + ending, s.mrr}, {"recall_1" + ending, s.recall_1}, {"recall_10" + ending, s.recall_10}};
 }
 
 // A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
@@ -2221,34 +1977,9 @@ void Finetuning::read() {
 
 // Holds out a share of the training data, unless there is --dev, and makes what is trained with.
 void Finetuning::split(uint64_t seed) {
-  if (!dev_input && dev_split > 0) {
-    const std::vector<uint8_t> held = choose_held_out(train.golds, dev_split, seed);
-    LabelledSet rest;
-    for (size_t i = 0; i < held.size(); i++) {
-      LabelledSet& to = held[i] ? dev : rest;
-      to.items.push_back(std::move(train.items[i])), to.golds.push_back(std::move(train.golds[i]));
-    }
-    train = std::move(rest);
-  }
-  std::vector<std::vector<Example>> made(train.items.size());
-  std::vector<uint8_t> is_cut(made.size());
-  parallel_ranges((int64_t)made.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      std::vector<Window> windows = make_windows(tokenizer, task, train.items[i], max_length, stride, prompt);
-      is_cut[i] = task != Task::tag && task != Task::qa && in_windows(windows);
-      made[i] = make_examples(task, std::move(windows), train.golds[i]);
-    }
-  });
-  cut = std::count(is_cut.begin(), is_cut.end(), 1);
-  for (std::vector<Example>& list : made) std::move(list.begin(), list.end(), std::back_inserter(examples));
-  if (!balanced) return;
-  std::vector<double> counts(labels.names.size(), 0);  // a class weighs n / (C its own number), as scikit-learn's "balanced"
-  double all = 0;
-  for (const Gold& g : train.golds) {
-    if (task == Task::classify) counts[(size_t)g.label]++, all++;
-    for (const int32_t tag : g.tags) counts[(size_t)tag]++, all++;
-  }
-  for (const double n : counts) settings.loss.classes.weights.push_back(n > 0 ? (float)(all / ((double)counts.size() * n)) : 0.f);
+  if (!dev_input && dev_split > 0) dev = hold_out(train, dev_split, seed);
+  examples = training_examples(tokenizer, task, train, max_length, stride, prompt, cut);
+  if (balanced) settings.loss.classes.weights = balanced_weights(label_counts(train.golds, labels.names.size()));
 }
 
 // The model to start from, and what travels with it.
@@ -2259,7 +1990,6 @@ ModelFolder Finetuning::start() const {
   } else {
     folder.config = open_config(model + "/config.json");
     folder.config.labels = labels.names;
-    folder.config.architecture = head_kind(task).architecture, folder.config.problem_type = head_kind(task).problem_type;
     folder.bert = Bert::random(folder.config, task, settings.seed);
     folder.carried = tokenizer_files(model, tokenizer, folder.config.max_position_embeddings);
   }
@@ -2270,14 +2000,9 @@ ModelFolder Finetuning::start() const {
 }
 
 std::string label_shares(const LabelledSet& set, const Labels& labels) {
-  std::vector<double> counts(labels.names.size(), 0);
-  double all = 0;  // texts, or words
-  for (const Gold& g : set.golds) {
-    for (size_t c = 0; c < counts.size() && g.tags.empty(); c++)
-      counts[c] += g.targets.empty() ? g.label == (int32_t)c : (double)g.targets[c];
-    for (const int32_t tag : g.tags) counts[(size_t)tag]++;
-    all += labels.task == Task::tag ? (double)g.tags.size() : 1;
-  }
+  const std::vector<double> counts = label_counts(set.golds, labels.names.size());
+  const auto texts = (double)set.golds.size();
+  const double all = labels.task == Task::multilabel ? texts : std::accumulate(counts.begin(), counts.end(), 0.0);
   Strings out;
   for (size_t i = 0; i < counts.size() && i < 12; i++) out.push_back(labels.names[i] + " " + fixed(100 * counts[i] / all, 1) + " %");
   return join(out, ", ") + (counts.size() > 12 ? ", …" : "");
@@ -2285,22 +2010,10 @@ std::string label_shares(const LabelledSet& set, const Labels& labels) {
 
 constexpr size_t kMistakes = 20;  // shown in the report
 
-// A model that gives every text one answer has learned nothing.
-void warn_of_one_class(const std::vector<int64_t>& confusion, const Strings& labels) {
-  const size_t C = labels.size();
-  std::vector<int64_t> said(C), is(C);
-  for (size_t i = 0; i < confusion.size(); i++) is[i / C] += confusion[i], said[i % C] += confusion[i];
-  auto used = [](const std::vector<int64_t>& list) { return std::count_if(list.begin(), list.end(), [](int64_t n) { return n > 0; }); };
-  if (used(said) != 1 || used(is) < 2) return;
-  const size_t only = (size_t)(std::max_element(said.begin(), said.end()) - said.begin());
-  say("bert: every text was given one label, " + labels[only] +
-      ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
-}
-
 std::string confusion_table(const std::vector<int64_t>& confusion, const Strings& labels) {
   const size_t C = labels.size();
   if (confusion.empty() || C > 30) return "";
-  std::string out = "<section><h2>Held-out texts: what they are, and what was said</h2><table><tr><th>is \\ said</th>";
+  std::string out = "<tr><th>is \\ said</th>";
   for (const std::string& name : labels) out += "<th>" + html(name) + "</th>";
   for (size_t i = 0; i < C; i++) {
     int64_t most = 1;
@@ -2310,7 +2023,7 @@ std::string confusion_table(const std::vector<int64_t>& confusion, const Strings
       out += "<td style=\"background:color-mix(in srgb,var(" + std::string(i == k ? "--third" : "--dev") + ") " +
              to_string(60 * confusion[i * C + k] / most) + "%,transparent)\">" + grouped(confusion[i * C + k]) + "</td>";
   }
-  return out + "</tr></table></section>\n";
+  return html_section("Held-out texts: what they are, and what was said", out + "</tr>");
 }
 
 std::string mistakes_table(const std::vector<Mistake>& worst) {
@@ -2320,10 +2033,10 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
     while (n < s.size() && n && (s[n] & 0xC0) == 0x80) n--;
     return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
   };
-  std::string out = "<section><h2>The worst mistakes</h2><table><tr><th>right</th><th>said</th><th>text</th></tr>";
+  std::string out = "<tr><th>right</th><th>said</th><th>text</th></tr>";
   for (const Mistake& m : worst)
     out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
-  return out + "</table></section>\n";
+  return html_section("The worst mistakes", out);
 }
 
 Named data_facts(const Finetuning& f) {
@@ -2347,7 +2060,7 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   Evaluation e;
   if (set.items.empty()) return e;
   if (only_partners(f.task, set.golds)) {
-    for (const auto& [name, value] : partner_scores(f.asked(bert), set.items)) e.metrics.emplace_back(name + ending, value);
+    e.metrics = partner_scores(f.asked(bert), set.items, ending);
     return e;
   }
   Scorer scorer(f.task, f.labels.names);
@@ -2357,14 +2070,16 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
     worst.resize(std::min(worst.size(), kMistakes));
   };
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (auto m = mistake(f.task, f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
+    if (auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
     if (worst.size() >= 4 * kMistakes) keep_worst();
   });
   keep_worst();
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
-  if (f.task == Task::classify) warn_of_one_class(scorer.confusion(), f.labels.names);
+  if (const int32_t only = scorer.only_answer(); only >= 0)
+    say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
+        ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
   e.report =
       confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
   return e;
@@ -2411,11 +2126,7 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
   settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)sampler.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
   Fingerprint fingerprint;
-  for (const Example& e : f.examples) {
-    fingerprint.add(e.ids), fingerprint.add(e.segments), fingerprint.add(e.targets), fingerprint.number((uint64_t)e.label);
-    fingerprint.add(e.labels);
-    for (const Example& other : e.others) fingerprint.add(other.ids);
-  }
+  for (const Example& e : f.examples) fingerprint.add(e);
   for (const Item& item : f.dev.items) fingerprint.bytes(item.text), fingerprint.bytes(item.pair.value_or(""));
   for (const std::string& name : f.labels.names) fingerprint.add(name);
   BestOnDev best;
@@ -2520,10 +2231,10 @@ struct Answering {
     for (std::vector<Row> chunk; read_chunk(rows, chunk, kItems);) {
       std::vector<std::invoke_result_t<Make&, const Row&>> made(chunk.size());
       Strings wrong(chunk.size());
-      parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) try {
-            made[i] = make(chunk[i]);
-          } catch (const BadLine& e) { wrong[i] = e.what(); }
+      parallel_each((int64_t)chunk.size(), 8, [&](int64_t i) {
+        try {
+          made[i] = make(chunk[i]);
+        } catch (const BadLine& e) { wrong[i] = e.what(); }
       });
       size_t good = 0;
       for (size_t i = 0; i < chunk.size(); i++) {
@@ -2574,7 +2285,7 @@ Numbers label_scores(Answering& s) {
   Rows rows(s.source);
   LabelledSet set;
   for (std::vector<Strings> names; next_labelled(rows, labels, true, kItems, set, names);) {
-    for (size_t i = 0; i < names.size(); i++) set_labels(set.golds[i], labels, names[i]);
+    for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
     if (only_partners(labels.task, set.golds))
       std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
@@ -2612,11 +2323,12 @@ std::string numbers(std::span<const float> values, bool json = false) {
 
 // What `predict` prints of one row by its task.
 struct Prediction {
-  Task task;
-  Strings labels;
-  bool json, logits, chars;
-  int64_t top;
-  std::optional<double> null_threshold;
+  Args& a;
+  const int64_t top = a.take_int("top", 1, 1, 1 << 20);
+  const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  Task task = Task::classify;  // this and the rest are the model's
+  Strings labels = {};
+  std::optional<double> null_threshold = {};
 
   std::string lines(const Row& row, const Outcome& o, bool conll) const {
     if (task == Task::tag) return conll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
@@ -2624,7 +2336,7 @@ struct Prediction {
     const bool plain = logits || task == Task::regress || task == Task::embed;
     if (logits || (plain && !json)) return numbers(o.outputs) + "\n";
     if (plain) return json_object({{o.outputs.size() > 1 ? "scores" : "score", numbers(o.outputs, o.outputs.size() > 1)}}) + "\n";
-    return scores(probabilities(task, o.outputs, (int64_t)o.outputs.size())) + "\n";
+    return scores(probabilities(task, o.outputs)) + "\n";
   }
 
  private:
@@ -2643,7 +2355,7 @@ struct Prediction {
     }
     const bool several = task == Task::multilabel;
     if (!json) return several ? join(chosen, "|") + "\t" + join(values, "|") : join(best, "\t");
-    Named record = {{"scores", json_object(all)}};
+    Named record = {{"scores", json_numbers(all)}};
     if (several) record.insert(record.begin(), {"labels", json_list(quoted)});
     const std::string first = label(order[0]);
     if (!several)
@@ -2674,8 +2386,7 @@ struct Prediction {
             {"score", format_number((float)a.score)}};
   }
   std::string answer_json(const Row& row, const Outcome& o) const {
-    const bool none = o.answers.empty() || (null_threshold && o.null_margin > *null_threshold);
-    Named record = answer_facts(row, none ? Answer() : o.answers[0]);
+    Named record = answer_facts(row, o.answer(null_threshold));
     record.insert(record.begin(), {"id", row.id.empty() ? to_string(row.number) : json_quote(row.id)});
     if (!json) return json_object(record);
     Strings list;
@@ -2711,18 +2422,9 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   return first;
 }
 
-// The raw outputs of every token, window after window.
-std::string token_logits(const Bert& bert, const std::vector<Window>& windows, int64_t batch_tokens) {
-  std::vector<Example> examples;
-  for (const Window& w : windows) examples.push_back(w.example);
-  return numbers(head_outputs(bert, examples, batch_tokens));
-}
-
 void cmd_predict(Args& a) {
   Answering s(a, "the folder of a task model, as bert finetune writes it");
-  Prediction p{};
-  p.top = a.take_int("top", 1, 1, 1 << 20), p.json = a.take_switch("jsonl"), p.logits = a.take_switch("logits");
-  p.chars = a.take_choice("offsets", {"bytes", "chars"});
+  Prediction p{a};
   s.stride = a.take_int("stride", 128, 0, 1 << 20);
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   const Strings ways = {"window", "error", "truncate"};
@@ -2738,7 +2440,8 @@ void cmd_predict(Args& a) {
   auto make = [&](const Row& row) { return usable_windows(s, row, p.task, how); };
   s.each_chunk(make, [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     if (p.logits && s.head().tokens) {
-      for (const std::vector<Window>& list : windows) s.out.line(token_logits(s.folder.bert, list, s.batch_tokens));
+      for (const std::vector<Window>& list : windows)
+        s.out.line(numbers(head_outputs(s.folder.bert, examples_of({&list, 1}), s.batch_tokens)));
       return;
     }
     const std::vector<Item> items(chunk.begin(), chunk.end());
@@ -2804,35 +2507,15 @@ std::vector<Window> embed_input(Answering& s, const EmbedOptions& o, const Row& 
   return {{s.encode(row, limit, cures[o.how])}};
 }
 
-// The vectors of all tokens of each window.
-std::vector<std::vector<float>> token_vectors(const Answering& s, std::span<const Example> examples) {
-  std::vector<int64_t> lengths;
-  for (const Example& e : examples) lengths.push_back((int64_t)e.ids.size());
-  std::vector<std::vector<float>> out(examples.size());
-  for (const std::vector<int64_t>& which : batches_by_tokens(lengths, s.batch_tokens)) {
-    const Tensor hidden = s.folder.bert.forward(make_batch(examples, which));
-    const float* v = hidden.data();
-    for (const int64_t i : which) {
-      const int64_t n = lengths[(size_t)i] * hidden.cols();
-      out[(size_t)i].assign(v, v + n), v += n;
-    }
-  }
-  return out;
-}
-
 // A line for each token of the texts: of a text in windows, from the one that decides about it, [CLS] from the first, [SEP] from the last.
 Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
-  std::vector<Example> examples;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) examples.push_back(w.example);
-  const std::vector<std::vector<float>> vectors = token_vectors(s, examples);
+  const std::vector<float> vectors = token_vectors(s.folder.bert, examples_of(windows), s.batch_tokens);
   const auto H = (size_t)s.folder.config.hidden_size;
+  const float* v = vectors.data();
   Strings out(chunk.size());
-  size_t at = 0;  // in vectors
   for (size_t i = 0; i < chunk.size(); i++) {
     const std::string line = to_string(chunk[i].number);
-    for (const Window& w : windows[i]) {
-      const float* v = vectors[at++].data();
+    for (const Window& w : windows[i])
       for (size_t t = 0; t < w.example.ids.size(); t++, v += H) {
         const bool added = w.words.empty() || w.words[t] < 0;
         if (windows[i].size() > 1 && (added ? &w != (t ? &windows[i].back() : &windows[i].front()) : !w.decides[t])) continue;
@@ -2841,7 +2524,6 @@ Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk
             json ? json_object({{"line", line}, {"token", json_quote(piece)}, {"vector", vector}}) : line + "\t" + piece + "\t" + vector;
         out[i] += "\n";
       }
-    }
   }
   return out;
 }
@@ -2854,24 +2536,14 @@ Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector
   Strings out(chunk.size());
   const Tensor vectors = embed_windows(s.folder.bert, windows, o.pooling, s.batch_tokens);
   const size_t H = (size_t)vectors.cols();
-  parallel_ranges((int64_t)chunk.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const float* v = vectors.data() + (size_t)i * H;
-      if (o.to == EmbedOptions::npy)
-        out[(size_t)i].assign((const char*)v, H * sizeof(float));
-      else
-        out[(size_t)i] = numbers({v, H}, json) + "\n";
-    }
+  parallel_each((int64_t)chunk.size(), 8, [&](int64_t i) {
+    const float* v = vectors.data() + (size_t)i * H;
+    if (o.to == EmbedOptions::npy)
+      out[(size_t)i].assign((const char*)v, H * sizeof(float));
+    else
+      out[(size_t)i] = numbers({v, H}, json) + "\n";
   });
   return out;
-}
-
-// NumPy's file format 1.0: a header of a multiple of 64 bytes, then the numbers.
-std::string npy_header(int64_t rows, int64_t columns) {
-  std::string text = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + to_string(rows) + ", " + to_string(columns) + "), }";
-  text.resize((text.size() + 1 + 10 + 63) / 64 * 64 - 11, ' ');
-  text += '\n';
-  return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
 }
 
 // npy's header holds the number of rows: of files it is counted first; negative: the input can be read only once.
@@ -2936,8 +2608,8 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
         if (chunk[i].text.find_first_not_of(" \t") != std::string::npos)
           std::copy_n(v.data() + (int64_t)i * H, H, vectors.data() + (chunk[i].number - 1 - index.count()) * H);
     });
-    const double left = (now() - start) * (double)(corpus.size() - index.count()) / (double)(index.count() - before);
-    progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " + duration(left) + " left");
+    progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " +
+                  time_left(start, index.count() - before, corpus.size() - before));
   };
   s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt, before);
   if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
@@ -3028,19 +2700,17 @@ Named model_differences(const std::string& one, const std::string& other) {
   Named facts;
   double largest = 0;
   for (const Parameter& p : a.bert.parameters()) {
-    const auto found = rest.find(p.name);
-    if (found == rest.end()) {
-      facts.emplace_back(p.name, "only in " + one);
+    const auto found = rest.extract(p.name);
+    if (!found || found.mapped().shape() != p.shape()) {
+      facts.emplace_back(p.name,
+                         !found ? "only in " + one : bert::to_string(p.shape()) + " against " + bert::to_string(found.mapped().shape()));
       continue;
     }
-    const Parameter q = found->second;
-    rest.erase(found);
+    const float *x = p.data(), *y = found.mapped().data();
     double worst = 0;
-    if (p.shape() == q.shape())
-      for (int64_t i = 0; i < p.shape().size(); i++) worst = std::max(worst, std::fabs((double)p.data()[i] - (double)q.data()[i]));
+    for (int64_t i = 0; i < p.shape().size(); i++) worst = std::max(worst, std::fabs((double)x[i] - (double)y[i]));
     largest = std::max(largest, worst);
-    facts.emplace_back(
-        p.name, p.shape() == q.shape() ? format_number(worst) : bert::to_string(p.shape()) + " against " + bert::to_string(q.shape()));
+    facts.emplace_back(p.name, format_number(worst));
   }
   for (const auto& [name, p] : rest) facts.emplace_back(name, "only in " + other);
   facts.emplace_back("largest_difference", format_number(largest));

@@ -1,7 +1,7 @@
-// tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, the product of matrices, tensors' files.
+// tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, products of matrices, files of tensors.
 //
 //   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
-//               one), kernels SIMD, gemm, files
+//               one), kernels SIMD, gemm, nearest rows, this machine, files
 //   Threads:    everything may be called from any thread. Kernels never start threads; gemm and parallel_for do.
 //   This file includes itself once for each instruction set, to compile the SIMD kernels' one text for all of them. BERT_ISA is set
 //   during those passes, and all else is skipped.
@@ -10,6 +10,7 @@
 #include "tensor.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -1765,11 +1766,108 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   run(p, Backend::own);
 }
 
+// ==== nearest rows ================================================================================================
+static bool better(const Match& x, const Match& y) {
+  return x.score != y.score ? x.score > y.score : std::tie(x.a, x.b) < std::tie(y.a, y.b);
+}
+
+namespace {
+// The best of what it is offered, at most `top`: a heap whose root is the worst that is kept. All orders of offers end the same.
+class Best {
+ public:
+  explicit Best(int64_t top, float floor = -std::numeric_limits<float>::infinity()) : top_((size_t)top), floor_(floor) {}
+  float floor() const { return floor_; }  // less than this is not wanted
+  void offer(const Match& m) {
+    if (kept_.size() == top_) {
+      if (!better(m, kept_.front())) return;
+      std::pop_heap(kept_.begin(), kept_.end(), better), kept_.pop_back();
+    }
+    kept_.push_back(m), std::push_heap(kept_.begin(), kept_.end(), better);
+    if (kept_.size() == top_) floor_ = std::max(floor_, kept_.front().score);
+  }
+  std::vector<Match> sorted() && {
+    std::sort_heap(kept_.begin(), kept_.end(), better);
+    return std::move(kept_);
+  }
+
+ private:
+  size_t top_;
+  float floor_;
+  std::vector<Match> kept_;
+};
+}  // namespace
+
+static constexpr int64_t kQueries = 256;  // scored at once
+
+// Offers each query q all products with the rows of vectors; with `later` only with the rows after the query's own number, first + q.
+static void score_rows(const float* queries, std::span<Best> best, int64_t first, const Tensor& vectors, bool later) {
+  const int64_t Q = (int64_t)best.size(), D = vectors.cols(), n = vectors.rows();
+  const PackedWeights packed(queries, Q, D);
+  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 16384);  // their products stay in the cache
+  std::vector<float> products((size_t)(block * Q));
+  for (int64_t row0 = later ? first + 1 : 0; row0 < n; row0 += block) {
+    const int64_t rows = std::min(block, n - row0);
+    gemm(rows, vectors.data() + row0 * D, D, packed, products.data(), Q, {});
+    parallel_ranges(Q, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t q = begin; q < end; q++)
+          if (const float score = products[(size_t)(r * Q + q)]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
+            best[(size_t)q].offer({score, first + q, row0 + r});
+    });
+  }
+}
+
+std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top) {
+  if (queries.cols() != vectors.cols() || top < 1)
+    throw Error("search: queries " + to_string(queries.shape()) + ", vectors " + to_string(vectors.shape()) + ", the best " +
+                std::to_string(top));
+  std::vector<std::vector<Match>> out;
+  for (int64_t q = 0; q < queries.rows(); q += kQueries) {
+    std::vector<Best> best((size_t)std::min(kQueries, queries.rows() - q), Best(top));
+    score_rows(queries.data() + q * queries.cols(), best, q, vectors, false);
+    for (Best& b : best) out.push_back(std::move(b).sorted());
+  }
+  return out;
+}
+
+std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top) {
+  if (top < 1) throw Error("search: the best " + std::to_string(top) + " pairs");
+  Best all(top);
+  for (int64_t a = 0; a < vectors.rows(); a += kQueries) {
+    std::vector<Best> best((size_t)std::min(kQueries, vectors.rows() - a), Best(top, all.floor()));
+    score_rows(vectors.data() + a * vectors.cols(), best, a, vectors, true);
+    for (Best& b : best)
+      for (const Match& m : std::move(b).sorted()) all.offer(m);
+  }
+  return std::move(all).sorted();
+}
+
+// ==== this machine ================================================================================================
+std::string cpu_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.starts_with("model name")) return line.substr(std::min(line.find(':') + 2, line.size()));
+  return "";
+}
+
+double peak_mib() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("VmHWM:")) return (double)std::strtoll(line.c_str() + 6, nullptr, 10) / 1024;
+  return 0;
+}
+
 // ==== files =======================================================================================================
 std::string format_number(double v) {
   if (v != v) return "nan";  // printf would show its sign
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, v, std::chars_format::general, 9).ptr};
+}
+
+std::string json_object(const std::vector<std::pair<std::string, std::string>>& members) {
+  std::string out;
+  for (const auto& [name, value] : members) out += (out.empty() ? "" : ",") + json_quote(name) + ":" + value;
+  return "{" + out + "}";
 }
 
 // What the system said, and what to do about it.
@@ -2671,6 +2769,124 @@ void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
   file.write(header);
   for (const NamedTensor& t : tensors) write_numbers(file, t, dtype, path);
   file.commit();
+}
+
+// ---- NumPy's arrays, folders of one writer, files of vectors ---------------------------------------------------------
+std::string npy_header(int64_t rows, int64_t columns) {
+  std::string text = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + std::to_string(rows) + ", " + std::to_string(columns) + "), }";
+  text.resize((text.size() + 1 + 10 + 63) / 64 * 64 - 11, ' ');  // all of it a multiple of 64 bytes
+  text += '\n';
+  return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
+}
+
+// Whether the open file still stands under its name: another process may have removed it before the lock was had.
+static bool bears_name(int file, const std::string& path) {
+  struct stat mine, named;
+  return fstat(file, &mine) == 0 && stat(path.c_str(), &named) == 0 && mine.st_ino == named.st_ino;
+}
+
+FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
+  for (;;) {
+    file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (file_ < 0) throw Error(folder + ": cannot write here: " + std::strerror(errno) + "; give a folder that may be written");
+    if (flock(file_, LOCK_EX | LOCK_NB)) {
+      char holder[256] = "";
+      const ssize_t n = pread(file_, holder, sizeof holder - 1, 0);
+      ::close(file_);
+      throw Error(folder + ": another run is writing here (" + (n > 0 ? std::string(holder, (size_t)n) : "unknown") +
+                  "); wait for it, or take another --output");
+    }
+    if (bears_name(file_, path_)) break;
+    ::close(file_);
+  }
+  char host[128] = "";
+  gethostname(host, sizeof host - 1);
+  const std::string who = std::string(host) + " pid " + std::to_string(getpid());
+  if (ftruncate(file_, 0) || pwrite(file_, who.data(), who.size(), 0) < 0) {
+    // only the message for others suffers; the lock itself holds
+  }
+  std::error_code ignored;  // half-written files of a run that was killed: the folder is ours now
+  for (std::filesystem::directory_iterator entry(folder, ignored), end; !ignored && entry != end; entry.increment(ignored))
+    if (entry->path().filename().string().find(".tmp-") != std::string::npos) unlink(entry->path().c_str());
+}
+FolderLock::~FolderLock() {
+  unlink(path_.c_str());
+  ::close(file_);
+}
+
+struct VectorIndex::Header {
+  char magic[8] = {'b', 'e', 'r', 't', 'v', 'e', 'c', 's'};
+  uint64_t version = 1;
+  Key key;
+  int64_t count;
+  uint64_t none = 0;
+};
+
+// Whether the file is one for this key; a file that is no index at all is left alone.
+bool VectorIndex::read_header(int file, const std::string& path, Header& header) const {
+  static_assert(sizeof(Header) == 64);
+  struct stat s {};
+  const Header ours{.key = key_, .count = 0};
+  if (fstat(file, &s) || (s.st_size && (pread(file, &header, sizeof header, 0) != (ssize_t)sizeof header ||
+                                        std::memcmp(header.magic, ours.magic, sizeof ours.magic))))
+    throw Error(path + ": there is something else than an index of vectors; give another name");
+  return s.st_size && header.version == ours.version && header.key == key_ && header.count >= 0 && header.count <= key_.lines &&
+         (uint64_t)s.st_size >= sizeof header + (uint64_t)(header.count * key_.dimension) * sizeof(float);
+}
+
+VectorIndex::VectorIndex(const std::string& path, const Key& key) : path_(path), key_(key) {
+  Header header{.key = key, .count = 0};
+  if (const int whole = ::open(path.c_str(), O_RDONLY | O_CLOEXEC); whole >= 0) {
+    const std::shared_ptr<const int> closed(new int(whole), [](const int* file) { ::close(*file), delete file; });
+    stale_ = !read_header(whole, path, header) || header.count != key.lines;
+    if (!stale_) map(whole);
+  }
+  if (vectors_) return;
+  const std::string part = path + ".part";
+  const int file = ::open(part.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (file < 0) throw Error(path + ": cannot write: " + std::strerror(errno) + "; give --index a place that may be written");
+  part_ = {new int(file), [](const int* f) { ::close(*f), delete f; }};
+  if (flock(file, LOCK_EX | LOCK_NB) || !bears_name(file, part))
+    throw Error(path + ": another process is making it; wait for it, or give another --index");
+  if (read_header(file, part, header)) {
+    count_ = header.count;
+    return;
+  }
+  header = {.key = key, .count = 0};
+  if (ftruncate(file, 0)) throw Error(part + ": cannot write: " + std::strerror(errno));
+  write(&header, sizeof header, 0);
+}
+
+void VectorIndex::write(const void* bytes, size_t size, int64_t at) {
+  for (size_t done = 0; done < size;) {
+    const ssize_t n = pwrite(*part_, static_cast<const char*>(bytes) + done, size - done, at + (int64_t)done);
+    if (n < 0 && errno != EINTR) throw Error(path_ + ".part: cannot write: " + std::strerror(errno) + "; it can go on from here later");
+    done += (size_t)std::max<ssize_t>(n, 0);
+  }
+}
+
+void VectorIndex::append(std::span<const float> vectors) {
+  const int64_t lines = (int64_t)vectors.size() / key_.dimension, row = key_.dimension * (int64_t)sizeof(float);
+  if (!part_ || lines * key_.dimension != (int64_t)vectors.size() || count_ + lines > key_.lines)
+    throw Error(path_ + ": " + std::to_string(vectors.size()) + " numbers do not fit after " + std::to_string(count_) + " vectors");
+  write(vectors.data(), vectors.size_bytes(), (int64_t)sizeof(Header) + count_ * row);
+  if (fdatasync(*part_)) throw Error(path_ + ".part: cannot write: " + std::strerror(errno));
+  count_ += lines;
+  const Header header{.key = key_, .count = count_};  // after the vectors that it counts
+  write(&header, sizeof header, 0);
+  if (count_ < key_.lines) return;
+  if (fdatasync(*part_) || rename((path_ + ".part").c_str(), path_.c_str())) throw Error(path_ + ": cannot write: " + std::strerror(errno));
+  map(*part_), part_ = {};
+}
+
+void VectorIndex::map(int file) {
+  const size_t size = sizeof(Header) + (size_t)(key_.lines * key_.dimension) * sizeof(float);
+  void* const at = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+  if (at == MAP_FAILED) throw Error(path_ + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(errno));
+  const std::shared_ptr<const void> owner(at, [size](const void* p) { munmap(const_cast<void*>(p), size); });
+  count_ = key_.lines;
+  vectors_ =
+      Tensor::borrowed({key_.lines, key_.dimension}, reinterpret_cast<const float*>(static_cast<const char*>(at) + sizeof(Header)), owner);
 }
 
 }  // namespace bert

@@ -18,7 +18,7 @@
 //     }
 //
 //   Contents:   1 errors  2 JSON  3 shapes and tensors  4 threads and random numbers  5 tape  6 differentiable ops
-//               7 optimiser  8 files  9 kernels and products
+//               7 optimiser  8 files  9 kernels, products, this machine
 //
 //   Letters in shape comments, here and in every file:
 //     N tokens in a packed batch, R rows (texts or pairs), T tokens of one row, H hidden, A heads, D = H/A, F feed-forward,
@@ -54,6 +54,21 @@ struct Error : std::runtime_error {
 };
 
 // ==== 2 JSON ======================================================================================================
+// The number that the whole text is, without a locale.
+template <class T>
+std::optional<T> parse_number(std::string_view text) {
+  T value{};
+  const auto r = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (r.ec != std::errc() || r.ptr != text.data() + text.size()) return {};
+  return value;
+}
+// The shortest text that reads back as the same number.
+template <class T>
+std::string exact(T v) {
+  char text[40];
+  return std::string(text, std::to_chars(text, text + sizeof text, v).ptr);
+}
+
 // A JSON value. Numbers keep their text (a config may hold an integer of 31 digits), objects their order.
 // Everything here is inline and needs the standard library alone, so that the tokenizer can stand without tensor.cpp.
 class Json {
@@ -79,11 +94,8 @@ class Json {
   template <class T>   // `what` ends the message: a number is not ...
   T number_as(const std::string& where, const char* what) const {
     if (kind_ != number) throw Error(where + ": not a number");
-    T v{};
-    const char* end = text_.data() + text_.size();
-    const auto r = std::from_chars(text_.data(), end, v);
-    if (r.ec != std::errc() || r.ptr != end) throw Error(where + ": " + text_.substr(0, 64) + " is not " + what);
-    return v;
+    if (const auto v = parse_number<T>(text_)) return *v;
+    throw Error(where + ": " + text_.substr(0, 64) + " is not " + what);
   }
   Kind kind_ = null;
   bool truth_ = false;
@@ -93,6 +105,18 @@ class Json {
 };
 
 std::string json_quote(std::string_view utf8);   // "..." with all controls escaped; bytes that are not UTF-8 become U+FFFD
+// Of values that are JSON already, or whole numbers.
+template <class T>
+std::string json_list(const std::vector<T>& values) {
+  std::string out;
+  for (const T& v : values) {
+    if (!out.empty()) out += ',';
+    if constexpr (std::is_same_v<T, std::string>) out += v;
+    else out += std::to_string(v);
+  }
+  return "[" + out + "]";
+}
+std::string json_object(const std::vector<std::pair<std::string, std::string>>& members);   // [tensor.cpp]
 
 // Bytes of the UTF-8 sequence that starts at s[i], 1 to 4; 0 where none does. As Unicode's table 3-7 allows them: no overlong
 // form, no surrogate, at most U+10FFFF.
@@ -405,6 +429,11 @@ template <class F>
 void parallel_ranges(int64_t n, int64_t piece, F&& f) {
   parallel_for((n + piece - 1) / piece, [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); });
 }
+// f(i) for every i, in such pieces.
+template <class F>
+void parallel_each(int64_t n, int64_t piece, F&& f) {
+  parallel_ranges(n, piece, [&](int64_t i, int64_t end) { for (; i < end; i++) f(i); });
+}
 
 // Default rounding, no traps, denormals kept (or taken and given as zero), while it lives; then as it was.
 class DefaultFloatMode {
@@ -644,7 +673,53 @@ struct NamedTensor {
 void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
                       const std::vector<std::pair<std::string, std::string>>& metadata, const std::string& dtype = "F32");
 
-// ==== 9 kernels and products ======================================================================================
+// NumPy's file format 1.0 of float32 [rows, columns]: what stands in front of the numbers.
+std::string npy_header(int64_t rows, int64_t columns);
+
+// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& folder);  // throws Error naming host and pid of the holder
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  std::string path_;
+  int file_ = -1;
+};
+
+// The vectors of a corpus in a file: a header of 64 bytes, then float32 [lines, dimension], line after line. While it is made it is
+// FILE.part; its header counts the vectors that are safely on the disk, so that a run that was killed goes on there.
+class VectorIndex {
+ public:
+  struct Key {                             // of what the vectors were made
+    uint64_t model, corpus;
+    int64_t dimension, lines;
+    friend bool operator==(const Key&, const Key&) = default;
+  };
+  // Maps the whole index that `path` names; where there is none, or one for another key, opens or begins its part. Throws Error when
+  // the file is something else, cannot be written, or when another process is making it.
+  VectorIndex(const std::string& path, const Key& key);
+  bool stale() const { return stale_; }            // there was one for another model or corpus, which will be replaced
+  int64_t count() const { return count_; }         // vectors there are
+  void append(std::span<const float> vectors);     // whole ones; on the disk when it returns. The last line's makes the index whole
+  const Tensor& vectors() const { return vectors_; }   // [lines, dimension] of a whole index, mapped; else empty
+
+ private:
+  struct Header;
+  bool read_header(int file, const std::string& path, Header& header) const;
+  void write(const void* bytes, size_t size, int64_t at);
+  void map(int file);
+  std::string path_;
+  Key key_;
+  int64_t count_ = 0;
+  bool stale_ = false;
+  std::shared_ptr<const int> part_;                // its descriptor, locked; closed with the last copy
+  Tensor vectors_;
+};
+
+// ==== 9 kernels, products, this machine ===========================================================================
 // One table of kernels for each instruction set; all give the same bytes (design: sums along a row in 16 lanes, element i in lane
 // i mod 16, the lanes added in the tree 8-4-2-1; every multiply-add that is fused is written as one). A kernel never threads,
 // allocates or throws. n may be 0 unless said; pointers need no alignment; y may be x.
@@ -756,7 +831,17 @@ class PackedWeights {
 };
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
 
+// Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
+struct Match { float score; int64_t a, b; };
+// For each row a of queries [Q,D] the `top` rows b of vectors [n,D] with the largest products, best first. Rows that hold NaN are
+// never found. Exact: all are scored, in blocks, through gemm. The bytes do not depend on the number of threads or of queries.
+std::vector<std::vector<Match>> nearest_rows(const Tensor& queries, const Tensor& vectors, int64_t top);
+// The `top` pairs of rows a < b with the largest products, best first.
+std::vector<Match> nearest_pairs(const Tensor& vectors, int64_t top);
+
 bool has_openblas();                       // built with it
 std::string backend_description();         // "avx512 kernels; OpenBLAS 0.3.21 for ..." for `bert info` and a run's state
+std::string cpu_name();                    // "" where the system does not say
+double peak_mib();                         // the peak of this process's memory; 0 where the system does not say
 
 }  // namespace bert

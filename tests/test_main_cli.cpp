@@ -235,6 +235,11 @@ TEST_CASE("readers: jsonl, fasttext, ids") {
   CHECK(has(t.text("{\"text\":3}\n", "in.jsonl").err, "in.jsonl:1: 'text' is not a string"));
   CHECK(has(t.text("\"a\"\n{\"text\":\"a\"\n", "in.jsonl").err, "in.jsonl:2: column 12"));
   CHECK(has(t.text("{\"foo\":\"a\"}\n", "in.jsonl").err, "no text"));
+  for (const std::string other : {"{\"foo\":\"a\"}", "{}"}) {  // several without a text, after one that has it
+    const Ran skipped = t.text("{\"text\":\"a\"}\n" + other + "\n" + other + "\n{\"text\":\"b\"}\n", "in.jsonl", "--skip-bad");
+    CHECK(skipped.out == "a\nb\n");
+    CHECK(has(skipped.err, "2 lines could not be used"));
+  }
   CHECK(t.text("__label__x __label__y hello\npos world\n", "in.ft", "--format fasttext").out == "hello\nworld\n");
   CHECK(has(t.text("5 6\t0\n", "in.ids", "--format ids --decode").err, "2 ids but 1 segment ids"));
   CHECK(has(t.text("5 six\n", "in.ids", "--format ids --decode").err, "'six' is no token id"));
