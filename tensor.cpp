@@ -1533,7 +1533,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     narrow_rows(p, a_words, rows, a_copy, a_copy + rows * words);
     a_words = a_copy, row_scales = p.precision == Precision::int8 ? a_copy + rows * words : nullptr;
   }
-  const Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
+  Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
