@@ -32,6 +32,7 @@
 #include <unordered_map>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/auxv.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -857,6 +858,9 @@ std::vector<const Kernels*> usable_kernels() {
       has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(&neon::table_dot);
+#endif
 #endif
   return tables;
 }
@@ -938,6 +942,14 @@ OP void write(float* p, V v) { vst1q_f32(p, v); }
 OP void write(float* p, V v, int n) { std::memcpy(p, &v, (size_t)n * sizeof(float)); }
 OP V look_up(const float* table, int32x4_t i) { return V{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]}; }
 #define EVEN_PRODUCTS(a, b) vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
+// sdot, as a number: for these CPUs assemblers refuse its name, clang 14's always. Of a register v7 the symbol .Lv7 is 7.
+OP V dot_int8(V a, V b, V sum) {
+  asm(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n.set .Lv\\n,\\n\n.endr\n"
+      ".inst 0x4E809400 | .L%2 << 16 | .L%1 << 5 | .L%0"
+      : "+w"(sum)
+      : "w"(a), "w"(b));
+  return sum;
+}
 #endif
 
 // ---- sixteen floats at a time: the lanes of the sums, whatever a vector's width ----------------------------------
@@ -1105,6 +1117,8 @@ struct Int8 {
 struct Bf16Dot : Floats {
   OP V products(V a, V b, V sum) { return dot_bf16(a, b, sum); }
 };
+#endif
+#if BERT_ISA != 256
 struct Int8Dot : Int8 {
   OP V products(V a, V b, V sum) { return dot_int8(a, b, sum); }
 };
@@ -1420,6 +1434,8 @@ const Kernels table = BERT_TABLE(kName, tile<Floats>, tile<Bf16>, tile<Int8>, 0)
 #if BERT_ISA == 512
 const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 128);
 const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile<Bf16Dot>, tile<Int8Dot>, 128);
+#elif BERT_ISA == 128
+const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 0);
 #endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
