@@ -2,6 +2,7 @@
 # make test     builds and runs the tests          make check    everything slow: sanitizers, clang, scalar kernels, one thread
 # make layers   links each drop-in set alone       make install PREFIX=/usr/local
 # make fuzz     arbitrary input for every reader, 70 minutes (SECONDS=600 each; clang)
+# make check-arm    the NEON kernels, cross-compiled and emulated: a few minutes
 #
 # Yours to set:  make CXX=clang++ CXXFLAGS="-O3 -g" BLAS=none OUT=build-mine
 CXXFLAGS ?= -O2
@@ -104,7 +105,19 @@ check:
 	tests/one_answer.sh build/bert build-clang/bert build-noblas/bert
 	tests/kill_resume.sh build/bert
 	$(MAKE) random-texts
-	@echo "make check: all passed"
+	@echo "make check: all passed (make check-arm is apart: it needs a cross compiler)"
+
+# The NEON kernels without such a machine: on a CPU that has no dot products of int8, and on one that has them.
+ARM_CXX := aarch64-linux-gnu-g++
+ARM_RUN := qemu-aarch64 -L /usr/aarch64-linux-gnu
+check-arm:
+	@command -v $(ARM_CXX) >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { echo "make check-arm needs a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu qemu-user)"; exit 1; }
+	@mkdir -p build-arm/include && ln -sfn /usr/include/doctest build-arm/include/doctest  # of /usr/include that folder alone
+	$(MAKE) OUT=build-arm CXX=$(ARM_CXX) CPPFLAGS='-isystem build-arm/include' BLAS=none WERROR=-Werror build-arm/run-tests
+	BERT_KERNELS=neon $(ARM_RUN) -cpu cortex-a53 build-arm/run-tests -sf='*test_tensor.cpp,*test_autograd.cpp'
+	BERT_KERNELS=neon_dot $(ARM_RUN) -cpu max build-arm/run-tests -sf='*test_tensor.cpp,*test_autograd.cpp'
+	@echo "make check-arm: all passed"
 
 demo: bert
 	data/demo.sh ./bert demo
@@ -118,6 +131,6 @@ install: bert
 clean:
 	rm -rf build build-* bert demo
 
-.PHONY: bert test check fuzz fuzz-tokenizer fuzz-files random-texts demo layers install clean
+.PHONY: bert test check check-arm fuzz fuzz-tokenizer fuzz-files random-texts demo layers install clean
 .DELETE_ON_ERROR:
 -include $(wildcard $(OUT)/*.d $(OUT)/tests/*.d $(OUT)/tests/layers/*.d)

@@ -33,6 +33,7 @@
 #include <unordered_map>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/auxv.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -858,6 +859,9 @@ std::vector<const Kernels*> usable_kernels() {
       has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(&neon::table_dot);
+#endif
 #endif
   return tables;
 }
@@ -939,6 +943,14 @@ OP void write(float* p, V v) { vst1q_f32(p, v); }
 OP void write(float* p, V v, int n) { std::memcpy(p, &v, (size_t)n * sizeof(float)); }
 OP V look_up(const float* table, int32x4_t i) { return V{table[i[0] & 15], table[i[1] & 15], table[i[2] & 15], table[i[3] & 15]}; }
 #define EVEN_PRODUCTS(a, b) vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
+// sdot, as a number: for these CPUs assemblers refuse its name, clang 14's always. Of a register v7 the symbol .Lv7 is 7.
+OP V dot_int8(V a, V b, V sum) {
+  asm(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n.set .Lv\\n,\\n\n.endr\n"
+      ".inst 0x4E809400 | .L%2 << 16 | .L%1 << 5 | .L%0"
+      : "+w"(sum)
+      : "w"(a), "w"(b));
+  return sum;
+}
 #endif
 
 // ---- sixteen floats at a time: the lanes of the sums, whatever a vector's width ----------------------------------
@@ -1106,6 +1118,8 @@ struct Int8 {
 struct Bf16Dot : Floats {
   OP V products(V a, V b, V sum) { return dot_bf16(a, b, sum); }
 };
+#endif
+#if BERT_ISA != 256
 struct Int8Dot : Int8 {
   OP V products(V a, V b, V sum) { return dot_int8(a, b, sum); }
 };
@@ -1421,6 +1435,8 @@ const Kernels table = BERT_TABLE(kName, tile<Floats>, tile<Bf16>, tile<Int8>, 0)
 #if BERT_ISA == 512
 const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 128);
 const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile<Bf16Dot>, tile<Int8Dot>, 128);
+#elif BERT_ISA == 128
+const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 0);
 #endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
@@ -1534,7 +1550,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     narrow_rows(p, a_words, rows, a_copy, a_copy + rows * words);
     a_words = a_copy, row_scales = p.precision == Precision::int8 ? a_copy + rows * words : nullptr;
   }
-  const Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
+  Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
