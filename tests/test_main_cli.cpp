@@ -114,7 +114,7 @@ TEST_CASE("cli: help, version, unknown commands") {
   const Ran wrong = bert_run("tokenise");
   CHECK(wrong.status == 2);
   CHECK(has(wrong.err, "did you mean bert tokenize?"));
-  CHECK(has(bert_run("quantize").err, "not built yet"));
+  CHECK(has(bert_run("export").err, "not built yet"));
 }
 
 TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is exit 2 and says what was meant") {
