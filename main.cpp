@@ -273,7 +273,8 @@ struct Common {
   std::optional<Precision> precision;  // of --dtype; unset: the folder's
 
   // narrow: whether the command can compute in bf16 or int8.
-  explicit Common(Args& a, bool narrow = false) : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
+  explicit Common(Args& a, bool narrow = false)
+      : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
     quiet = a.take_switch("quiet");
     const std::string device = a.take("device", "cpu");
     if (device.starts_with("opencl")) throw Error("--device " + device + ": not built yet; this version computes on the cpu");
@@ -2629,8 +2630,8 @@ void cmd_search(Args& a) {
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
   LineFile corpus(path);
-  VectorIndex index(index_path,
-                    {folder_fingerprint(s.model) + (uint64_t)s.common.precision.value_or(Precision::f32), corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
+  VectorIndex index(index_path, {folder_fingerprint(s.model) + (uint64_t)s.common.precision.value_or(Precision::f32),
+                                 corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
   if (index.stale()) note("bert: " + index_path + ": made with another model or of another text; it is made again");
   if (!index.vectors()) {
     if (index.count()) note("bert: " + index_path + ".part: going on after " + counted(index.count(), "vector"));
@@ -2754,11 +2755,11 @@ struct Quantizing {
   ModelFolder plain, ready;            // its weights as numbers, and packed in f32
   std::vector<Example> examples = {};  // the dev texts, of long ones the beginning
   Labels labels = {};
-  LabelledSet set = {};                // where they are labelled
-  Tensor vectors = {};                 // of the model in f32, a row a text
+  LabelledSet set = {};  // where they are labelled
+  Tensor vectors = {};   // of the model in f32, a row a text
 
   struct Cost {
-    double cosine = 1, least = 1;                  // between its vectors and those of f32: mean and smallest
+    double cosine = 1, least = 1;  // between its vectors and those of f32: mean and smallest
     std::optional<std::pair<std::string, double>> metric = {};
     double drop(const Cost& f32) const { return metric ? f32.metric->second - metric->second : 1 - cosine; }
   };
@@ -2838,8 +2839,9 @@ std::vector<Precision> choose_precisions(const Quantizing& q, Precision dtype, s
   for (size_t i = 0; max_drop && i < by_cost.size() && all.drop(f32) > *max_drop; i++) {
     const int64_t part = by_cost[i].second;
     parts[(size_t)part] = higher, all = q.measure(parts);
-    say(cost_line(part ? "all, layer " + to_string(part - 1) + " in " + name_of(higher) : std::string("all, embeddings in ") + name_of(higher),
-                  name_of(dtype), all));
+    say(cost_line(
+        part ? "all, layer " + to_string(part - 1) + " in " + name_of(higher) : std::string("all, embeddings in ") + name_of(higher),
+        name_of(dtype), all));
   }
   if (max_drop && all.drop(f32) > *max_drop)
     throw Error("--max-drop " + exact(*max_drop) + ": not reached, with every part in " + name_of(higher) + " the drop is " +

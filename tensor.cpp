@@ -548,12 +548,21 @@ static constexpr float kTanh[] = {-0.3333328366f, 0.1333149076f, -0.05374349654f
 // of degree d in kPhi[d][i]; 0 from 5.8 on (1.7e-8).
 static constexpr float kPhiStep = 0.375f, kPhiSteps = 1 / 0.375f, kPhiEnd = 15.5f * 0.375f;
 static constexpr float kPhi[6][16] = {
-    {0.5f, 0.353830248f, 0.22662735f, 0.130294517f, 0.066807203f, 0.030396359f, 0.0122244712f, 0.00433244789f, 0.00134989817f, 0.000369078713f, 8.8417466e-05f, 1.85368226e-05f, 3.39770349e-06f, 5.44051034e-07f, 7.6051677e-08f, 9.27580501e-09f},
-    {-0.398942292f, -0.37185508f, -0.301137447f, -0.211876646f, -0.1295176f, -0.0687862784f, -0.0317396522f, -0.0127241816f, -0.00443184841f, -0.00134111883f, -0.000352595729f, -8.05404779e-05f, -1.59837546e-05f, -2.75594698e-06f, -4.12848294e-07f, -5.37325917e-08f},
-    {-1.81565582e-07f, 0.0697210059f, 0.112924434f, 0.119179703f, 0.0971386507f, 0.064488098f, 0.0357077979f, 0.0167006962f, 0.00664769718f, 0.00226300396f, 0.000661024824f, 0.000166071419f, 3.59478508e-05f, 6.713125e-06f, 1.08266431e-06f, 1.50914261e-07f},
-    {0.0664955452f, 0.0532600358f, 0.0219581742f, -0.00937937573f, -0.0269824453f, -0.0288400669f, -0.021490572f, -0.0124923876f, -0.00590919005f, -0.00232250546f, -0.000767609279f, -0.000214969448f, -5.12744264e-05f, -1.04544961e-05f, -1.82708959e-06f, -2.7426313e-07f},
-    {-5.45917246e-05f, -0.0164752565f, -0.022778498f, -0.0171564873f, -0.00610545743f, 0.00269760168f, 0.00608494179f, 0.00539880386f, 0.00332963839f, 0.00159261597f, 0.000616452249f, 0.00019729558f, 5.28762648e-05f, 1.19640499e-05f, 2.29834791e-06f, 3.76394013e-07f},
-    {-0.00976119004f, -0.00670827413f, 0.000129060209f, 0.00523863174f, 0.00583940698f, 0.00328594237f, 0.00047567318f, -0.000956879696f, -0.00110349746f, -0.000720158278f, -0.000343544991f, -0.000128940417f, -3.93466507e-05f, -9.93947106e-06f, -2.10185158e-06f, -3.74867057e-07f},
+    {0.5f, 0.353830248f, 0.22662735f, 0.130294517f, 0.066807203f, 0.030396359f, 0.0122244712f, 0.00433244789f, 0.00134989817f,
+     0.000369078713f, 8.8417466e-05f, 1.85368226e-05f, 3.39770349e-06f, 5.44051034e-07f, 7.6051677e-08f, 9.27580501e-09f},
+    {-0.398942292f, -0.37185508f, -0.301137447f, -0.211876646f, -0.1295176f, -0.0687862784f, -0.0317396522f, -0.0127241816f,
+     -0.00443184841f, -0.00134111883f, -0.000352595729f, -8.05404779e-05f, -1.59837546e-05f, -2.75594698e-06f, -4.12848294e-07f,
+     -5.37325917e-08f},
+    {-1.81565582e-07f, 0.0697210059f, 0.112924434f, 0.119179703f, 0.0971386507f, 0.064488098f, 0.0357077979f, 0.0167006962f, 0.00664769718f,
+     0.00226300396f, 0.000661024824f, 0.000166071419f, 3.59478508e-05f, 6.713125e-06f, 1.08266431e-06f, 1.50914261e-07f},
+    {0.0664955452f, 0.0532600358f, 0.0219581742f, -0.00937937573f, -0.0269824453f, -0.0288400669f, -0.021490572f, -0.0124923876f,
+     -0.00590919005f, -0.00232250546f, -0.000767609279f, -0.000214969448f, -5.12744264e-05f, -1.04544961e-05f, -1.82708959e-06f,
+     -2.7426313e-07f},
+    {-5.45917246e-05f, -0.0164752565f, -0.022778498f, -0.0171564873f, -0.00610545743f, 0.00269760168f, 0.00608494179f, 0.00539880386f,
+     0.00332963839f, 0.00159261597f, 0.000616452249f, 0.00019729558f, 5.28762648e-05f, 1.19640499e-05f, 2.29834791e-06f, 3.76394013e-07f},
+    {-0.00976119004f, -0.00670827413f, 0.000129060209f, 0.00523863174f, 0.00583940698f, 0.00328594237f, 0.00047567318f, -0.000956879696f,
+     -0.00110349746f, -0.000720158278f, -0.000343544991f, -0.000128940417f, -3.93466507e-05f, -9.93947106e-06f, -2.10185158e-06f,
+     -3.74867057e-07f},
 };
 static constexpr float kDensity = 0.398942280f;                           // 1 / sqrt(2 pi)
 static constexpr float kGeluScale = -1.59576912f, kGeluCube = 0.044715f;  // -2 sqrt(2 / pi); the cubic term's factor
@@ -643,9 +652,11 @@ float normal_cdf_f32(float x) {
   return x < 0 ? tail : 1 - tail;
 }
 
-#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                        \
-  {name, kRows, kCols,  f32,     bf16,    int8, zero,          pack, sum,       add_sum,      dot,   max,  squares_about, exp_sum, add, \
-   axpy, scale, finish, to_bf16, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw}
+#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                         \
+  {                                                                                                                                     \
+    name, kRows, kCols, f32, bf16, int8, zero, pack, sum, add_sum, dot, max, squares_about, exp_sum, add, axpy, scale, finish, to_bf16, \
+        to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                                                       \
+  }
 
 namespace scalar {
 namespace {
@@ -1682,8 +1693,9 @@ static void run(const Product& p, Backend backend) {
   const bool large = p.m * p.n >= 1 << 20;
   const bool narrow = !blas && p.panels && p.precision == Precision::f32 && p.k && p.n <= p.table.nr;
   const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
-  const int64_t wide = p.precision != Precision::f32 && p.m > kPackedRows ? p.n : 768;  // all columns: rows are narrowed once
-  const int64_t cols = even_piece(p.n, blas ? 768 : rows < 64 ? 64 : !p.panels ? 192 : p.m <= kPackedRows ? 96 : wide, p.table.nr), across = (p.n + cols - 1) / cols;
+  const int64_t packed_cols = p.m <= kPackedRows ? 96 : p.precision == Precision::f32 ? 768 : p.n;  // all: rows are narrowed once
+  const int64_t most_cols = blas ? 768 : rows < 64 ? 64 : p.panels ? packed_cols : 192;
+  const int64_t cols = even_piece(p.n, most_cols, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
@@ -1773,9 +1785,8 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   if (p.precision != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
     words = Tensor({m, p.words() + 1});
     float* const scales = words.data() + m * p.words();
-    parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)), [&](int64_t i, int64_t end) {
-      narrow_rows(p, a + i * lda, end - i, words.data() + i * p.words(), scales + i);
-    });
+    parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)),
+                    [&](int64_t i, int64_t end) { narrow_rows(p, a + i * lda, end - i, words.data() + i * p.words(), scales + i); });
     p.a = words.data(), p.lda = p.words(), p.narrowed = true;
     if (p.precision == Precision::int8) p.row_scales = scales;
   }

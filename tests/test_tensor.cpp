@@ -76,7 +76,7 @@ TEST_CASE("kernels: sums along a row") {
     Floats both((size_t)(n + 1), 7.f);
     both.push_back(k.add_sum(x.data() + o, y.data() + o, both.data(), n));
     for (const float more : Floats{k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
-                  k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
+                                   k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
       both.push_back(more);
     return both;
   });
@@ -300,13 +300,15 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
                 const int64_t c_row = t->nr + 2;
                 Floats c = numbers(t->mr * c_row, 7, extreme ? 1e-38f : 1), want = c;
                 const DefaultFloatMode mode(bf16);
-                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, unsigned_a.data() + 1, depth + 3, 1, b.data() + 1, c.data(), c_row, rows, cols, add);
+                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, unsigned_a.data() + 1, depth + 3, 1, b.data() + 1, c.data(), c_row, rows, cols,
+                                                     add);
                 for (int i = 0; i < rows; i++)
                   for (int j = 0; j < cols; j++) {
                     Floats panel((size_t)(depth * scalar.nr));  // the scalar tile wants panels of its own width
                     for (int64_t k = 0; k < depth; k++) panel[(size_t)(k * scalar.nr)] = b[(size_t)(1 + k * t->nr + j)];
                     float& to = want[(size_t)(i * c_row + j)];
-                    (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * (depth + 3), 1, 1, panel.data(), &to, 1, 1, 1, add);
+                    (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * (depth + 3), 1, 1, panel.data(), &to, 1, 1, 1,
+                                                                 add);
                     for (int64_t k = 0; !bf16 && t->int8_zero && k < depth; k++)  // 128 times the column is to be taken off again
                       for (int bit = 0; bit < 32; bit += 8)
                         to = std::bit_cast<float>(std::bit_cast<int32_t>(to) +
@@ -521,8 +523,14 @@ static float narrow_product(Precision precision, const float* a, const float* w,
 }
 TEST_CASE("gemm in bf16 and int8: the promised bytes at odd sizes, at any number of threads, alone and among others, from narrow rows") {
   for (const Precision precision : {Precision::bf16, Precision::int8})
-    for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1}, {1, 33, 257}, {5, 31, 520}, {13, 97, 17}, {33, 70, 130}, {121, 40, 33},
-                              {250, 77, 7}, {130, 800, 12}}) {
+    for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1},
+                              {1, 33, 257},
+                              {5, 31, 520},
+                              {13, 97, 17},
+                              {33, 70, 130},
+                              {121, 40, 33},
+                              {250, 77, 7},
+                              {130, 800, 12}}) {
       const int64_t m = shape[0], n = shape[1], k = shape[2];
       CAPTURE(m);
       CAPTURE(n);
@@ -532,7 +540,8 @@ TEST_CASE("gemm in bf16 and int8: the promised bytes at odd sizes, at any number
       Floats want((size_t)(m * n)), c = want;
       for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++)
-          want[(size_t)(i * n + j)] = act(Activation::relu, narrow_product(precision, a.data() + i * k, w.data() + j * k, k, bias[(size_t)j]));
+          want[(size_t)(i * n + j)] =
+              act(Activation::relu, narrow_product(precision, a.data() + i * k, w.data() + j * k, k, bias[(size_t)j]));
       const PackedWeights packed(w.data(), n, k, precision);
       const Epilogue epilogue{bias.data(), Activation::relu, nullptr};
       for (const int count : {1, 2, 3}) {
