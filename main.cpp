@@ -2983,6 +2983,18 @@ BenchShape parse_shape(Args& a, const std::string& config) {
   return s;
 }
 
+// The lines that hold something.
+Strings text_lines(const Source& source) {
+  Strings texts;
+  for (const std::string& file : source.files) {
+    Lines lines(file);
+    for (std::string line; lines.next(line);)
+      if (!line.empty()) texts.push_back(line);
+  }
+  if (texts.empty()) throw Error(join(source.files, ", ") + ": no texts; give a file with some");
+  return texts;
+}
+
 constexpr int64_t kBenchVocab = 30522;
 
 Batch random_batch(const BenchShape& s, Random& random) {
@@ -3051,15 +3063,35 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(Precision::f32));
 }
 
+// A text a line to vectors. `start`: one, for who times this whole process. `query…`: one after another, each timed. Else all at once.
+void bench_sentences(const BenchTable& table, const Source& source, const std::string& path) {
+  if (path.empty() || source.files.empty()) throw Usage("bench sentences: --model, and --input with a text a line are wanted");
+  const Model model = Model::load(path, table.precision);
+  const std::string engine = std::string("ours-") + name_of(table.precision);
+  const Strings texts = text_lines(source);
+  if (table.config == "start") return void(model.embed(texts[0]));
+  if (table.config.starts_with("query")) {
+    std::vector<double> ms;
+    for (const std::string& text : texts) {
+      const double began = now();
+      model.embed(text);
+      ms.push_back(1e3 * (now() - began));
+    }
+    std::sort(ms.begin(), ms.end());
+    table.row(engine, table.config, "ms", median(ms));
+    table.row(engine, table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
+    return;
+  }
+  const double began = now();
+  model.embed(texts);
+  table.row(engine, table.config, "texts/s", (double)texts.size() / (now() - began));
+  table.row(engine, table.config, "MiB", peak_mib());
+}
+
 // Texts in memory to ids, some 10 MB in a call, as the peers are timed.
 void bench_tokenize(const BenchTable& table, const Source& source, const std::string& vocab) {
   if (vocab.empty() || source.files.empty()) throw Usage("bench tokenize: --input, and --vocab or --model are wanted");
-  Strings texts;
-  for (const std::string& file : source.files) {
-    Lines lines(file);
-    for (std::string line; lines.next(line);)
-      if (!line.empty()) texts.push_back(line);
-  }
+  const Strings texts = text_lines(source);
   std::vector<std::vector<std::string_view>> calls;
   double bytes = 0;
   for (size_t i = 0, size = 10000000; i < texts.size(); size += texts[i++].size()) {
@@ -3096,7 +3128,7 @@ void bench_vocab(const BenchTable& table, const Source& source) {
 void cmd_bench(Args& a) {
   a.empty_is_absent = true;
   const std::string part = a.take_word(), config = a.take_word();
-  Common common(a, part == "infer");
+  Common common(a, part == "infer" || part == "sentences");
   const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
@@ -3106,9 +3138,10 @@ void cmd_bench(Args& a) {
   if (part == "gemm") return bench_gemm(table);
   if (part == "infer") return bench_infer(table, parse_shape(a, config), common.seed);
   if (part == "train") return bench_train(table, parse_shape(a, config), source, vocab, common.seed);
+  if (part == "sentences") return bench_sentences(table, source, model);
   if (part == "tokenize") return bench_tokenize(table, source, vocab);
   if (part == "vocab") return bench_vocab(table, source);
-  a.fail("'" + part + "': gemm, infer, train, tokenize or vocab is wanted");
+  a.fail("'" + part + "': gemm, infer, train, sentences, tokenize or vocab is wanted");
 }
 
 // ==== 16 the table of commands, main ==============================================================================
@@ -3225,8 +3258,9 @@ const Command kCommands[] = {
   --batch-tokens N (default 8192)
   --overwrite      write into a folder that holds files)"},
     {"bench", "how fast, beside this machine's own multiply", cmd_bench,
-     R"(bert bench gemm | infer CONFIG | train CONFIG | tokenize CONFIG | vocab
-  CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name
+     R"(bert bench gemm | infer CONFIG | train CONFIG | sentences CONFIG | tokenize CONFIG | vocab
+  CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name; for sentences query (each line of
+                   --input alone), start (the first alone, for who times the process), or any other name: all lines
   --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
   --tsv            rows: what engine config metric value)"},
 };
