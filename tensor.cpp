@@ -1164,8 +1164,9 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
       if constexpr (R > 4) {
         const float* const line = ahead + (k & 12) / 4 * 3 * a_row + (k & ~(int64_t)15);
         UNROLL for (int i = 0; i < 3; i++) __builtin_prefetch(line + i * a_row);
-      } else  // few rows: then b comes from memory
-        UNROLL for (int i = 0; i < 4 * kCols; i += 16) __builtin_prefetch(b + 16 * kCols + i);
+      }
+      if constexpr (R < kRows)  // few rows: then b comes from memory
+        UNROLL for (int i = 0; i < 4 * kCols; i += 16) __builtin_prefetch(b + 32 * kCols + i);
       UNROLL for (int i = 0; i < 4; i++, b += kCols) {
         multiply_step<Words, R, N>(row, a_row, b, acc);
         UNROLL for (int r = 0; r < R; r += 3) row[r / 3]++;
