@@ -7,6 +7,7 @@
 //               6 model folders   7 a training run: folder, log, progress, signals   8 report.html   9 vocab, tokenize   10 pretrain
 //               11 finetune   12 evaluate, predict, fill-mask, embed, search   13 info, convert   14 quantize
 //               15 bench   16 the table of commands, main
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -308,6 +309,11 @@ class Lines {
   }
   int64_t begin() const { return begin_; }  // where the line read last begins, in bytes
   void go_to(int64_t begin) { in_.clear(), in_.seekg(begin); }
+  // Whoever writes to our input has no more for now: what came is to be answered, not to be waited on.
+  bool waits() const {
+    pollfd input{0, POLLIN, 0};
+    return &in_ == &std::cin && std::cin.rdbuf()->in_avail() <= 0 && ::poll(&input, 1, 0) == 0;
+  }
   const std::string& name() const { return name_; }
   int64_t number() const { return number_; }  // of the line read last, from 1
   std::string where() const { return name_ + ":" + to_string(number_); }
@@ -437,7 +443,7 @@ class Rows {
   }
   int64_t count() const { return count_; }
   bool tokens_come_in_lines() const { return format_ == kConll; }
-  bool from_terminal() const { return lines_ && terminal_; }
+  bool waits() const { return lines_ && lines_->waits(); }
 
  private:
   Source s_;
@@ -451,7 +457,6 @@ class Rows {
   size_t columns_ = 0;                      // conll: of the file's first line
   std::vector<Row> questions_;              // squad: the file's, last one first
   std::string text_line_;                   // read last; its room is used again
-  bool terminal_ = false;
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
 
@@ -467,7 +472,6 @@ class Rows {
                   "; say --format if it is another");
     if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
-    terminal_ = path == "-" && isatty(0);
     const char* own_format = task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : "";
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" + own_format);
@@ -780,7 +784,7 @@ class Rows {
   }
 };
 
-// At most `most` rows or 4 MB of text: what is worked on at once. One row where somebody types them.
+// At most `most` rows or 4 MB of text: what is worked on at once. Where somebody types them, or a program sends them: those that came.
 bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
   chunk.clear();
   size_t bytes = 0;
@@ -791,7 +795,7 @@ bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
       break;
     }
     bytes += row.text.size() + (row.pair ? row.pair->size() : 0) + row.ids.size() * 4;
-    if (rows.from_terminal()) break;
+    if (rows.waits()) break;
   }
   return !chunk.empty();
 }
@@ -1549,8 +1553,8 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
   std::vector<Row> chunk, next;
   Strings lines;
   for (bool more = read_chunk(rows, chunk, 4096); more; chunk.swap(next)) {
-    // Threads that have worked off a chunk would wait for the next, so it is read meanwhile; not where somebody types.
-    const bool meanwhile = threads() > 1 && !rows.from_terminal();
+    // Threads that have worked off a chunk would wait for the next, so it is read meanwhile; not where that is still to come.
+    const bool meanwhile = threads() > 1 && !rows.waits();
     auto reading = std::async(meanwhile ? std::launch::async : std::launch::deferred, [&] { return read_chunk(rows, next, 4096); });
     constexpr int64_t kPiece = 32;
     lines.resize(chunk.size() / kPiece + 1);
@@ -2249,7 +2253,7 @@ struct Answering {
       chunk.resize(good), made.resize(good), answered += (int64_t)good;
       word_lines = rows.tokens_come_in_lines();
       if (good) answer(chunk, made);
-      if (rows.from_terminal()) out.flush();
+      out.flush();
     }
     rows.report();
     if (were_cut)

@@ -1159,7 +1159,7 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
   if (a_step == 1)
     // Four steps at a time, with no more instructions than needed: a busy hyper-thread takes half of the core's decoders. The next R
     // rows are fetched meanwhile, three cache lines each time: coming from memory they would cost a tenth of the time. (Of few columns the
-    // rows themselves, a little ahead: narrow_part.)
+    // rows themselves, a little ahead: one_panel_part.)
     for (const float* ahead = N == 1 ? a + 128 : a + R * a_row; k + 4 <= depth; k += 4) {
       if constexpr (R > 4) {
         const float* const line = ahead + (k & 12) / 4 * 3 * a_row + (k & ~(int64_t)15);
@@ -1500,11 +1500,11 @@ struct Product {
   float* c;
   int64_t ldc;
   const PackedWeights* packed = nullptr;
-  Precision precision = Precision::f32;
-  const float* row_scales = nullptr;  // int8: of a's rows
-  bool narrowed = false;              // a holds words: the rows were narrowed before the tasks were cut
+  bool narrowed = false;              // a holds words: its rows were narrowed before the tasks were cut
+  const float* row_scales = nullptr;  // int8: of rows that were
 
-  int64_t words() const { return words_of(precision, k); }
+  Precision precision() const { return packed ? packed->precision() : Precision::f32; }
+  int64_t words() const { return words_of(precision(), k); }
 };
 
 // `all` cut into pieces of at most `most`, as equal as multiples of `unit` allow.
@@ -1523,16 +1523,16 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
     p.table.finish(e.activation, row_scales ? &sums : nullptr, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
 }
 
-// Rows of a, each narrowed to `words` words, behind them their scales: int8's. What is behind a row's k numbers is zero.
+// Rows of a in the weights' precision, each in words() words whose end is zero; and of int8 their scales.
 void narrow_rows(const Product& p, const float* a, int64_t rows, float* words, float* scales) {
   for (int64_t i = 0; i < rows; i++) {
     char* const to = (char*)(words + i * p.words());
-    const int64_t bytes = p.precision == Precision::bf16 ? 2 * p.k : p.k;
-    if (p.precision == Precision::bf16)
+    const int64_t bytes = p.precision() == Precision::bf16 ? 2 * p.k : p.k;
+    if (p.precision() == Precision::bf16)
       p.table.to_bf16(a + i * p.lda, to, p.k);
     else
       scales[i] = p.table.to_int8(a + i * p.lda, p.table.int8_zero, to, p.k);
-    std::memset(to + bytes, p.precision == Precision::bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
+    std::memset(to + bytes, p.precision() == Precision::bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
   }
 }
 
@@ -1547,9 +1547,9 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   static thread_local Tensor scratch;  // kept for the thread's next call, made anew when it does not suffice
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
-  const bool narrow = p.precision != Precision::f32 && !p.narrowed;
+  const bool narrow = p.precision() != Precision::f32 && !p.narrowed;
   const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips, words = p.words();
-  const int64_t block = p.precision == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
+  const int64_t block = p.precision() == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each;
   // an odd number of cache lines from row to row spreads them over all sets of the cache.
   const int64_t a_stride = (rows + 15) / 16 * 16 | 16;
@@ -1560,9 +1560,9 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   const float *a_words = p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
   if (narrow) {
     narrow_rows(p, a_words, rows, a_copy, a_copy + rows * words);
-    a_words = a_copy, row_scales = p.precision == Precision::int8 ? a_copy + rows * words : nullptr;
+    a_words = a_copy, row_scales = p.precision() == Precision::int8 ? a_copy + rows * words : nullptr;
   }
-  Kernels::Tile* const tile = p.precision == Precision::bf16 ? t.tile_bf16 : p.precision == Precision::int8 ? t.tile_int8 : t.tile;
+  Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : p.precision() == Precision::int8 ? t.tile_int8 : t.tile;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
@@ -1580,7 +1580,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
       const float* const b = p.panels ? p.panels + j * words + k0 * t.nr : panel;
       if (!p.panels) t.pack(depth, b_at(k0, j), b_transposed ? 1 : p.ldb, b_transposed ? p.ldb : 1, panel, cols);
       std::optional<DefaultFloatMode> mode;
-      if (p.precision == Precision::bf16) mode.emplace(true);
+      if (p.precision() == Precision::bf16) mode.emplace(true);
       for (int64_t s = 0; s < strips; s++, done++) {
         const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
@@ -1597,7 +1597,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
 
 // The same where b is one packed panel, as of one query against all that is searched: a comes from memory and is read once. Each row of a
 // tile walks through rows of its own, from end to end: so many streams, which the processor fetches ahead by itself.
-void narrow_part(const Product& p, int64_t i0, int64_t i1, int64_t, int64_t) {
+void one_panel_part(const Product& p, int64_t i0, int64_t i1, int64_t, int64_t) {
   const int64_t rows = i1 - i0, strips = (rows + p.table.mr - 1) / p.table.mr;
   for (int64_t s = 0; s < strips; s++)
     for (int64_t k0 = 0; k0 < p.k; k0 += kDepth)
@@ -1688,19 +1688,19 @@ static void check_product(const Gemm& how, int64_t m, int64_t n, int64_t k, int6
 // Cuts C into tasks, by the shapes alone, and hands them out.
 static void run(const Product& p, Backend backend) {
   if (!p.m || !p.n) return;
-  const bool blas = p.k && !(p.packed && p.precision != Precision::f32) && (backend == Backend::openblas || blas_alone());
+  const bool blas = p.k && !(p.packed && p.precision() != Precision::f32) && (backend == Backend::openblas || blas_alone());
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows
   // to be worth it; where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20;
-  const bool narrow = !blas && p.panels && p.precision == Precision::f32 && p.k && p.n <= p.table.nr;
-  const int64_t rows = even_piece(p.m, blas ? 512 : narrow ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
-  const int64_t packed_cols = p.m <= kPackedRows ? 96 : p.precision == Precision::f32 ? 768 : p.n;  // all: rows are narrowed once
+  const bool one_panel = !blas && p.panels && p.precision() == Precision::f32 && p.k && p.n <= p.table.nr;
+  const int64_t rows = even_piece(p.m, blas ? 512 : one_panel ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
+  const int64_t packed_cols = p.m <= kPackedRows ? 96 : p.precision() == Precision::f32 ? 768 : p.n;  // all: rows are narrowed once
   const int64_t most_cols = blas ? 768 : rows < 64 ? 64 : p.panels ? packed_cols : 192;
   const int64_t cols = even_piece(p.n, most_cols, p.table.nr), across = (p.n + cols - 1) / cols;
   const int64_t tasks = (p.m + rows - 1) / rows * across;
   auto part = [&](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
-    (blas ? blas_part : narrow ? narrow_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
+    (blas ? blas_part : one_panel ? one_panel_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
   };
   [[maybe_unused]] std::optional<OneBlasThread> one;
   if (blas) {
@@ -1781,15 +1781,15 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   const int64_t n = w.rows(), k = w.cols();
   check_product(how, m, n, k, lda, k, ldc);
   const bool plain = w.precision() == Precision::f32 && blas_alone();
-  Product p{kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc, &w, w.precision()};
+  Product p{kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc, &w};
   Tensor words;
-  if (p.precision != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
+  if (p.precision() != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
     words = Tensor({m, p.words() + 1});
     float* const scales = words.data() + m * p.words();
     parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)),
                     [&](int64_t i, int64_t end) { narrow_rows(p, a + i * lda, end - i, words.data() + i * p.words(), scales + i); });
     p.a = words.data(), p.lda = p.words(), p.narrowed = true;
-    if (p.precision == Precision::int8) p.row_scales = scales;
+    if (p.precision() == Precision::int8) p.row_scales = scales;
   }
   run(p, Backend::own);
 }

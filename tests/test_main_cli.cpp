@@ -182,6 +182,21 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
   }
 }
 
+TEST_CASE("cli: whoever sends a line through a pipe is answered before the next") {
+  const Tokenizing t;
+  put(t.folder / "vocab.txt", kVocab);
+  for (const std::string& command :
+       {"tokenize --vocab " + (t.folder / "vocab.txt"), std::string("embed --model tests/golden/models/tiny-pretrain")}) {
+    const Ran r =
+        testing::run("cd " + t.folder.path + " && rm -f in out && mkfifo in out && cd - > /dev/null && sh -c 'timeout 20 ./bert " +
+                     command + " < \"$0/in\" > \"$0/out\" & exec 3> \"$0/in\" 4< \"$0/out\"; for line in hello world a; do " +
+                     "echo $line >&3; read -r answer <&4; echo \"$answer\"; done; exec 3>&-; wait' " + t.folder.path);
+    CHECK(r.status == 0);
+    CHECK_MESSAGE(lines_in(r.out) == 3, r.out);
+    CHECK(has(r.out, "\n"));
+  }
+}
+
 TEST_CASE("cli: a newcomer without a model is told what is needed") {
   TemporaryFolder folder;
   for (const std::string& path : {folder / "none", folder.path}) {
