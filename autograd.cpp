@@ -15,6 +15,8 @@
 // blocks of 64 rows, ranges of columns), so results do not depend on how many threads there are.
 //
 // Contents:  tape  linear  attention  norms and dropout  embedding  rows  softmax  pointwise  losses  optimiser
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -46,7 +48,7 @@ void Tape::backward(const Tensor& loss) {
   while (!steps_.empty()) {
     const Step step = std::move(steps_.back());
     steps_.pop_back();
-    if (step.out.has_grad()) step.backward();
+    if (step.out.has_grad()) step.backward(), Profile::lap(step.op, " backward");
   }
 }
 
@@ -57,11 +59,33 @@ static bool recording(std::initializer_list<Tensor> in) {
 }
 
 void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward) {
+  Profile::lap(op);
   if (!recording(in)) return;
   out.set_needs_grad();
-  current_tape->steps_.push_back({out, std::move(backward)});
+  current_tape->steps_.push_back({op, out, std::move(backward)});
   static const bool tracing = std::getenv("BERT_TRACE") != nullptr;
   if (tracing) current_tape->trace_.push_back(op + (" " + to_string(out.shape())));
+}
+
+// ---- where the time goes
+static std::atomic<Profile*> current_profile{nullptr};
+static double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+Profile::Profile() : began_(seconds_now()) {
+  Profile* none = nullptr;
+  if (!current_profile.compare_exchange_strong(none, this)) throw Error("Profile: the process has one already; end it first");
+}
+Profile::~Profile() { current_profile = nullptr; }
+
+void Profile::lap(const char* op, const char* pass) {
+  Profile* const profile = current_profile.load(std::memory_order_relaxed);
+  if (!profile) return;
+  static thread_local double mark = 0;
+  const double end = seconds_now(), begin = std::max(std::exchange(mark, end), profile->began_);  // a mark may be of an earlier profile
+  if (!op) return;
+  std::lock_guard<std::mutex> hold(profile->lock_);
+  Op& total = profile->ops_[std::string(op) + pass];
+  total.seconds += end - begin, total.calls++;
 }
 
 // ==== what ops share ==============================================================================================
@@ -776,6 +800,7 @@ void AdamW::step(double lr, double clip_factor) {
               v + i, end - i);
     });
   }
+  Profile::lap("adamw");
 }
 
 double gradient_norm(std::span<const Tensor> parameters) {
@@ -792,6 +817,7 @@ double gradient_norm(std::span<const Tensor> parameters) {
     });
     for (const double s : sums) total += s;
   }
+  Profile::lap("gradient_norm");
   return std::sqrt(total);
 }
 

@@ -539,6 +539,7 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
 }
 
 Tensor Bert::forward(const Batch& batch, Dropout& drop) const {
+  Profile::lap();
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
   if (projection.weight) x = linear(x, projection.weight, projection.bias);             // [N,H], ELECTRA's

@@ -2912,8 +2912,13 @@ struct BenchTable {
                   metric.c_str());
     std::fflush(stdout);
   }
+  std::string engine() const { return std::string("ours-") + name_of(precision); }
+  void share(const std::string& of, double gflops, double peak) const;
   void model(double seconds, double tokens, double gflop, double peak) const;
+  template <class F>
+  void profile(double batches, F&& call) const;
   Precision precision = Precision::f32;
+  bool profiled = false;
 };
 
 // y [m,n] = x [m,k] w [n,k]^T by each engine: name and GFLOP/s.
@@ -2962,14 +2967,57 @@ double gemm_peak(Precision precision) {
   return best;
 }
 
-// One batch's seconds; people see this machine's own multiply beside it.
+// What of this machine's own multiply that is, for people (else peak is 0).
+void BenchTable::share(const std::string& of, double gflops, double peak) const {
+  if (peak > 0) row(engine(), of, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflops / peak);
+}
+
+// One batch's seconds.
 void BenchTable::model(double seconds, double tokens, double gflop, double peak) const {
-  const std::string engine = std::string("ours-") + name_of(precision);
-  row(engine, config, "ms", seconds * 1e3);
-  row(engine, config, "tok/s", tokens / seconds);
-  row(engine, config, "GFLOP/s", gflop / seconds);
-  row(engine, config, "MiB", peak_mib());
-  if (peak > 0) row(engine, config, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflop / seconds / peak);
+  row(engine(), config, "ms", seconds * 1e3);
+  row(engine(), config, "tok/s", tokens / seconds);
+  row(engine(), config, "GFLOP/s", gflop / seconds);
+  row(engine(), config, "MiB", peak_mib());
+  share(config, gflop / seconds, peak);
+}
+
+// With --profile, where the time of a call's `batches` goes: by op, the longest first, its ms a batch over all threads and its share of
+// what all ops took.
+template <class F>
+void BenchTable::profile(double batches, F&& call) const {
+  if (!profiled) return;
+  const Profile profile;
+  double n = 0, all = 0;
+  for (const double began = now(); n < 3 * batches || now() - began < 1; n += batches) call();
+  std::multimap<double, std::string, std::greater<>> ops;
+  for (const auto& [op, total] : profile.ops()) ops.emplace(total.seconds, op), all += total.seconds;
+  for (const auto& [seconds, op] : ops) {
+    const double ms = 1e3 * seconds / n, share = 100 * seconds / all;
+    row(engine(), config, tsv ? op + "_ms" : "ms " + op + ", " + fixed(share, 1) + " %", ms);
+    if (tsv) row(engine(), config, op + "_%", share);
+  }
+}
+
+// The attention op alone: 4096 tokens in rows of one length, 12 heads of 32 and of 64. Its two products take 4 T H a token.
+void bench_attention(const BenchTable& table) {
+  constexpr int64_t N = 4096, A = 12, P = 512;
+  const double peak = table.tsv ? 0 : gemm_peak(Precision::f32);
+  Random random({1, 0, 0, kOrderStream});
+  Dropout none;
+  for (const int64_t H : {384, 768}) {
+    Tensor qkv({N, 3 * H});
+    for (int64_t i = 0; i < qkv.size(); i++) qkv.data()[i] = random.truncated_normal();
+    for (const int64_t T : {32, 128, 512}) {
+      Offsets rows{0};
+      while (rows.back() < N) rows.push_back(rows.back() + T);
+      const double seconds = median_seconds(0.3, [&] { attention(qkv, rows, A, P, none); });
+      const std::string of = "H" + to_string(H) + "-A" + to_string(A) + "-T" + to_string(T) + "-t" + to_string(threads());
+      const double gflops = 4e-9 * (double)(N * T * H) / seconds;
+      table.row(table.engine(), of, "ms", seconds * 1e3);
+      table.row(table.engine(), of, "GFLOP/s", gflops);
+      table.share(of, gflops, peak);
+    }
+  }
 }
 
 // minilm-B8T128, or with -dense or -real behind it.
@@ -3022,8 +3070,10 @@ void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   bert.pack(table.precision);
   Random random({seed, 0, 0, kOrderStream});
   const Batch batch = random_batch(s, random);
-  const double seconds = median_seconds(1.0, [&] { bert.forward(batch); });
+  auto call = [&] { bert.forward(batch); };
+  const double seconds = median_seconds(1.0, call);
   table.model(seconds, (double)batch.tokens(), forward_gflop(bert.config, batch), table.tsv ? 0 : gemm_peak(table.precision));
+  table.profile(1, call);
 }
 
 // Real pairs, a TAB b, as rows of one batch a step.
@@ -3061,10 +3111,12 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   const double n = (double)batches.size();
   double tokens = 0, gflop = 0;  // backward is twice the forward's products; the heads are not counted
   for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 3 * forward_gflop(trainer.model().config, b) / n;
-  const double seconds = median_seconds(2.0, [&] {
+  auto call = [&] {
     for (const Batch& b : batches) trainer.step({&b, 1});
-  });
+  };
+  const double seconds = median_seconds(2.0, call);
   table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(Precision::f32));
+  table.profile(n, call);
 }
 
 // A text a line to vectors. `start`: one, for who times this whole process. `query…`: one after another, each timed. Else all at once.
@@ -3136,16 +3188,17 @@ void cmd_bench(Args& a) {
   const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
-  const BenchTable table{part, config, a.take_switch("tsv"), common.precision.value_or(Precision::f32)};
+  const BenchTable table{part, config, a.take_switch("tsv"), common.precision.value_or(Precision::f32), a.take_switch("profile")};
   a.done();
-  if (part == "gemm" && !config.empty()) a.fail("'" + config + "': gemm takes no CONFIG");
+  if (among(part, {"gemm", "attention"}) && !config.empty()) a.fail("'" + config + "': " + part + " takes no CONFIG");
   if (part == "gemm") return bench_gemm(table);
+  if (part == "attention") return bench_attention(table);
   if (part == "infer") return bench_infer(table, parse_shape(a, config), common.seed);
   if (part == "train") return bench_train(table, parse_shape(a, config), source, vocab, common.seed);
   if (part == "sentences") return bench_sentences(table, source, model);
   if (part == "tokenize") return bench_tokenize(table, source, vocab);
   if (part == "vocab") return bench_vocab(table, source);
-  a.fail("'" + part + "': gemm, infer, train, sentences, tokenize or vocab is wanted");
+  a.fail("'" + part + "': gemm, attention, infer, train, sentences, tokenize or vocab is wanted");
 }
 
 // ==== 16 the table of commands, main ==============================================================================
@@ -3262,10 +3315,11 @@ const Command kCommands[] = {
   --batch-tokens N (default 8192)
   --overwrite      write into a folder that holds files)"},
     {"bench", "how fast, beside this machine's own multiply", cmd_bench,
-     R"(bert bench gemm | infer CONFIG | train CONFIG | sentences CONFIG | tokenize CONFIG | vocab
+     R"(bert bench gemm | attention | infer CONFIG | train CONFIG | sentences CONFIG | tokenize CONFIG | vocab
   CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name; for sentences query (each line of
                    --input alone), start (the first alone, for who times the process), or any other name: all lines
   --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
+  --profile        infer, train: then each op's ms a call, over all threads, and its share
   --tsv            rows: what engine config metric value)"},
 };
 

@@ -36,6 +36,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -504,6 +505,7 @@ class Tape {
  private:
   friend void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
   struct Step {
+    const char* op;                        // of static storage, as its record's
     Tensor out;
     std::function<void()> backward;
   };
@@ -515,6 +517,23 @@ class Tape {
 // What an op calls last: when a Tape lives here and some input needs a gradient, `out` will too, and `backward` goes on the tape. It
 // reads out.grad() and adds to its inputs' grad(). The closure owns what it captured; `out` never owns the closure (no cycle).
 void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
+
+// While one lives, where the time of the whole process goes, by op: `linear`, and behind it in training `linear backward`. To an op goes
+// what has passed on the thread that called it since that thread's op before, or since the Bert::forward around it began. Many threads
+// may run ops meanwhile; it is made, read and ended while none does. Without one an op pays for the look at one pointer.
+class Profile {
+ public:
+  struct Op { double seconds = 0; int64_t calls = 0; };
+  Profile();                               // throws Error when the process has one already
+  ~Profile();
+  const std::map<std::string, Op>& ops() const { return ops_; }
+  static void lap(const char* op = nullptr, const char* pass = "");   // what record calls; without a name it only sets the mark
+
+ private:
+  double began_;
+  std::map<std::string, Op> ops_;
+  std::mutex lock_;                        // of ops_
+};
 
 // ==== 6 differentiable ops ========================================================== [autograd.cpp, one section each]
 // All return a new Tensor that shares no storage with the inputs, and throw Error naming the op and the shapes that do not fit.

@@ -1,4 +1,5 @@
 // The tape, every differentiable op against finite differences, the optimiser against formulas.
+#include <chrono>
 #include <cstring>
 
 #include "testing.h"
@@ -30,6 +31,47 @@ TEST_CASE("the gradient checker itself: a backward that does nothing, or is a te
   CHECK(grad_error({x}, [&] { return softmax(wrong_identity(x, 0)); }) > 0.01);
   CHECK(grad_error({x}, [&] { return wrong_identity(x, 1.1f); }) > 0.05);
   CHECK(grad_error({x}, [&] { return wrong_identity(x, 1); }) < kTolerance);
+}
+
+TEST_CASE("a profile counts each op once a forward, on all threads, and its backward; without one nothing is counted") {
+  const Tensor x = random_tensor({40, 96}, 1);
+  Tensor w = random_tensor({32, 32}, 2);
+  auto forward = [&] {
+    Dropout none;
+    return softmax(add(linear(attention(x, {0, 33, 40}, 4, 64, none), w), linear(x, random_tensor({32, 96}, 3))));
+  };
+  auto counts = [](const Profile& p, double& seconds) {
+    std::map<std::string, int64_t> n;
+    for (const auto& [op, total] : p.ops()) n[op] = total.calls, seconds += total.seconds;
+    return n;
+  };
+  auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+  const UseThreads two(2);
+  forward();
+  for (int again = 0; again < 2; again++) {  // the second sees nothing of the first, nor the time between them
+    const double began = now();
+    double seconds = 0;
+    const Profile profile;
+    CHECK_THROWS_AS(Profile(), Error);
+    forward();
+    CHECK(counts(profile, seconds) == std::map<std::string, int64_t>{{"attention", 1}, {"linear", 2}, {"add", 1}, {"softmax", 1}});
+    CHECK(seconds <= now() - began);
+    parallel_for(9, [&](int64_t) { Profile::lap(), forward(); });
+    CHECK(counts(profile, seconds) == std::map<std::string, int64_t>{{"attention", 10}, {"linear", 20}, {"add", 10}, {"softmax", 10}});
+  }
+  forward();
+  w.set_needs_grad();
+  double seconds = 0;
+  const Profile profile;
+  Tape tape;
+  tape.backward(weighted_sum(forward(), random_tensor({40, 32}, 4)));
+  const auto n = counts(profile, seconds);
+  for (const char* op : {"linear backward", "add backward", "softmax backward", "weighted_sum backward", "attention"}) {
+    CAPTURE(op);
+    CHECK(n.count(op) == 1);
+  }
+  CHECK(n.at("linear backward") == 1);         // the other one's weights need no gradient
+  CHECK(n.count("attention backward") == 0);
 }
 
 TEST_CASE("linear: gradients of x, w and b, for each activation") {

@@ -162,6 +162,7 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"pretrain --input t --vocab v --config tiny --steps 5 --output=", "--output is missing"},
       {"bench foo", "gemm"},
       {"bench gemm minilm-B1T32", "takes no CONFIG"},
+      {"bench attention minilm-B1T32", "attention takes no CONFIG"},
       {"bench infer minilm", "minilm-B8T128"},
   };
   for (const auto& [arguments, message] : cases) {
@@ -882,4 +883,49 @@ TEST_CASE("convert: any folder into one of ours; info --compare: the largest dif
   CHECK(has(other.out, "cls.seq_relationship.weight\tonly in " + to));
   CHECK(bert_run("info --compare " + to).status == 2);
   CHECK(bert_run("convert --model " + from + " --output " + to + " --dtype int8").status == 2);
+}
+
+TEST_CASE("bench: attention by length of the rows; --profile: each op's time and share, of inference and training") {
+  // The values of a bench's rows by config and metric.
+  auto bench = [](const std::string& arguments) {
+    const Ran r = bert_run("bench " + arguments + " --tsv --threads 2");
+    REQUIRE_MESSAGE(r.status == 0, r.err);
+    std::map<std::string, double> values;
+    std::istringstream lines(r.out);
+    for (std::string line; std::getline(lines, line);) {
+      std::vector<std::string> cells(1);
+      for (const char c : line) c == '\t' ? (void)cells.emplace_back() : (void)(cells.back() += c);
+      REQUIRE_MESSAGE(cells.size() == 5, line);
+      values[cells[2] + " " + cells[3]] = std::stod(cells[4]);
+    }
+    return values;
+  };
+  std::map<std::string, double> got = bench("attention");
+  CHECK(got.size() == 12);
+  for (const char* config : {"H384-A12-T32-t2 ", "H384-A12-T128-t2 ", "H384-A12-T512-t2 ", "H768-A12-T32-t2 ", "H768-A12-T128-t2 "}) {
+    CAPTURE(config);  // 4 T H a token, of 4096
+    const double T = std::stod(std::string(config).substr(10)), H = std::stod(std::string(config).substr(1));
+    CHECK(got[std::string(config) + "ms"] * got[std::string(config) + "GFLOP/s"] == doctest::Approx(4e-6 * 4096 * T * H).epsilon(1e-3));
+  }
+  for (const std::string part : {"infer", "train"}) {
+    const std::string config = "tiny-B4T32";
+    CAPTURE(part);
+    got = bench(part + " " + config);
+    CHECK(got.size() == 4);
+    const std::map<std::string, double> profiled = bench(part + " " + config + " --profile");
+    double all = 0, shares = 0;
+    for (const auto& [name, value] : profiled) {
+      CHECK(value > 0);
+      if (name.ends_with("_ms")) all += value;
+      if (name.ends_with("_%")) shares += value;
+    }
+    CHECK(shares == doctest::Approx(100).epsilon(1e-3));
+    CHECK(all > 0);
+    for (const char* op : {"embedding", "linear", "attention", "residual_norm"}) {
+      CHECK(profiled.count(config + " " + op + "_ms") == 1);
+      CHECK(profiled.count(config + " " + op + " backward_%") == (part == "train"));
+    }
+    for (const char* op : {"cross_entropy", "gradient_norm", "adamw"})
+      CHECK(profiled.count(config + " " + op + "_ms") == (part == "train"));
+  }
 }
