@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One answer per text: the embeddings and logits of 200 real sentences (60 in bf16 and int8) are the same bytes for each binary given, each kernel table,
-# 1 and 2 threads, alone and in batches of several sizes; in f32, bf16 and int8, and of a folder that was quantized.
+# One answer per text: the embeddings and logits of 200 real sentences are the same bytes for each binary given, each kernel table,
+# 1 and 2 threads, alone and in batches of several sizes; so are those of 60 in bf16 and int8, and of a folder that was quantized.
 # usage: one_answer.sh BERT [BERT ...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
