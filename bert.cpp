@@ -1976,10 +1976,16 @@ static std::string list_names(std::span<const std::string> names) {
   return join(names.first(4), ", ") + " and " + std::to_string(names.size() - 4) + " more";
 }
 
+static Tensor widened(const NarrowMatrix& m) {
+  const Tensor values({m.n, m.k});
+  parallel_each(m.n, 64, [&](int64_t i) { m.widen(i, values.data() + i * m.k); });
+  return values;
+}
+
 // A second copy of what the model holds once (the decoder is the word embeddings, its bias cls.predictions.bias).
 static void check_tied(const SafeTensors& file, const SafeTensors::Entry& copy, const Tensor& original) {
-  const Tensor t = file.load(copy);
-  if (t.size() != original.size() || std::memcmp(t.data(), original.data(), (size_t)t.size() * sizeof(float)))
+  const Tensor t = file.load(copy), held = original.narrow() ? widened(*original.narrow()) : original;
+  if (t.size() != held.size() || std::memcmp(t.data(), held.data(), (size_t)t.size() * sizeof(float)))
     throw Error(file.where() + ": " + copy.name + ": differs from the tensor it is tied to; an untied decoder is not built");
 }
 
@@ -2042,23 +2048,21 @@ static void architecture_of_tensors(Config& config, const std::map<std::string, 
     config.labels.push_back("LABEL_" + std::to_string(i));
 }
 
-// The numbers of one tensor: as floats, or narrow as they are stored where products want them so. Its scales are loaded with it.
+// The numbers of one tensor: as floats, or as they are stored where that may be and products want them so. Its scales are
+// loaded with it.
 static Tensor load_tensor(const std::pair<const std::string, Found>& found, std::map<std::string, Found>& there, const LoadPlan& plan,
-                          LoadReport& report) {
+                          bool may_be_narrow, LoadReport& report) {
   const auto& [file, entry] = found.second;
   report.loaded.push_back(entry->name);
   const bool int8 = entry->dtype == "I8";
-  if (!int8 && (entry->dtype != "BF16" || entry->shape.size() != 2)) return file->load(*entry);
+  const Precision stored = int8 ? Precision::int8 : Precision::bf16;
+  const bool stays = may_be_narrow && !plan.own && plan.precision.value_or(stored) == stored && entry->strides.empty();
+  if (!int8 && (entry->dtype != "BF16" || !stays)) return file->load(*entry);
   const auto scales = there.find(found.first + "_scale");
   const bool scaled = int8 && scales != there.end() && scales->second.file == file;
   const NarrowMatrix narrow = file->narrow(*entry, scaled ? scales->second.entry : nullptr);
   if (scaled) report.loaded.push_back(scales->second.entry->name), there.erase(scales);
-  if (!plan.own && plan.precision.value_or(narrow.precision) == narrow.precision) return Tensor::narrow(narrow);
-  const Tensor values({narrow.n, narrow.k});
-  parallel_ranges(narrow.n, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) narrow.widen(i, values.data() + i * narrow.k);
-  });
-  return values;
+  return stays ? Tensor::narrow(narrow) : widened(narrow);
 }
 
 // Puts the rows of a narrow matrix below those that are there.
@@ -2073,6 +2077,7 @@ static void add_rows(NarrowMatrix& all, const NarrowMatrix& more) {
 static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, Task task, const LoadPlan& plan) {
   Bert& model = m.bert;
   LoadReport& report = m.report;
+  if (plan.own) m.config.quantized = {};  // plain numbers from here on
   model.config = m.config, model.task = task, model.layers.resize((size_t)m.config.num_hidden_layers);
   const Family& f = family(m.config);
   const std::string& where = files[0].where();
@@ -2116,10 +2121,15 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     const std::vector<int64_t> want = whole.rank() == 1 ? std::vector{rows} : std::vector{rows, whole[1]};
     if (entry->shape != want)
       throw Error(file->where() + ": " + entry->name + ": shape " + shape_text(entry->shape) + ", the config asks for " + shape_text(want));
-    const Tensor values = load_tensor(*found, there, plan, report);
+    if (!missing.empty()) return;  // it fails below
     const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
+    const Tensor values =
+        load_tensor(*found, there, plan, whole.rank() == 2 && (layer || plain == "embeddings.word_embeddings.weight"), report);
     if (rows == whole[0] && !plan.own)
       t = values;
+    else if (first && whole.rank() == 2 && (values.narrow() ? stack.n != first || stack.precision != values.narrow()->precision : stack.n))
+      throw Error(file->where() + ": " + entry->name + ": " + entry->dtype +
+                  ", of another type than the query's; query, key and value of a layer must be of one");
     else if (values.narrow()) {
       add_rows(stack, *values.narrow());
       if (first + rows == whole[0]) t = Tensor::narrow(std::exchange(stack, {}));
@@ -2451,6 +2461,8 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
     if (!narrow) continue;
     NarrowMatrix rows = *narrow;  // those of this parameter
     rows.n = p.rows, rows.data = narrow->row(p.first_row);
+    if (rows.precision == Precision::int8 && dtype != "F32")
+      throw Error(folder + ": " + name + ": int8, whose scales are F32; save it with F32, or load it as numbers first");
     if (rows.precision == Precision::int8) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
     tensors[tensors.size() - (rows.precision == Precision::int8 ? 2 : 1)].narrow = std::move(rows);
   }

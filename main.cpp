@@ -2634,8 +2634,9 @@ void cmd_search(Args& a) {
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
   LineFile corpus(path);
-  VectorIndex index(index_path, {folder_fingerprint(s.model) + (uint64_t)s.common.precision.value_or(Precision::f32),
-                                 corpus.fingerprint.state, pooling.width(s.folder.config.hidden_size), corpus.size()});
+  const uint64_t computed_in = s.common.precision ? (uint64_t)*s.common.precision : s.folder.config.quantized ? 3 : 0;  // 3: as stored
+  VectorIndex index(index_path, {folder_fingerprint(s.model) + computed_in, corpus.fingerprint.state,
+                                 pooling.width(s.folder.config.hidden_size), corpus.size()});
   if (index.stale()) note("bert: " + index_path + ": made with another model or of another text; it is made again");
   if (!index.vectors()) {
     if (index.count()) note("bert: " + index_path + ".part: going on after " + counted(index.count(), "vector"));
@@ -2765,7 +2766,7 @@ struct Quantizing {
   struct Cost {
     double cosine = 1, least = 1;  // between its vectors and those of f32: mean and smallest
     std::optional<std::pair<std::string, double>> metric = {};
-    double drop(const Cost& f32) const { return metric ? f32.metric->second - metric->second : 1 - cosine; }
+    double drop(const Cost& f32) const { return metric ? f32.metric->second - metric->second : f32.cosine - cosine; }
   };
 
   Quantizing(const std::string& model, int64_t tokens)
@@ -2848,8 +2849,8 @@ std::vector<Precision> choose_precisions(const Quantizing& q, Precision dtype, s
         name_of(dtype), all));
   }
   if (max_drop && all.drop(f32) > *max_drop)
-    throw Error("--max-drop " + exact(*max_drop) + ": not reached, with every part in " + name_of(higher) + " the drop is " +
-                format_number(all.drop(f32)) + "; allow more, or take --dtype " + name_of(higher));
+    throw Error("--max-drop " + exact(*max_drop) + ": not reached, with every part in bf16 the drop is " + format_number(all.drop(f32)) +
+                "; allow more, or take --dtype bf16, of which parts may stay in f32");
   return parts;
 }
 

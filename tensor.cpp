@@ -2229,7 +2229,8 @@ NarrowMatrix SafeTensors::narrow(const Entry& e, const Entry* scales) const {
         throw Error(here + ": element " + std::to_string(i) + " of " + shape_text(e.shape) + " is not finite; damaged?");
   if (bf16) return m;
   if (!scales || scales->shape != std::vector{m.n})
-    throw Error(here + ": int8 without its scales; " + shown(e.name) + "_scale [" + std::to_string(m.n) + "] is needed beside it");
+    throw Error(here + ": int8 " + (scales ? "with scales of shape " + shape_text(scales->shape) : "without its scales") + "; " +
+                shown(e.name) + "_scale [" + std::to_string(m.n) + "] is needed beside it");
   const Tensor t = load(*scales);
   m.scales.assign(t.data(), t.data() + m.n);
   return m;
@@ -2782,7 +2783,8 @@ void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
   for (size_t i = 0; i < tensors.size(); i++) {
     const auto& [name, shape, data, narrow] = tensors[i];
     const std::string type = dtype_of(tensors[i]);
-    if (name == "__metadata__" || (i && name == tensors[i - 1].name))
+    auto same_name = [&](const NamedTensor& t) { return t.name == tensors[i].name; };
+    if (name == "__metadata__" || std::any_of(tensors.begin(), tensors.begin() + (int64_t)i, same_name))
       throw Error(path + ": " + shown(name) + ": this name can stand only once");
     const uint64_t begin = end;
     end += (uint64_t)shape.size() * dtype_size(type);

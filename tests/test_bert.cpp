@@ -1152,6 +1152,252 @@ TEST_CASE("folders: saved in f16 and bf16, and what bf16 held comes back without
   CHECK(read_file(folder / "config.json").find("\"float16\"") != std::string::npos);
 }
 
+// ---- bf16 and int8 ---------------------------------------------------------------------------------------------------
+namespace {
+constexpr Precision kNarrow[] = {Precision::bf16, Precision::int8};
+
+std::vector<Example> random_examples(int count, int most) {
+  std::vector<Example> examples;
+  Random random({21, 0, 0, 0});
+  for (int i = 0; i < count; i++) {
+    Example e;
+    const int64_t n = 3 + random.below(most - 2);
+    for (int64_t t = 0; t < n; t++) e.ids.push_back((int32_t)(5 + random.below(190))), e.segments.push_back(t > n / 2);
+    examples.push_back(e);
+  }
+  return examples;
+}
+
+void append(std::vector<float>& to, const Tensor& t) { to.insert(to.end(), t.data(), t.data() + t.size()); }
+// Hidden states, and what the heads make of them.
+std::vector<float> everything(const Bert& bert, const Batch& batch) {
+  const Tensor hidden = bert.forward(batch);
+  std::vector<float> all = flat(hidden);
+  std::vector<int64_t> every((size_t)batch.tokens());
+  std::iota(every.begin(), every.end(), 0);
+  const HeadKind& head = head_kind(bert.task);
+  Dropout none;
+  if (head.masked_words) append(all, bert.masked_logits(hidden, every));
+  if (head.next_sentence || (head.output && !head.tokens)) append(all, bert.row_logits(hidden, batch, none));
+  if (head.output && head.tokens) append(all, bert.token_logits(hidden, none));
+  if (bert.task == Task::replaced) append(all, bert.replaced_logits(hidden));
+  return all;
+}
+double farthest(const std::vector<float>& a, const std::vector<float>& b) {
+  REQUIRE(a.size() == b.size());
+  return testing::largest_difference(a.data(), b.data(), (int64_t)a.size());
+}
+
+// A folder with these parts of the one at `from` in these precisions; and the same in memory, ready to answer.
+Bert save_narrow(const std::string& folder, const std::string& from, const std::vector<Precision>& parts, Precision called) {
+  const ModelFolder plain = load_folder(from, false);
+  Bert bert = plain.bert;
+  for (size_t i = 0; i < parts.size(); i++) narrow_part(bert, (int64_t)i, plain.bert, parts[i]);
+  bert.config.quantized = called;
+  save_folder(folder, bert, plain.carried);
+  bert.pack();
+  return bert;
+}
+std::vector<std::string> sorted(std::vector<std::string> names) {
+  std::sort(names.begin(), names.end());
+  return names;
+}
+std::map<std::string, std::string> types_in(const std::string& folder) {
+  std::map<std::string, std::string> types;
+  const SafeTensors file = SafeTensors::open(folder + "/model.safetensors");
+  for (const SafeTensors::Entry& e : file.entries()) types[e.name] = e.dtype;
+  return types;
+}
+// Every tensor of the file was loaded, and nothing else happened.
+void check_all_loaded(const LoadReport& report, const std::string& folder) {
+  std::vector<std::string> names;
+  for (const auto& [name, type] : types_in(folder)) names.push_back(name);
+  CHECK(sorted(report.loaded) == names);
+  for (const auto* none : {&report.tied, &report.newly_initialised, &report.ignored, &report.unexpected}) CHECK(none->empty());
+}
+}  // namespace
+
+TEST_CASE("bf16 and int8: near f32 and not f32; one answer alone, in any batch, at any number of threads, masked words too") {
+  const std::string folder = kGolden + "tiny-pretrain";
+  const ModelFolder f32 = load_folder(folder);
+  const Batch batch = read_rows(folder + "/rows.json", Task::pretrain);
+  const std::vector<Example> examples = random_examples(40, 60);
+  struct Bound {
+    Precision precision;
+    double embeddings, first, last, words;  // largest differences, some 1.5 times what was measured
+  };
+  for (const Bound& b : {Bound{Precision::bf16, 0.0085, 0.025, 0.04, 0.02}, Bound{Precision::int8, 0.018, 0.085, 0.14, 0.07}}) {
+    CAPTURE(std::string(name_of(b.precision)));
+    const ModelFolder m = load_folder(folder, true, b.precision);
+    CHECK(sorted(m.report.loaded) == sorted(f32.report.loaded));
+    for (size_t l = 0; l <= 2; l++) {
+      Bert first = m.bert, plain = f32.bert;
+      first.layers.resize(l), plain.layers.resize(l);
+      const double most = farthest(flat(first.forward(batch)), flat(plain.forward(batch)));
+      CHECK(most > 0);
+      CHECK(most < (l == 0 ? b.embeddings : l == 1 ? b.first : b.last));
+    }
+    const Tensor hidden = f32.bert.forward(batch);  // the same for both: what the decoder alone costs
+    const double words = farthest(flat(m.bert.masked_logits(hidden, batch.masked)), flat(f32.bert.masked_logits(hidden, batch.masked)));
+    CHECK(words > 0);
+    CHECK(words < b.words);
+
+    std::vector<float> alone, alone_words;
+    for (const Example& e : examples) {
+      UseThreads one(1);
+      Batch row;
+      row.add_row(e.ids, e.segments);
+      std::vector<int64_t> every(e.ids.size());
+      std::iota(every.begin(), every.end(), 0);
+      const Tensor x = m.bert.forward(row);
+      append(alone, x), append(alone_words, m.bert.masked_logits(x, every));
+    }
+    const Tensor all({(int64_t)alone.size() / 32, 32}, alone);
+    std::vector<int64_t> every((size_t)all.rows());
+    std::iota(every.begin(), every.end(), 0);
+    for (const int threads : {1, 2, 3}) {
+      UseThreads use(threads);
+      for (const int64_t tokens : {1, 64, 500, 100000}) CHECK(token_vectors(m.bert, examples, tokens) == alone);
+      CHECK(flat(m.bert.masked_logits(all, every)) == alone_words);
+    }
+  }
+}
+
+TEST_CASE("bf16 and int8: a folder saved so answers with the bytes of the f32 folder loaded so, and loads as numbers and otherwise too") {
+  for (const std::string name :
+       {"tiny-pretrain", "heads/sequence-classification", "heads/token-classification", "variants/distilbert-masked-lm",
+        "variants/distilbert-sequence-classification", "variants/electra-discriminator", "variant-heads/ElectraForMaskedLM"})
+    for (const Precision precision : kNarrow) {
+      const std::string from = kGolden + name;
+      CAPTURE(from);
+      CAPTURE(std::string(name_of(precision)));
+      const ModelFolder plain = load_folder(from, false);
+      Batch batch;
+      for (const Example& e : random_examples(6, 16)) batch.add_row(e.ids, e.segments);
+      testing::TemporaryFolder saved;
+      const Bert held = save_narrow(saved.path, from, std::vector((size_t)quantized_parts(plain.config), precision), precision);
+      const ModelFolder again = load_folder(saved.path);
+      CHECK(again.config.quantized == precision);
+      const std::vector<float> answers = everything(again.bert, batch), f32 = everything(load_folder(from).bert, batch);
+      CHECK(answers == everything(load_folder(from, true, precision).bert, batch));
+      CHECK(answers == everything(held, batch));
+      CHECK(answers == everything(load_folder(saved.path, true, precision).bert, batch));
+      CHECK(answers != f32);
+
+      size_t narrow = 0, scales = 0;
+      for (const auto& [tensor, type] : types_in(saved.path)) {
+        narrow += type == (precision == Precision::int8 ? "I8" : "BF16"), scales += tensor.ends_with("_scale");
+        if (tensor.ends_with("_scale")) CHECK(type == "F32");
+      }
+      CHECK(narrow == 1 + 6 * plain.bert.layers.size());  // the table, and six matrices of each layer
+      CHECK(scales == (precision == Precision::int8 ? narrow : 0));
+      const ModelFolder numbers = load_folder(saved.path, false);
+      for (const ModelFolder* m : {&again, &numbers}) check_all_loaded(m->report, saved.path);
+
+      CHECK(!numbers.config.quantized);  // and saved again it is a plain folder
+      CHECK(!numbers.bert.config.quantized);
+      CHECK(!load_folder_for(saved.path, Task::tag, {"a", "b"}, 1).config.quantized);
+      const auto p = plain.bert.parameters(), q = numbers.bert.parameters();
+      REQUIRE(p.size() == q.size());
+      for (size_t i = 0; i < p.size(); i++) {
+        CAPTURE(p[i].name);
+        const int64_t n = p[i].shape().size(), k = p[i].shape().back();
+        const bool rounded = types_in(saved.path)[q[i].name] != "F32" && p[i].shape().rank() == 2;
+        CHECK((rounded || std::memcmp(p[i].data(), q[i].data(), (size_t)n * 4) == 0));
+        for (int64_t row = 0; rounded && row < n; row += k) {  // half a step: of 127 to the row's largest, or of the eighth bit
+          float largest = 0;
+          for (int64_t j = row; j < row + k; j++) largest = std::max(largest, std::fabs(p[i].data()[j]));
+          const double most = testing::largest_difference(p[i].data() + row, q[i].data() + row, k);
+          CHECK(most <= (precision == Precision::int8 ? (double)largest / 254 * 1.0001 : (double)largest / 256));
+        }
+      }
+      const std::vector<float> widened = everything(numbers.bert, batch);
+      CHECK(farthest(widened, f32) < (precision == Precision::bf16 ? 0.05 : 0.21));  // 1.5 times what was measured
+      CHECK(widened != f32);
+      for (const Precision other : {Precision::f32, Precision::bf16, Precision::int8}) {
+        if (other == precision) continue;
+        Bert packed = load_folder(saved.path, false).bert;
+        packed.pack(other);
+        const std::vector<float> so = everything(load_folder(saved.path, true, other).bert, batch);
+        CHECK(so == everything(packed, batch));
+        CHECK(so != answers);
+        CHECK((other != Precision::f32 || so == widened));
+      }
+    }
+}
+
+TEST_CASE("bf16 and int8: parts of several kinds survive saving and loading, to the byte") {
+  constexpr Precision f32 = Precision::f32, bf16 = Precision::bf16, int8 = Precision::int8;
+  const ModelFolder plain = load_folder(kGolden + "tiny-pretrain", false);
+  CHECK(quantized_parts(plain.config) == 3);
+  const Batch batch = read_rows(kGolden + "tiny-pretrain/rows.json", Task::pretrain);
+  const char* const types[] = {"F32", "BF16", "I8"};
+  std::set<std::vector<float>> different;
+  for (const std::vector<Precision>& parts :
+       {std::vector{f32, bf16, int8}, {int8, f32, bf16}, {bf16, int8, f32}, {int8, f32, f32}, {f32, f32, int8}, {f32, f32, f32}}) {
+    testing::TemporaryFolder saved;
+    const Bert held = save_narrow(saved.path, kGolden + "tiny-pretrain", parts, int8);
+    const ModelFolder again = load_folder(saved.path);
+    check_all_loaded(again.report, saved.path);
+    const std::vector<float> answers = everything(held, batch);
+    CHECK(everything(again.bert, batch) == answers);
+    different.insert(answers);
+    auto in_file = types_in(saved.path);
+    CHECK(in_file["bert.embeddings.word_embeddings.weight"] == types[(size_t)parts[0]]);
+    for (size_t l = 0; l < 2; l++)
+      for (const char* weight : {"attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                                 "intermediate.dense", "output.dense"})
+        CHECK(in_file["bert.encoder.layer." + std::to_string(l) + "." + weight + ".weight"] == types[(size_t)parts[l + 1]]);
+    Bert numbers = load_folder(saved.path, false).bert;
+    numbers.pack(bf16);
+    CHECK(everything(load_folder(saved.path, true, bf16).bert, batch) == everything(numbers, batch));
+  }
+  CHECK(different.size() == 6);
+  CHECK(different.count(everything(load_folder(kGolden + "tiny-pretrain").bert, batch)) == 1);  // all in f32
+  Bert narrow = plain.bert;
+  narrow_part(narrow, 2, plain.bert, int8);
+  testing::TemporaryFolder folder;
+  CHECK_THROWS_WITH_AS(save_folder(folder.path, narrow, plain.carried, "BF16"), doctest::Contains("scales are F32"), Error);
+  narrow_part(narrow, 2, plain.bert, bf16);
+  save_folder(folder.path, narrow, plain.carried, "BF16");
+}
+
+TEST_CASE("bf16: a folder that the hub has in it, tied decoder and all, computes in it as the same numbers in F32 do") {
+  const ModelFolder plain = load_folder(kGolden + "files/q-bin-bf16", false);
+  const Batch batch = read_rows(kGolden + "tiny-pretrain/rows.json", Task::pretrain);
+  testing::TemporaryFolder folder;
+  save_folder(folder.path, plain.bert, plain.carried, "BF16");
+  const std::string file = folder / "model.safetensors";
+  std::vector<Tensor> values;
+  std::vector<NamedTensor> tensors;
+  const SafeTensors saved = SafeTensors::open(file);
+  for (const SafeTensors::Entry& e : saved.entries()) {
+    values.push_back(saved.load(e)), tensors.push_back({e.name, values.back().shape(), values.back().data()});
+    if (e.name == "bert.embeddings.word_embeddings.weight")
+      tensors.push_back({"cls.predictions.decoder.weight", values.back().shape(), values.back().data()});
+  }
+  save_safetensors(file, tensors, {{"format", "pt"}}, "BF16");
+  const std::vector<float> f32 = everything(plain.bert, batch);
+  CHECK(everything(load_folder(folder.path).bert, batch) == f32);
+  for (const Precision precision : kNarrow) {
+    CAPTURE(std::string(name_of(precision)));
+    Bert packed = load_folder(kGolden + "files/q-bin-bf16", false).bert;
+    packed.pack(precision);
+    const std::vector<float> want = everything(packed, batch);
+    CHECK(want != f32);
+    const ModelFolder m = load_folder(folder.path, true, precision);
+    CHECK(m.report.tied == std::vector<std::string>{"cls.predictions.decoder.weight"});
+    CHECK(everything(m.bert, batch) == want);
+    CHECK(everything(load_folder(kGolden + "files/q-bin-bf16", true, precision).bert, batch) == want);
+  }
+  std::vector<float> other;
+  for (NamedTensor& t : tensors)
+    if (t.name == "cls.predictions.decoder.weight") other.assign(t.data, t.data + t.shape.size()), other[100] += 1, t.data = other.data();
+  save_safetensors(file, tensors, {{"format", "pt"}}, "BF16");
+  for (const std::optional<Precision> precision : {std::optional<Precision>(), {Precision::bf16}, {Precision::int8}})
+    CHECK_THROWS_WITH_AS(load_folder(folder.path, true, precision), doctest::Contains("untied decoder"), Error);
+}
+
 TEST_CASE("golden: rxnfp (a pytorch_model.bin of the older format, a config.json without architectures)") {
   const std::string folder = testing::shared + "models/rxnfp-bert-mlm", golden_folder = testing::shared + "golden/models/rxnfp/";
   SKIP_WITHOUT(folder);

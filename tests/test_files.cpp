@@ -756,6 +756,235 @@ TEST_CASE("save_safetensors: F16 and BF16 are rounded to nearest even, and what 
   CHECK(written(halves, "F16") == halves);
 }
 
+// ==== narrow matrices ===============================================================================================
+namespace {
+using bert::NamedTensor;
+using bert::NarrowMatrix;
+using bert::Precision;
+
+// What SafeTensors::narrow says of the matrix "m" with the scales "m_scale", each by type, shape and bytes; "" when it is read.
+struct Part {
+  std::string dtype, shape, data;
+};
+std::string narrow_error(const Part& matrix, const std::optional<Part>& scales) {
+  auto entry = [](const std::string& name, const Part& p, size_t begin) {
+    return "\"" + name + "\":{\"dtype\":\"" + p.dtype + "\",\"shape\":" + p.shape + ",\"data_offsets\":[" + std::to_string(begin) + "," +
+           std::to_string(begin + p.data.size()) + "]}";
+  };
+  const std::string header = "{" + entry("m", matrix, 0) + (scales ? "," + entry("m_scale", *scales, matrix.data.size()) : "") + "}";
+  const std::string bytes = container(header, matrix.data + (scales ? scales->data : ""));
+  return message([&] {
+    const SafeTensors file = SafeTensors::parse(bytes, "f.safetensors");
+    file.narrow(*file.find("m"), file.find("m_scale"));
+  });
+}
+
+// The tiny model in int8, its tensors as they are in the file, for a test to change and write back.
+struct Int8Folder {
+  testing::TemporaryFolder folder;
+  std::vector<NamedTensor> tensors;
+  Int8Folder() {
+    const bert::ModelFolder plain = bert::load_folder("tests/golden/models/tiny-pretrain", false);
+    bert::Bert narrow = plain.bert;
+    for (int64_t part = 0; part < bert::quantized_parts(plain.config); part++)
+      bert::narrow_part(narrow, part, plain.bert, part == 2 ? Precision::bf16 : Precision::int8);
+    narrow.config.quantized = Precision::int8;
+    bert::save_folder(folder.path, narrow, plain.carried);
+    const SafeTensors file = SafeTensors::open(folder / "model.safetensors");
+    for (const SafeTensors::Entry& e : file.entries()) {
+      NamedTensor t{e.name, bert::Shape(std::span<const int64_t>(e.shape)), nullptr};
+      if (e.dtype == "F32")
+        kept_.push_back(file.load(e)), t.data = kept_.back().data();
+      else
+        t.narrow = file.narrow(e, file.find(e.name + "_scale"));
+      tensors.push_back(t);
+    }
+  }
+  NamedTensor& at(const std::string& name) {
+    for (NamedTensor& t : tensors)
+      if (t.name == name) return t;
+    throw Error("no " + name);
+  }
+  void remove(const std::string& name) {
+    std::erase_if(tensors, [&](const NamedTensor& t) { return t.name == name; });
+  }
+  NarrowMatrix narrowed(const std::string& name, Precision precision) {  // anew
+    const NarrowMatrix was = *at(name).narrow;
+    const bert::Tensor numbers({was.n, was.k});
+    for (int64_t i = 0; i < was.n; i++) was.widen(i, numbers.data() + i * was.k);
+    return bert::narrowed(numbers, precision);
+  }
+  // What loading says, whatever is asked for; it is one line that names the file.
+  std::string error() {
+    bert::save_safetensors(folder / "model.safetensors", tensors, {});
+    const std::string first = message([&] { bert::load_folder(folder.path); });
+    CHECK((first.empty() || contains(first, folder / "model.safetensors: ")));
+    CHECK(!contains(first, "\n"));
+    return first;
+  }
+  std::string error_as_numbers() {
+    return message([&] { bert::load_folder(folder.path, false); });
+  }
+
+ private:
+  std::vector<bert::Tensor> kept_;
+};
+}  // namespace
+
+TEST_CASE("safetensors: narrow matrices with what is wrong about them or their scales, naming file and tensor") {
+  const Part int8{"I8", "[2,3]", "\1\2\3\xFF\x81\x80"s}, scales{"F32", "[2]", bytes_of<float>({0.5f, 2})};
+  const Part bf16{"BF16", "[1,3]", bytes_of<uint16_t>({0x3F80, 0xC000, 0x7F7F})};
+  CHECK(narrow_error(int8, scales) == "");
+  CHECK(narrow_error(bf16, {}) == "");
+  CHECK(narrow_error({"I8", "[0,3]", ""}, Part{"F32", "[0]", ""}) == "");
+  const std::string at = "f.safetensors: m: ", of_scale = "f.safetensors: m_scale: ";
+  CHECK(narrow_error(int8, {}) == at + "int8 without its scales; m_scale [2] is needed beside it");
+  for (const Part& wrong : {Part{"F32", "[3]", bytes_of<float>({1, 1, 1})},
+                            {"F32", "[2,1]", scales.data},
+                            {"F32", "[]", bytes_of<float>({1})},
+                            {"F32", "[0]", ""}})
+    CHECK(narrow_error(int8, wrong) == at + "int8 with scales of shape " + wrong.shape + "; m_scale [2] is needed beside it");
+  CHECK(contains(narrow_error(int8, Part{"I32", "[2]", scales.data}), of_scale + "dtype I32 where a float"));
+  CHECK(contains(narrow_error(int8, Part{"I8", "[2]", "\1\1"}), of_scale + "dtype I8 where a float"));
+  CHECK(contains(narrow_error(int8, Part{"F32", "[2]", bytes_of<float>({1, NAN})}), of_scale + "element 1 of [2] is nan"));
+  CHECK(contains(narrow_error(int8, Part{"F32", "[2]", bytes_of<float>({-INFINITY, 1})}), of_scale + "element 0 of [2] is -inf"));
+  for (const int damaged : {0x7F80, 0xFF80, 0x7FC0, 0xFF81})
+    CHECK(contains(narrow_error({"BF16", "[1,3]", bytes_of<uint16_t>({1, 2, (uint16_t)damaged})}, {}),
+                   at + "element 2 of [1,3] is not finite"));
+  for (const Part& other : {Part{"I8", "[6]", int8.data},
+                            {"I8", "[1,2,3]", int8.data},
+                            {"U8", "[2,3]", int8.data},
+                            {"BF16", "[3]", int8.data},
+                            {"F32", "[1,1]", "\0\0\0\0"s}})
+    CHECK(narrow_error(other, {}) == at + other.dtype + " " + other.shape + ", where a matrix of BF16 or I8 is needed");
+  const std::string bytes = container(
+      "{\"m\":{\"dtype\":\"I8\",\"shape\":[2,3],\"data_offsets\":[0,6]},"
+      "\"m_scale\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[6,14]}}",
+      int8.data + scales.data);
+  const SafeTensors file = SafeTensors::parse(bytes, "f");
+  const NarrowMatrix m = file.narrow(*file.find("m"), file.find("m_scale"));
+  std::vector<float> rows(6);
+  m.widen(0, rows.data()), m.widen(1, rows.data() + 3);
+  CHECK(rows == std::vector<float>{0.5, 1, 1.5, -2, -254, -256});
+}
+
+TEST_CASE(
+    "folders of narrow weights: scales that lack, do not fit or are left over, and types that do not go together, are refused by name") {
+  const std::string query = "bert.encoder.layer.0.attention.self.query.weight", key = "bert.encoder.layer.0.attention.self.key.weight",
+                    value = "bert.encoder.layer.0.attention.self.value.weight", up = "bert.encoder.layer.0.intermediate.dense.weight",
+                    later = "bert.encoder.layer.1.intermediate.dense.weight", bias = "bert.encoder.layer.0.intermediate.dense.bias";
+  CHECK(Int8Folder().error() == "");
+  const std::vector<float> ones(200, 1.f);
+  auto both = [](Int8Folder& f, const std::string& part) {
+    CHECK_MESSAGE(contains(f.error(), part), f.error());
+    CHECK_MESSAGE(contains(f.error_as_numbers(), part), f.error_as_numbers());
+  };
+  {
+    Int8Folder f;
+    f.remove(up + "_scale");
+    both(f, ": " + up + ": int8 without its scales; " + up + "_scale [64] is needed");
+  }
+  {
+    Int8Folder f;
+    f.at(up + "_scale").shape = {63};
+    both(f, ": " + up + ": int8 with scales of shape [63]; " + up + "_scale [64] is needed");
+  }
+  {
+    Int8Folder f;
+    std::vector<float> scales = ones;
+    scales[3] = NAN, f.at(up + "_scale").data = scales.data();
+    both(f, ": " + up + "_scale: element 3 of [64] is nan");
+  }
+  {
+    Int8Folder f;
+    f.at(up + "_scale").narrow = bert::narrowed(bert::Tensor({64, 1}, 1.f), Precision::int8);
+    both(f, ": " + up + "_scale: dtype I8 where a float");
+  }
+  {
+    Int8Folder f;
+    f.at(bias).narrow = bert::narrowed(bert::Tensor({64, 1}, 1.f), Precision::int8);
+    f.tensors.push_back({bias + "_scale", {64}, ones.data()});
+    both(f, ": " + bias + ": I8 [64], where a matrix of BF16 or I8 is needed");
+  }
+  {
+    Int8Folder f;
+    const bert::Tensor numbers({64, 32}, 0.25f);
+    f.at(up).narrow = {}, f.at(up).data = numbers.data();
+    both(f, ": unexpected " + up + "_scale");
+    f.remove(up + "_scale");
+    CHECK(f.error() == "");
+    f.tensors.push_back({later + "_scale", {64}, ones.data()});  // of one in bf16
+    both(f, ": unexpected " + later + "_scale");
+  }
+  {
+    Int8Folder f;  // bytes of another type would be taken for numbers of this one
+    f.at(key).narrow = f.narrowed(key, Precision::bf16), f.remove(key + "_scale");
+    CHECK_MESSAGE(contains(f.error(), ": " + key + ": BF16, of another type than the query's"), f.error());
+    CHECK(f.error_as_numbers() == "");
+  }
+  for (const std::string& other : {query, key, value}) {
+    Int8Folder f;
+    const bert::Tensor numbers({32, 32}, 0.25f);
+    f.at(other).narrow = {}, f.at(other).data = numbers.data(), f.remove(other + "_scale");
+    CHECK_MESSAGE(contains(f.error(), "of another type than the query's"), f.error());
+    CHECK(f.error_as_numbers() == "");
+    CHECK(message([&] { bert::load_folder(f.folder.path, true, Precision::f32); }) == "");
+    f.remove(query);
+    CHECK(contains(f.error(), ": missing " + query));
+  }
+}
+
+TEST_CASE("config.json: quantized is bf16 or int8") {
+  const std::string was = bert::read_file("tests/golden/models/tiny-pretrain/config.json");
+  auto config = [&](const std::string& quantized) { return "{\"quantized\": " + quantized + "," + was.substr(was.find('{') + 1); };
+  auto error = [&](const std::string& quantized) { return message([&] { bert::Config::parse(config(quantized), "c.json"); }); };
+  CHECK(error("\"int4\"") == "c.json: quantized: 'int4'; it may be bf16 or int8");
+  CHECK(error("\"f32\"") == "c.json: quantized: 'f32'; it may be bf16 or int8");
+  CHECK(error("\"INT8\"") == "c.json: quantized: 'INT8'; it may be bf16 or int8");
+  for (const char* wrong : {"8", "true", "[\"int8\"]", "{}"}) CHECK(error(wrong) == "c.json: quantized: not a string");
+  for (const Precision p : {Precision::bf16, Precision::int8}) {
+    const bert::Config c = bert::Config::parse(config("\"" + std::string(bert::name_of(p)) + "\""), "c.json");
+    CHECK(c.quantized == p);
+    CHECK(bert::Config::parse(c.to_json(), "c.json").quantized == p);
+  }
+  CHECK(!bert::Config::parse(config("null"), "c.json").quantized);
+  CHECK(!contains(bert::Config::parse(was, "c.json").to_json(), "quantized"));
+}
+
+TEST_CASE("save_safetensors: several types in one file lie aligned, each as it is, the same bytes in any order") {
+  testing::TemporaryFolder folder;
+  const std::vector<float> x{1, -2, 3, 127, -5, 0.5f, 9};
+  const bert::Tensor matrix({1, 7}, x);
+  const NarrowMatrix bf16 = bert::narrowed(matrix, Precision::bf16), int8 = bert::narrowed(matrix, Precision::int8);
+  std::vector<NamedTensor> tensors{{"a", {1, 7}, nullptr, int8}, {"a_scale", {1}, int8.scales.data()},
+                                   {"b", {1, 7}, nullptr, bf16}, {"c", {7}, x.data()},
+                                   {"d", {1, 7}, nullptr, int8}, {"d_scale", {1}, int8.scales.data()}};
+  for (const char* dtype : {"F32", "BF16", "F16"}) {
+    CAPTURE(dtype);
+    bert::save_safetensors(folder / "f", tensors, {}, dtype);
+    std::reverse(tensors.begin(), tensors.end());
+    bert::save_safetensors(folder / "g", tensors, {}, dtype);
+    CHECK(bert::read_file(folder / "f") == bert::read_file(folder / "g"));
+    const std::string bytes = bert::read_file(folder / "f");
+    const SafeTensors file = SafeTensors::open(folder / "f");
+    uint64_t data_at = 0;
+    std::memcpy(&data_at, bytes.data(), 8), data_at += 8;
+    CHECK(file.entries().size() == 6);
+    for (const SafeTensors::Entry& e : file.entries()) {
+      const std::string want = e.name == "a" || e.name == "d" ? "I8" : e.name == "b" ? "BF16" : dtype;
+      CHECK(e.dtype == want);
+      CHECK((data_at + e.begin) % (want == "F32" ? 4 : want == "I8" ? 1 : 2) == 0);
+    }
+    const NarrowMatrix a = file.narrow(*file.find("a"), file.find("a_scale")), b = file.narrow(*file.find("b"), nullptr);
+    CHECK((a.precision == Precision::int8 && b.precision == Precision::bf16));
+    CHECK(std::string_view(a.data, 7) == std::string_view(int8.data, 7));
+    CHECK(std::string_view(b.data, 14) == std::string_view(bf16.data, 14));
+    if (dtype == "F32"s) CHECK(a.scales == int8.scales);
+  }
+  tensors.push_back({"a", {7}, x.data()});
+  CHECK(contains(message([&] { bert::save_safetensors(folder / "f", tensors, {}); }), ": a: this name can stand only once"));
+}
+
 // ==== pytorch_model.bin ===========================================================================================
 namespace {
 std::string torch_error(const std::string& bytes) {

@@ -929,3 +929,206 @@ TEST_CASE("bench: attention by length of the rows; --profile: each op's time and
       CHECK(profiled.count(config + " " + op + "_ms") == (part == "train"));
   }
 }
+
+namespace {
+// A classifier, made once, its dev texts, and some texts to answer.
+const std::string& to_quantize() {
+  static const std::string path = [] {
+    const std::string out = small().folder / "to-quantize";
+    const Ran r = bert_run(small().finetune(pretrained(), out) + "--epochs 1");
+    REQUIRE_MESSAGE(r.status == 0, r.err);
+    put(small().folder / "some.txt",
+        "the dog barks at night.\nthe bird sings\n\nthe cat sleeps in the house. the fish swims by the river.\n");
+    return out;
+  }();
+  return path;
+}
+std::string answers(const std::string& command, const std::string& model, const std::string& more = "") {
+  const Ran r = bert_run(command + " --model " + model + " --input " + (small().folder / "some.txt") + " " + more);
+  CHECK_MESSAGE(r.status == 0, r.err);
+  return r.out;
+}
+}  // namespace
+
+TEST_CASE("quantize: a smaller folder that answers as --dtype does, with and without dev texts, and is read as plain numbers too") {
+  const std::string model = to_quantize(), dev = " --dev " + (small().folder / "dev.tsv");
+  for (const std::string dtype : {"int8", "bf16"}) {
+    CAPTURE(dtype);
+    const std::string out = small().folder / ("in-" + dtype), measured = out + "-measured", as = " --dtype " + dtype;
+    const Ran made = bert_run("quantize --model " + model + " --output " + out + (dtype == "int8" ? "" : as));
+    CHECK_MESSAGE(made.status == 0, made.err);
+    CHECK((made.out.empty() && lines_in(made.err) == 1 && has(made.err, out + ": ") && has(made.err, "MiB of weights became")));
+    CHECK(std::filesystem::file_size(out + "/model.safetensors") < std::filesystem::file_size(model + "/model.safetensors"));
+    CHECK(has(bert::read_file(out + "/config.json"), "\"quantized\": \"" + dtype + "\""));
+    CHECK(!std::filesystem::exists(out + "/.lock"));
+
+    const Ran tried = bert_run("quantize --model " + model + " --output " + measured + as + dev);
+    CHECK_MESSAGE(tried.status == 0, tried.err);
+    std::istringstream lines(tried.out);
+    std::string line;
+    for (const std::string& begin : {std::string("part\tdtype\tcosine\tleast\taccuracy"), std::string("all\tf32\t"), "embeddings\t" + dtype,
+                                     "layer 0\t" + dtype, "layer 1\t" + dtype, "all\t" + dtype}) {
+      std::getline(lines, line);
+      CHECK_MESSAGE(line.starts_with(begin), line);
+      CHECK(std::count(line.begin(), line.end(), '\t') == 4);
+    }
+    CHECK(!std::getline(lines, line));
+    for (const char* file : {"/model.safetensors", "/config.json", "/vocab.txt", "/tokenizer_config.json"}) {
+      CAPTURE(file);
+      CHECK(bert::read_file(out + file) == bert::read_file(measured + file));  // measuring changes nothing
+    }
+
+    const std::string f32 = answers("predict", model, "--logits"), low = answers("predict", model, "--logits" + as);
+    CHECK(low != f32);
+    CHECK(answers("predict", out, "--logits") == low);
+    CHECK(answers("predict", out, "--logits" + as) == low);
+    CHECK(answers("embed", out) == answers("embed", model, as));
+    CHECK(answers("embed", out, "--layer 1") == answers("embed", model, "--layer 1" + as));
+    CHECK(bert_run("evaluate --model " + out + " --input " + (small().folder / "dev.tsv")).out ==
+          bert_run("evaluate --model " + model + as + " --input " + (small().folder / "dev.tsv")).out);
+    const std::string numbers = answers("embed", out, "--dtype f32");
+    CHECK((numbers != answers("embed", out) && numbers != answers("embed", model)));
+
+    const std::string plain = out + "-plain";  // back in F32: the same numbers, and nothing that says quantized
+    CHECK(bert_run("convert --model " + out + " --output " + plain).status == 0);
+    CHECK(!has(bert::read_file(plain + "/config.json"), "quantized"));
+    CHECK(answers("embed", plain) == numbers);
+    CHECK(has(bert_run("info --model " + plain + " --compare " + out).out, "\nlargest_difference\t0\n"));
+  }
+  for (const std::string dtype : {"int8", "bf16"}) {  // a model for masked words
+    const std::string out = small().folder / ("masked-" + dtype), masks = "printf 'the dog [MASK] at night.\n' | ./bert fill-mask --model ";
+    CHECK(bert_run("quantize --model " + pretrained() + " --output " + out + " --dtype " + dtype).status == 0);
+    const Ran said = testing::run(masks + out);
+    CHECK((said.status == 0 && lines_in(said.out) == 5));
+    CHECK(said.out == testing::run(masks + pretrained() + " --dtype " + dtype).out);
+    CHECK(said.out != testing::run(masks + pretrained()).out);
+    const std::string text = " --input " + (small().folder / "some.txt");
+    const Ran loss = bert_run("evaluate --model " + out + text);
+    CHECK(loss.status == 0);
+    CHECK(loss.out == bert_run("evaluate --dtype " + dtype + " --model " + pretrained() + text).out);
+  }
+}
+
+// A column of numbers under a header.
+static std::vector<double> column(const std::string& table, int number) {
+  std::istringstream lines(table);
+  std::string line, field;
+  std::vector<double> numbers;
+  for (std::getline(lines, line); std::getline(lines, line);) {
+    std::istringstream fields(line);
+    for (int i = 0; i <= number; i++) std::getline(fields, field, '\t');
+    numbers.push_back(bert::parse_number<double>(field).value_or(NAN));
+  }
+  return numbers;
+}
+
+TEST_CASE("quantize: --max-drop puts parts back until it holds, or says that it cannot") {
+  const std::string model = to_quantize(), texts = " --dev " + (small().folder / "some.txt"),
+                    dev = " --dev " + (small().folder / "dev.tsv"), out = small().folder / "dropped", quantize = "quantize --model ";
+  // Of vectors any rounding is a drop: int8 ends with every part in bf16 and fails, bf16 with every part in f32.
+  const Ran not_reached = bert_run(quantize + pretrained() + " --output " + out + texts + " --max-drop 0");
+  CHECK(not_reached.status == 1);
+  CHECK_MESSAGE(has(not_reached.err, "bert: --max-drop 0: not reached, with every part in bf16 the drop is "), not_reached.err);
+  CHECK(lines_in(not_reached.err) == 1);
+  CHECK(lines_in(not_reached.out) == 6 + 3);
+  for (const char* part : {"\nall, embeddings in bf16\tint8\t", "\nall, layer 0 in bf16\tint8\t", "\nall, layer 1 in bf16\tint8\t"})
+    CHECK(has(not_reached.out, part));
+  CHECK(!std::filesystem::exists(out + "/config.json"));
+  const Ran exact = bert_run(quantize + pretrained() + " --output " + out + texts + " --max-drop 0 --dtype bf16");
+  CHECK_MESSAGE(exact.status == 0, exact.err);
+  const std::vector<double> cosines = column(exact.out, 2);
+  CHECK((cosines.size() > 5 && cosines.size() <= 5 + 3));  // rounding may end it before every part is in f32
+  CHECK((cosines.back() >= cosines[0] && cosines[4] < cosines[0]));
+  CHECK(bert_run(quantize + pretrained() + " --output " + out + texts + " --max-drop 1 --overwrite").status == 0);
+  CHECK(answers("embed", out) == answers("embed", pretrained(), "--dtype int8"));
+
+  const Ran most = bert_run(quantize + pretrained() + " --output " + out + texts + " --overwrite --max-drop 1e-4");
+  CHECK_MESSAGE(most.status == 0, most.err);
+  const std::vector<double> so_far = column(most.out, 2);
+  for (size_t i = 4; i < so_far.size(); i++) CHECK((so_far[i] >= so_far[0] - 1e-4) == (i + 1 == so_far.size()));  // no part more than that
+  const Ran labelled = bert_run(quantize + model + " --output " + out + dev + " --max-drop 0 --overwrite");
+  const std::vector<double> accuracy = column(labelled.out, 4);
+  CHECK((labelled.status == 0) == (accuracy.back() >= accuracy[0]));
+  CHECK((labelled.status == 0 || has(labelled.err, "not reached")));
+}
+
+TEST_CASE("quantize: what is refused, and by which status") {
+  const std::string model = to_quantize(), out = small().folder / "refused", both = "quantize --model " + model + " --output " + out;
+  for (const auto& [more, message] : {std::pair{" --max-drop 0.1", "--max-drop needs --dev"},
+                                      {" --dtype f16", "int8"},
+                                      {" --dtype f32", "int8"},
+                                      {" --dtype int4", "did you mean int8?"},
+                                      {" --max-drop 1.5 --dev x", "--max-drop"},
+                                      {" --max-drop -1 --dev x", "--max-drop"},
+                                      {" --max-drp 1", "did you mean --max-drop?"}}) {
+    const std::string shown = more;
+    CAPTURE(shown);
+    const Ran r = bert_run(both + more);
+    CHECK(r.status == 2);
+    CHECK_MESSAGE(has(r.err, message), r.err);
+  }
+  CHECK(has(bert_run("quantize --model " + model).err, "--output is missing"));
+  CHECK(has(bert_run("quantize --output " + out).err, "--model is missing"));
+  CHECK(!std::filesystem::exists(out));
+  put(small().folder / "no-texts.tsv", "text\tlabel\n");
+  for (const std::string dev : {"none.tsv", "no-texts.tsv", "text.txt"}) {  // missing, empty, without labels
+    const Ran r = bert_run(both + " --dev " + (small().folder / dev));
+    CHECK(r.status == 1);
+    CHECK_MESSAGE(has(r.err, dev), r.err);
+    CHECK(!std::filesystem::exists(out + "/config.json"));
+  }
+
+  // The weights are mapped from the folder that would be written.
+  const std::string before = bert::read_file(model + "/model.safetensors"), link = small().folder / "link";
+  std::filesystem::create_directory_symlink(model, link);
+  for (const std::string& same : {model, model + "/.", link})
+    for (const char* overwrite : {"", " --overwrite"}) {
+      const Ran r = bert_run("quantize --model " + model + " --output " + same + overwrite);
+      CHECK(r.status == 1);
+      CHECK_MESSAGE(has(r.err, "give another --output"), r.err);
+    }
+  CHECK(bert::read_file(model + "/model.safetensors") == before);
+  CHECK(bert_run(both).status == 0);
+  const std::string first = bert::read_file(out + "/model.safetensors");
+  const Ran again = bert_run(both + " --dtype bf16");
+  CHECK(again.status == 1);
+  CHECK(has(again.err, "--overwrite"));
+  CHECK(bert::read_file(out + "/model.safetensors") == first);
+  CHECK(bert_run(both + " --dtype bf16 --overwrite").status == 0);
+  CHECK(bert::read_file(out + "/model.safetensors") != first);
+  const Ran twice = bert_run("quantize --model " + out + " --output " + out + "-again --dtype bf16");  // what it holds already, to the byte
+  CHECK(twice.status == 0);
+  CHECK(bert::read_file(out + "-again/model.safetensors") == bert::read_file(out + "/model.safetensors"));
+}
+
+TEST_CASE("search: an index belongs to the precision of its vectors") {
+  const std::string model = to_quantize(), corpus = small().folder / "corpus.txt", index = corpus + ".bert-index";
+  put(corpus, small_text(20, 5));
+  const std::string low = small().folder / "searched";
+  CHECK(bert_run("quantize --model " + model + " --output " + low).status == 0);
+  auto search = [&](const std::string& of, bool anew, const std::string& more = "") {
+    const Ran r = bert_run("search --model " + of + " --corpus " + corpus + " --input " + (small().folder / "some.txt") + " " + more);
+    CHECK_MESSAGE(r.status == 0, r.err);
+    CHECK_MESSAGE(has(r.err, "made again") == anew, r.err);
+    return r.out;
+  };
+  const std::string f32 = search(model, false), f32_index = bert::read_file(index);
+  const std::string int8 = search(model, true, "--dtype int8"), int8_index = bert::read_file(index);
+  CHECK(int8 != f32);
+  CHECK(int8_index != f32_index);
+  CHECK(search(model, false, "--dtype int8") == int8);
+  std::filesystem::remove(index);
+  CHECK(search(model, false, "--dtype int8") == int8);  // nothing of the index before was in it
+  CHECK(bert::read_file(index) == int8_index);
+  CHECK(search(model, true, "--dtype bf16") != f32);
+  CHECK(search(model, true, "--dtype f32") == f32);
+  CHECK(search(model, false) == f32);
+  CHECK(bert::read_file(index) == f32_index);
+  // A folder in int8: as it is, and as numbers.
+  CHECK(search(low, true) == int8);
+  const std::string numbers = search(low, true, "--dtype f32");
+  CHECK(numbers != int8);
+  CHECK(search(low, false, "--dtype f32") == numbers);
+  CHECK(search(low, true) == int8);
+  CHECK(search(low, false) == int8);
+}
