@@ -434,10 +434,8 @@ Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& p
       float* row = e.data() + n * H;
       if (const NarrowMatrix* const narrow = word.narrow())
         narrow->widen(ids[(size_t)n], row);
-      else if (rounded != Precision::f32)
-        narrowed(Tensor::borrowed({1, H}, word.data() + ids[(size_t)n] * H, {}), rounded).widen(0, row);
       else
-        std::copy_n(word.data() + ids[(size_t)n] * H, H, row);
+        std::copy_n(word.data() + ids[(size_t)n] * H, H, row), round_row(rounded, row, H, scratch(3, H));
       k.add(segment.data() + segments[(size_t)n] * H, row, H);
       k.add(position.data() + positions[(size_t)n] * H, row, H);
     }

@@ -2073,6 +2073,35 @@ static void add_rows(NarrowMatrix& all, const NarrowMatrix& more) {
   all.scales.insert(all.scales.end(), more.scales.begin(), more.scales.end());
 }
 
+// Puts rows [first, first + rows) of a parameter into its tensor; false where they are not of the type of those before. Narrow ones are
+// gathered in `stack` until they are whole.
+static bool put_rows(Tensor& t, NarrowMatrix& stack, const Tensor& values, const Shape& whole, int64_t first, int64_t rows) {
+  const NarrowMatrix* const narrow = values.narrow();
+  if (first && whole.rank() == 2 && (narrow ? stack.n != first || stack.precision != narrow->precision : stack.n)) return false;
+  if (narrow) {
+    add_rows(stack, *narrow);
+    if (first + rows == whole[0]) t = Tensor::narrow(std::exchange(stack, {}));
+  } else {
+    if (!t) t = Tensor(whole);
+    std::copy_n(values.data(), values.size(), Parameter{"", t, first, rows}.data());
+  }
+  return true;
+}
+
+// What no parameter asked for: second copies, and what does not belong there.
+static void account_for_rest(const Bert& model, const std::map<std::string, Found>& rest, const std::string& where, LoadReport& report) {
+  for (const auto& [name, found] : rest) {
+    const bool decoder = name == "cls.predictions.decoder.weight", decoder_bias = name == "cls.predictions.decoder.bias";
+    if (decoder || decoder_bias) {
+      check_tied(*found.file, *found.entry, decoder ? model.word : model.decoder_bias);
+      found.file->give_back(*found.entry);
+    }
+    (decoder || decoder_bias ? report.tied : report.unexpected).push_back(found.entry->name);
+  }
+  if (!report.unexpected.empty())
+    throw Error(where + ": unexpected " + list_names(report.unexpected) + "; config.json describes a model without it");
+}
+
 // Loads the model's parameters from the files and accounts for every tensor of both.
 static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, Task task, const LoadPlan& plan) {
   Bert& model = m.bert;
@@ -2127,16 +2156,9 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
         load_tensor(*found, there, plan, whole.rank() == 2 && (layer || plain == "embeddings.word_embeddings.weight"), report);
     if (rows == whole[0] && !plan.own)
       t = values;
-    else if (first && whole.rank() == 2 && (values.narrow() ? stack.n != first || stack.precision != values.narrow()->precision : stack.n))
+    else if (!put_rows(t, stack, values, whole, first, rows))
       throw Error(file->where() + ": " + entry->name + ": " + entry->dtype +
                   ", of another type than the query's; query, key and value of a layer must be of one");
-    else if (values.narrow()) {
-      add_rows(stack, *values.narrow());
-      if (first + rows == whole[0]) t = Tensor::narrow(std::exchange(stack, {}));
-    } else {
-      if (!t) t = Tensor(whole);
-      std::copy_n(values.data(), values.size(), Parameter{name, t, first, rows}.data());
-    }
     // Packed as soon as it is whole, and the file's pages given back: never are both forms of more than one tensor in memory.
     if (!plan.own && first + rows == whole[0] && whole.rank() == 2 && !table)
       t.pack(layer ? plan.precision.value_or(Precision::f32) : Precision::f32);
@@ -2145,16 +2167,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   });
   if (!missing.empty())
     throw Error(where + ": missing " + list_names(missing) + "; the file does not hold the model that config.json describes");
-  for (const auto& [name, found] : there) {
-    const bool decoder = name == "cls.predictions.decoder.weight", decoder_bias = name == "cls.predictions.decoder.bias";
-    if (decoder || decoder_bias) {
-      check_tied(*found.file, *found.entry, decoder ? model.word : model.decoder_bias);
-      found.file->give_back(*found.entry);
-    }
-    (decoder || decoder_bias ? report.tied : report.unexpected).push_back(found.entry->name);
-  }
-  if (!report.unexpected.empty())
-    throw Error(where + ": unexpected " + list_names(report.unexpected) + "; config.json describes a model without it");
+  account_for_rest(model, there, where, report);
   add_segments(model);
 }
 

@@ -283,12 +283,23 @@ NarrowMatrix narrowed(const Tensor& w, Precision precision) {
   });
   return m;
 }
-void NarrowMatrix::widen(int64_t i, float* to) const {
-  const char* const from = row(i);
+static void widen_row(Precision precision, const char* from, float scale, int64_t k, float* to) {
   if (precision == Precision::bf16)
     for (int64_t j = 0; j < k; j++) to[j] = std::bit_cast<float>((uint32_t)at<uint16_t>(from, j) << 16);
   else
-    for (int64_t j = 0; j < k; j++) to[j] = (float)at<int8_t>(from, j) * scales[(size_t)i];
+    for (int64_t j = 0; j < k; j++) to[j] = (float)at<int8_t>(from, j) * scale;
+}
+void NarrowMatrix::widen(int64_t i, float* to) const {
+  widen_row(precision, row(i), precision == Precision::int8 ? scales[(size_t)i] : 0, k, to);
+}
+void round_row(Precision precision, float* x, int64_t n, void* room) {
+  if (precision == Precision::f32) return;
+  float scale = 0;
+  if (precision == Precision::bf16)
+    kernels().to_bf16(x, room, n);
+  else
+    scale = kernels().to_int8(x, 0, room, n);
+  widen_row(precision, (const char*)room, scale, n, x);
 }
 
 // ==== threads =====================================================================================================

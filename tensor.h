@@ -354,6 +354,7 @@ struct NarrowMatrix {
 };
 class Tensor;
 NarrowMatrix narrowed(const Tensor& w, Precision precision);   // w [n,k] rounded, in memory of its own
+void round_row(Precision precision, float* x, int64_t n, void* room);   // x as such a row would give it back; room: n times 2 bytes
 
 // A shared handle to f32 numbers: copying a Tensor copies the handle. The memory comes from a reuse pool, aligned to 64 bytes, and
 // goes back to it with the last handle. A gradient, of the same shape, is made when first asked for.
@@ -752,6 +753,7 @@ struct Kernels {
   Tile* tile;
   // The same where a and b are words of 32 bits that hold several k. Two bf16, the lower half first: of a word the upper half's product
   // is added before the lower one's, each fused (the order of VDPBF16PS), under DefaultFloatMode(true). Four int8: c holds int32.
+  // (Of a sum that rounds up to the smallest normal number, 2^-126, ARM makes 0: it flushes before it rounds. All else is alike.)
   Tile *tile_bf16, *tile_int8;
   int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
