@@ -68,10 +68,11 @@ class Pool {
   Block take(size_t bytes) {
     const size_t size = size_class(bytes);
     std::lock_guard<std::mutex> hold(lock_);
-    Block block = reuse(size);
+    // Shapes that never come back would pile up: what is held stays within 5/4 of the most that was ever lent, and some.
+    const size_t limit = std::max(use_.peak, use_.in_use + size) / 4 * 5 + (64 << 20);
+    Block block = reuse(size, this_thread());
+    if (!block.at && (size > kPrivate || use_.held + size > limit)) block = reuse(size, nullptr);
     if (!block.at) {
-      // Shapes that never come back would pile up: what is held stays within 5/4 of the most that was ever lent, and some.
-      const size_t limit = std::max(use_.peak, use_.in_use + size) / 4 * 5 + (64 << 20);
       while (use_.held + size > limit && release_largest()) {}
       block = {from_system(size), size};
       while (!block.at && release_largest()) block.at = from_system(size);
@@ -86,7 +87,7 @@ class Pool {
     if (!block.at) return;
     std::lock_guard<std::mutex> hold(lock_);
     use_.in_use -= block.size;
-    idle_[block.size].push_back(block.at);  // the last to come is the first to go: it may still be in the cache
+    idle_[block.size].push_back({block.at, this_thread()});  // the last to come is the first to go: it may still be in the cache
   }
   PoolUse use() {
     std::lock_guard<std::mutex> hold(lock_);
@@ -95,6 +96,17 @@ class Pool {
 
  private:
   static constexpr size_t kHuge = 2 << 20;  // a huge page of x86-64 and of most aarch64 kernels
+  // What another thread wrote last lies in that core's cache: taking it over costs more than filling it. Two threads that each put groups
+  // of rows through a model would swap their blocks at every op, and be slower by a quarter; so each keeps its own, up to this size.
+  static constexpr size_t kPrivate = 4 << 20;
+  struct Idle {
+    void* at;
+    const void* owner;  // the thread that gave it back
+  };
+  static const void* this_thread() {
+    static thread_local char mark;
+    return &mark;
+  }
 
   // Eight classes between two powers of two: at most an eighth is wasted.
   static size_t size_class(size_t bytes) {
@@ -102,21 +114,23 @@ class Pool {
     const size_t step = std::max<size_t>(std::bit_floor(bytes) / 8, 64);
     return (bytes + step - 1) / step * step;
   }
-  // An idle block of this class, or one up to a quarter larger.
-  Block reuse(size_t size) {
-    for (auto it = idle_.lower_bound(size); it != idle_.end() && it->first - size <= size / 4; ++it)
-      if (!it->second.empty()) {
-        const Block block{it->second.back(), it->first};
-        it->second.pop_back();
-        return block;
-      }
+  // An idle block of this class, or one up to a quarter larger; with `owner` only one that this thread gave back.
+  Block reuse(size_t size, const void* owner) {
+    for (auto it = idle_.lower_bound(size); it != idle_.end() && it->first - size <= size / 4; ++it) {
+      std::vector<Idle>& blocks = it->second;
+      const auto found = std::find_if(blocks.rbegin(), blocks.rend(), [&](const Idle& b) { return !owner || b.owner == owner; });
+      if (found == blocks.rend()) continue;
+      const Block block{found->at, it->first};
+      blocks.erase(std::next(found).base());
+      return block;
+    }
     return {};
   }
   bool release_largest() {
     while (!idle_.empty() && idle_.rbegin()->second.empty()) idle_.erase(std::prev(idle_.end()));
     if (idle_.empty()) return false;
     auto& [size, blocks] = *idle_.rbegin();
-    size < kHuge ? std::free(blocks.back()) : (void)munmap(blocks.back(), size);
+    size < kHuge ? std::free(blocks.back().at) : (void)munmap(blocks.back().at, size);
     blocks.pop_back();
     use_.held -= size;
     return true;
@@ -136,7 +150,7 @@ class Pool {
   }
 
   std::mutex lock_;
-  std::map<size_t, std::vector<void*>> idle_;  // by size
+  std::map<size_t, std::vector<Idle>> idle_;  // by size
   PoolUse use_{};
 };
 }  // namespace
