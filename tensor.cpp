@@ -404,18 +404,21 @@ struct Job {
   int64_t n;
   int places;                    // for helpers, still free; guarded by Workers' lock
   std::atomic<int> helpers{0};   // at work
-  std::atomic<int64_t> next{0};  // the next task to hand out
+  std::atomic<int64_t> begun{0};      // tasks handed out
+  std::atomic<int64_t> from_back{0};  // of these, to helpers
   std::exception_ptr error{};    // of the first task that threw; the rest are not begun
   std::mutex error_lock{};
 
-  void work() {
+  // The caller takes tasks from the front, helpers from the back: from one call to the next a core tends to meet the rows and columns
+  // that lie in its cache.
+  void work(bool helper) {
     const bool before = std::exchange(inside_task, true);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) try {
-        task(context, i);
+    for (int64_t front = 0; begun.fetch_add(1, std::memory_order_relaxed) < n;) try {
+        task(context, helper ? n - 1 - from_back.fetch_add(1, std::memory_order_relaxed) : front++);
       } catch (...) {
         std::lock_guard<std::mutex> hold(error_lock);
         if (!error) error = std::current_exception();
-        next = n;
+        begun = n;
       }
     inside_task = before;
   }
@@ -436,7 +439,7 @@ class Workers {
     }
     posted_.fetch_add(1, std::memory_order_release);
     for (int i = 0; i < wake; i++) posted_.notify_one();
-    job.work();
+    job.work(false);
     {
       std::lock_guard<std::mutex> hold(lock_);
       std::erase(jobs_, &job);  // nobody joins from here on
@@ -492,7 +495,7 @@ class Workers {
         if (!spin([&] { return posted_.load(std::memory_order_acquire) != seen; })) posted_.wait(seen);
         continue;
       }
-      job->work();
+      job->work(true);
       if (job->helpers.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       { std::lock_guard<std::mutex> hold(lock_); }  // the caller either sees 0 or sleeps already
       done_.notify_all();
