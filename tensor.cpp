@@ -1488,6 +1488,7 @@ const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile<Bf16>, tile<
 
 // ==== gemm ========================================================================================================
 static constexpr int64_t kPackedRows = 132;  // of a task whose weights are packed: they stay in the second cache
+static constexpr int64_t kPackFirst = 1024;  // rows of op(a) from which on b is laid out in panels before the tasks are cut
 static constexpr int64_t kDepth = 256;  // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
 
 // A variable of the environment; null where it is not set, or empty.
@@ -1578,10 +1579,12 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   const bool narrow = p.precision() != Precision::f32 && !p.narrowed;
   const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips, words = p.words();
   const int64_t block = p.precision() == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
-  // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each;
-  // an odd number of cache lines from row to row spreads them over all sets of the cache.
-  const int64_t a_stride = (rows + 15) / 16 * 16 | 16;
-  const int64_t needed = kDepth * (t.nr + (a_transposed ? a_stride : 0)) + (narrow ? rows * (words + 1) : 0);
+  // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each; so is
+  // one whose rows lie a multiple of 4 KiB apart, which all fall into one set of the first cache. An odd number of cache lines from row to
+  // row spreads the copy over all sets.
+  const bool spread = !a_transposed && !narrow && p.lda % 1024 == 0;
+  const int64_t a_stride = spread ? kDepth + 16 : (rows + 15) / 16 * 16 | 16;
+  const int64_t needed = kDepth * t.nr + (a_transposed ? kDepth * a_stride : spread ? rows * a_stride : narrow ? rows * (words + 1) : 0);
   if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
   float* const panel = scratch.data();
   float* const a_copy = panel + kDepth * t.nr;
@@ -1602,6 +1605,9 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     if (a_transposed) {
       for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a = a_copy, a_row = 1, a_step = a_stride;
+    } else if (spread) {
+      for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
+      a = a_copy, a_row = a_stride;
     }
     for (int64_t j = j0; j < j1; j += t.nr) {
       const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
@@ -1744,7 +1750,19 @@ void gemm(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int6
           int64_t ldc) {
   check_product(how, m, n, k, lda, ldb, ldc);
   if (how.backend == Backend::openblas && !has_openblas()) throw Error("gemm: built without OpenBLAS, which was asked for");
-  run({kernels(), how, m, n, k, a, lda, b, ldb, nullptr, c, ldc}, how.backend == Backend::automatic ? automatic_backend() : how.backend);
+  const Backend backend = how.backend == Backend::automatic ? automatic_backend() : how.backend;
+  Product p{kernels(), how, m, n, k, a, lda, b, ldb, nullptr, c, ldc};
+  Tensor panels;
+  if (backend == Backend::own && !how.a_transposed && m >= kPackFirst) {
+    const int64_t nr = p.table.nr;
+    panels = Tensor({(n + nr - 1) / nr, k * nr});
+    parallel_for(panels.rows(), [&](int64_t j) {
+      p.table.pack(k, how.b_transposed ? b + j * nr * ldb : b + j * nr, how.b_transposed ? 1 : ldb, how.b_transposed ? ldb : 1,
+                   panels.data() + j * k * nr, (int)std::min(nr, n - j * nr));
+    });
+    p.panels = panels.data();
+  }
+  run(p, backend);
 }
 
 void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
