@@ -11,6 +11,7 @@
 // Check: w = 2.001 gives u = 6.003, loss = 15.976: it fell by 0.024 = 24 * 0.001.
 //
 // Every op below is one section: formula, shapes, what is kept for backward, forward, the derivative as a formula, backward.
+// A closure keeps what its derivative uses: `x = x.grad_only()` among its captures lets the numbers of x go and keeps where dx is added.
 // A gradient's name is its tensor's with a d in front: dx is d loss / d x. Loops are cut over threads by shape alone (rows, heads,
 // blocks of 64 rows, ranges of columns), so results do not depend on how many threads there are.
 //
@@ -28,8 +29,9 @@ namespace bert {
 // ==== tape ========================================================================================================
 static thread_local Tape* current_tape = nullptr;
 
-Tape::Tape() {
+Tape::Tape(Precision products) : products_(products) {
   if (current_tape) throw Error("Tape: this thread has one already; end it first");
+  if (products == Precision::int8) throw Error("Tape: training is in f32 or bf16");
   current_tape = this;
 }
 Tape::~Tape() {
@@ -38,13 +40,17 @@ Tape::~Tape() {
 }
 
 void Tape::backward(const Tensor& loss) {
-  if (done_) throw Error("Tape::backward: called a second time; the first freed what the ops had kept");
   if (loss.size() != 1) throw Error("Tape::backward: the loss must have one element, got " + to_string(loss.shape()));
-  if (!loss.needs_grad()) throw Error("Tape::backward: nothing in the loss needs a gradient; call set_needs_grad() on the parameters");
+  backward(loss, Tensor(loss.shape(), 1.f));
+}
+
+void Tape::backward(const Tensor& y, const Tensor& dy) {
+  if (done_) throw Error("Tape::backward: called a second time; the first freed what the ops had kept");
+  if (!y.needs_grad()) throw Error("Tape::backward: nothing in the loss needs a gradient; call set_needs_grad() on the parameters");
   done_ = true;
   current_tape = nullptr;  // what backward computes is not recorded
   DefaultFloatMode mode;
-  loss.grad()[0] += 1;
+  y.add_grad(dy, 1);
   while (!steps_.empty()) {
     const Step step = std::move(steps_.back());
     steps_.pop_back();
@@ -62,9 +68,32 @@ void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::
   Profile::lap(op);
   if (!recording(in)) return;
   out.set_needs_grad();
-  current_tape->steps_.push_back({op, out, std::move(backward)});
+  current_tape->steps_.push_back({op, out.grad_only(), std::move(backward)});
   static const bool tracing = std::getenv("BERT_TRACE") != nullptr;
   if (tracing) current_tape->trace_.push_back(op + (" " + to_string(out.shape())));
+}
+
+// y = f(x)        kept: x. Backward computes f again, with the dropout of the first time, on a tape of its own, which goes back from dy.
+Tensor recomputed(const Tensor& x, const Tensor& parameter, const Recomputable& f, Dropout& drop) {
+  if (!recording({x, parameter})) return f(x, drop);
+  struct Aside {  // the tape, while another one listens
+    Tape* tape = std::exchange(current_tape, nullptr);
+    ~Aside() { current_tape = tape; }
+  };
+  const Dropout before = drop;
+  const Precision products = current_tape->products();
+  Tensor y;
+  {
+    const Aside aside;
+    const Tape tape(products);  // what it records is let go at once
+    y = f(x, drop);
+  }
+  record("recomputed", y, {x, parameter}, [=, y = y.grad_only()] {
+    Dropout again = before;
+    Tape tape(products);
+    tape.backward(f(x, again), y.take_grad());
+  });
+  return y;
 }
 
 // ---- where the time goes
@@ -172,6 +201,7 @@ static void check_drawable(const char* op, int64_t blocks) {
 
 // ==== linear ======================================================================================================
 // z = x W^T + b,  y = act(z)       x [N,I]   W [O,I]   b [O]   ->   y [N,O]            kept: x, and z where there is an activation
+// On a tape of bf16 the factors of all three products are rounded to it, each once, and so is what is kept.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act) {
   const PackedWeights* packed = w ? w.packed() : nullptr;
   const int64_t N = x.rows(), I = x.cols(), O = packed ? packed->rows() : w ? w.shape()[0] : 0;
@@ -179,7 +209,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
   if (inner != I || (!packed && w.shape().rank() != 2) || (b && b.size() != O))
     throw Error("linear: x " + shape_of(x) + " needs w [out," + std::to_string(I) + "] and b [out], got " +
                 (packed ? "packed [" + std::to_string(O) + "," + std::to_string(inner) + "]" : shape_of(w)) + " and " + shape_of(b));
-  const bool training = recording({x, w, b});
+  const bool training = recording({x, w, b}), narrow = training && current_tape->products() == Precision::bf16;
   if (packed && training) throw Error("linear: packed weights cannot be trained");
   const Shape& s = x.shape();
   Tensor y(s.rank() == 4 ? Shape{s[0], s[1], s[2], O} : s.rank() == 3 ? Shape{s[0], s[1], O} : Shape{N, O});
@@ -187,24 +217,42 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
   const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
   // Inference keeps to the own kernels, whose answer for a row does not depend on the batch around it.
   const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = epilogue};
+  NarrowMatrix x16, w16, z16;
+  if (narrow) x16 = narrowed(x, Precision::bf16), w16 = narrowed(w, Precision::bf16);
   if (packed)
     gemm(N, x.data(), I, *packed, y.data(), O, epilogue);
+  else if (narrow)
+    gemm(how, N, x16, PackedWeights(w16), y.data(), O);
   else
     gemm(how, N, O, I, x.data(), I, w.data(), I, y.data(), O);
+  if (narrow && z) z16 = narrowed(z, Precision::bf16);
 
   // dz = dy * act'(z)      dx += dz W      dW += dz^T x      db += sum over rows of dz
-  record("linear", y, {x, w, b}, [=] {
-    float* dz = y.grad();  // overwritten: nobody reads dy after this
+  record("linear", y, {x, w, b}, [=, y = y.grad_only(), x = narrow ? x.grad_only() : x, z = narrow ? Tensor() : z] {
+    const Tensor slope = y.take_grad();  // becomes dz: nobody reads dy after this
+    float* const dz = slope.data();
     const Kernels& k = kernels();
-    if (z) parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) { k.activate_grad(act, z.data() + i, dz + i, dz + i, end - i); });
+    if (act != Activation::none)
+      parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) {
+        float* const room = narrow ? scratch(0, end - i) : nullptr;
+        if (narrow) k.from_bf16(z16.data + 2 * i, room, end - i);
+        k.activate_grad(act, narrow ? room : z.data() + i, dz + i, dz + i, end - i);
+      });
+    const NarrowMatrix dz16 = narrow ? narrowed(slope, Precision::bf16) : NarrowMatrix();
     bool add;
     if (x.needs_grad()) {
       float* dx = x.grad_to_add(add);
-      gemm({.add = add}, N, I, O, dz, O, w.data(), I, dx, I);
+      if (narrow)
+        gemm({.b_transposed = true, .add = add}, N, dz16, PackedWeights(w16, true), dx, I);
+      else
+        gemm({.add = add}, N, I, O, dz, O, w.data(), I, dx, I);
     }
     if (w.needs_grad()) {
       float* dw = w.grad_to_add(add);
-      gemm({.a_transposed = true, .add = add}, O, I, N, dz, O, x.data(), I, dw, I);
+      if (narrow)
+        gemm({.a_transposed = true, .b_transposed = true, .add = add}, O, dz16, PackedWeights(x16, true), dw, I);
+      else
+        gemm({.a_transposed = true, .add = add}, O, I, N, dz, O, x.data(), I, dw, I);
     }
     if (b && b.needs_grad()) add_column_sums(dz, N, O, b);
   });
@@ -360,7 +408,7 @@ Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, cons
   // With g = dy * gamma and <.> the mean over a row:
   //   dh = rstd * (g - <g> - xhat * <g * xhat>)       dx += dh       df += dropout(dh)
   //   dgamma += sum over rows of dy * xhat            dbeta += sum over rows of dy, both in blocks of 64 rows, then pairwise
-  record("residual_norm", y, {x, f, gamma, beta}, [=] {
+  record("residual_norm", y, {x, f, gamma, beta}, [=, x = x.grad_only(), f = f.grad_only(), y = y.grad_only()] {
     bool add_x = false, add_f = false;
     float *dx = x.needs_grad() ? x.grad_to_add(add_x) : nullptr, *df = f.needs_grad() ? f.grad_to_add(add_f) : nullptr;
     const float* dy = y.grad();
@@ -392,7 +440,7 @@ Tensor dropout(const Tensor& x, Dropout& drop) {
   parallel_ranges(x.size(), 1 << 14, [&](int64_t i, int64_t end) { mask.apply(x.data() + i, y.data() + i, i, end - i); });
 
   // dx += dropout(dy), by the same draws
-  record("dropout", y, {x}, [=] {
+  record("dropout", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] {
     float *dx = x.grad(), *dy = y.grad();
     parallel_ranges(x.size(), 1 << 14, [&](int64_t i, int64_t end) {
       mask.apply(dy + i, dy + i, i, end - i);
@@ -442,7 +490,7 @@ Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& p
   });
 
   // each table's row adds the de of every token that used it, in token order
-  record("embedding", e, {word, segment, position}, [=] {
+  record("embedding", e, {word, segment, position}, [=, e = e.grad_only()] {
     scatter_rows(word, ids, e.grad()), scatter_rows(segment, segments, e.grad()), scatter_rows(position, positions, e.grad());
   });
   return dropout(residual_norm(e, {}, gamma, beta, eps, drop), drop);
@@ -456,7 +504,7 @@ Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows) {
     if (r < 0 || r >= x.rows()) throw Error("gather_rows: row " + std::to_string(r) + " is not in x " + shape_of(x));
   Tensor y(Shape{n, H});
   for (int64_t i = 0; i < n; i++) std::copy_n(x.data() + rows[(size_t)i] * H, H, y.data() + i * H);
-  record("gather_rows", y, {x}, [=] {
+  record("gather_rows", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] {
     for (int64_t i = 0; i < n; i++) kernels().add(y.grad() + i * H, x.grad() + rows[(size_t)i] * H, H);
   });
   return y;
@@ -477,7 +525,7 @@ Tensor mean_rows(const Tensor& x, const Offsets& offsets) {
   });
 
   // dx[t] += dy[r] / tokens of r, for every token t of row r
-  record("mean_rows", y, {x}, [=, rows = offsets] {
+  record("mean_rows", y, {x}, [=, rows = offsets, x = x.grad_only(), y = y.grad_only()] {
     float* dx = x.grad();
     parallel_for(R, [&](int64_t r) {
       const int64_t begin = rows[(size_t)r], end = rows[(size_t)r + 1];
@@ -540,7 +588,7 @@ Tensor add(const Tensor& a, const Tensor& b) {
   DefaultFloatMode mode;
   Tensor y(a.shape());
   for (int64_t i = 0; i < y.size(); i++) y.data()[i] = a.data()[i] + b.data()[i];
-  record("add", y, {a, b}, [=] {
+  record("add", y, {a, b}, [=, a = a.grad_only(), b = b.grad_only(), y = y.grad_only()] {
     for (const Tensor& t : {a, b})
       if (t.needs_grad()) kernels().add(y.grad(), t.grad(), y.size());
   });
@@ -552,7 +600,7 @@ Tensor scale(const Tensor& x, float factor) {
   DefaultFloatMode mode;
   Tensor y(x.shape());
   for (int64_t i = 0; i < y.size(); i++) y.data()[i] = x.data()[i] * factor;
-  record("scale", y, {x}, [=] { kernels().axpy(factor, y.grad(), x.grad(), y.size()); });
+  record("scale", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] { kernels().axpy(factor, y.grad(), x.grad(), y.size()); });
   return y;
 }
 
@@ -634,6 +682,104 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
       k.scale(scale, d, d, C);
       if (add) k.add(d, to, C);
     });
+  });
+  return y;
+}
+
+// The products of linear_cross_entropy, for m rows of x from `first` on; in bf16 where the tape says so.
+struct HeadProducts {
+  const Tensor &x, &w, &b;
+  bool training, narrow;
+  NarrowMatrix x16 = {};
+  std::optional<PackedWeights> w16 = {}, w16_transposed = {};
+
+  HeadProducts(const Tensor& x_, const Tensor& w_, const Tensor& b_) : x(x_), w(w_), b(b_), training(recording({x_, w_, b_})) {
+    narrow = training && current_tape->products() == Precision::bf16;
+    if (!narrow) return;
+    const NarrowMatrix rounded = narrowed(w, Precision::bf16);
+    x16 = narrowed(x, Precision::bf16), w16.emplace(rounded), w16_transposed.emplace(rounded, true);
+  }
+  NarrowMatrix part(int64_t first, int64_t m) const {
+    return {.precision = Precision::bf16, .n = m, .k = x16.k, .data = x16.row(first), .owner = {}, .scales = {}};
+  }
+  // z [m,V] = x W^T + b
+  void forward(int64_t first, int64_t m, float* z) const {
+    const int64_t E = x.cols(), V = w.rows();
+    const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = {.bias = b.data()}};
+    if (narrow)
+      gemm(how, m, part(first, m), *w16, z, V);
+    else
+      gemm(how, m, V, E, x.data() + first * E, E, w.data(), E, z, V);
+  }
+  // dx = dz W of these rows;  dW += dz^T x, for the first ones dW = dz^T x
+  void backward(int64_t first, int64_t m, const Tensor& dz, float* dx, float* dw) const {
+    const int64_t E = x.cols(), V = w.rows();
+    if (narrow) {
+      const NarrowMatrix dz16 = narrowed(dz, Precision::bf16);
+      gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx + first * E, E);
+      gemm({.a_transposed = true, .b_transposed = true, .add = first > 0}, V, dz16, PackedWeights(part(first, m), true), dw, E);
+    } else {
+      gemm({}, m, E, V, dz.data(), V, w.data(), E, dx + first * E, E);
+      gemm({.a_transposed = true, .add = first > 0}, V, E, m, dz.data(), V, x.data() + first * E, E, dw, E);
+    }
+  }
+};
+
+// z = x W^T + b,   loss = sum over rows of (lse - z_label) / divisor,   lse = log sum exp(z)        x [M,E]   W [V,E]   b [V]
+// The logits [M,V] of a vocabulary would be the largest thing in a training step. So they are made for some rows at a time; where a tape
+// listens their gradient takes their place and is multiplied on at once.        kept: the gradients of x, W and b, for d loss = 1
+Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, const std::vector<int32_t>& labels, double divisor,
+                            int64_t* right) {
+  constexpr int64_t kAtOnce = 512;  // a multiple of the products' 256 and of the sums' 64 rows: the bytes do not depend on it
+  const int64_t M = x.rows(), V = w.rows(), blocks = row_blocks(M);
+  if (w.cols() != x.cols() || b.size() != V || (int64_t)labels.size() != M)
+    throw Error("linear_cross_entropy: x " + shape_of(x) + ", w " + shape_of(w) + ", b " + shape_of(b) + " and " +
+                std::to_string(labels.size()) + " labels do not fit");
+  for (const int32_t label : labels)
+    if (label < 0 || label >= V)
+      throw Error("linear_cross_entropy: label " + std::to_string(label) + " is not among the " + std::to_string(V) + " classes");
+  if (!divisor) divisor = (double)std::max<int64_t>(M, 1);
+  const HeadProducts products(x, w, b);
+  const auto share = (float)(1 / divisor);
+  const Kernels& k = kernels();
+  std::vector<double> loss((size_t)M);
+  std::vector<uint8_t> best((size_t)M);
+  Tensor dx, dw, db;
+  if (products.training)
+    dx = Tensor(x.shape()), dw = M ? Tensor(w.shape()) : Tensor(w.shape(), 0.f), db = Tensor({std::max<int64_t>(blocks, 1), V}, 0.f);
+  for (int64_t first = 0; first < M; first += kAtOnce) {
+    const int64_t m = std::min(kAtOnce, M - first);
+    Tensor z({m, V});
+    products.forward(first, m, z.data());
+    parallel_for(row_blocks(m), [&](int64_t block) {
+      for (int64_t r = block * kRowBlock; r < std::min(m, (block + 1) * kRowBlock); r++) {
+        float* const row = z.data() + r * V;
+        const auto i = (size_t)(first + r);
+        const float own = row[labels[i]], top = k.max(row, V), lse = top + log_f32(k.exp_sum(row, 1, top, scratch(0, V), V));
+        loss[i] = (double)lse - (double)own, best[i] = own == top;
+        if (!products.training) continue;
+        k.exp_sum(row, 1, lse, row, V);  // dz = (softmax(z) - onehot(label)) / divisor
+        row[labels[i]] -= 1;
+        k.scale(share, row, row, V);
+        k.add(row, db.data() + (first / kRowBlock + block) * V, V);
+      }
+    });
+    if (products.training) products.backward(first, m, z, dx.data(), dw.data());
+  }
+  double sum = 0;
+  for (int64_t r = 0; r < M; r++) {
+    sum += loss[(size_t)r];
+    if (right) *right += best[(size_t)r];
+  }
+  Tensor y(Shape{1}, (float)(sum / divisor));
+  if (products.training) add_pairwise(db.data(), blocks, V), db = Tensor({V}, {db.data(), (size_t)V});
+
+  // dx += what is kept * dy, and so on
+  record("linear_cross_entropy", y, {x, w, b}, [=, x = x.grad_only(), w = w.grad_only(), b = b.grad_only(), y = y.grad_only()] {
+    const float dy = y.grad()[0];
+    if (x.needs_grad()) x.add_grad(dx, dy);
+    if (w.needs_grad()) w.add_grad(dw, dy);
+    if (b.needs_grad()) b.add_grad(db, dy);
   });
   return y;
 }

@@ -538,12 +538,18 @@ static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p
   return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
 }
 
-Tensor Bert::forward(const Batch& batch, Dropout& drop) const {
+Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute) const {
   Profile::lap();
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
   if (projection.weight) x = linear(x, projection.weight, projection.bias);             // [N,H], ELECTRA's
-  for (const Layer& layer : layers) x = encoder_layer(x, batch.offsets, layer, config, drop);
+  for (const Layer& layer : layers)
+    if (recompute)
+      x = recomputed(
+          x, layer.up.weight,
+          [layer, rows = batch.offsets, c = config](const Tensor& in, Dropout& d) { return encoder_layer(in, rows, layer, c, d); }, drop);
+    else
+      x = encoder_layer(x, batch.offsets, layer, config, drop);
   return x;
 }
 
@@ -594,12 +600,21 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
 }
 
 // The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
-Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
+// What the masked words are told from: dense, activation, LayerNorm.   [M,E]
+static Tensor masked_hidden(const Bert& m, const Tensor& hidden, const std::vector<int64_t>& masked) {
   Dropout none;
-  const Activation act = family(config).pooler == Activation::gelu ? Activation::gelu : config.hidden_act;  // ELECTRA's heads know no other
-  Tensor x = linear(gather_rows(hidden, masked), transform.weight, transform.bias, act);                    // [M,E]
-  x = residual_norm(x, {}, transform_norm.weight, transform_norm.bias, (float)config.layer_norm_eps, none);
-  return linear(x, decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
+  const Activation act =
+      family(m.config).pooler == Activation::gelu ? Activation::gelu : m.config.hidden_act;  // ELECTRA's heads know no other
+  const Tensor x = linear(gather_rows(hidden, masked), m.transform.weight, m.transform.bias, act);
+  return residual_norm(x, {}, m.transform_norm.weight, m.transform_norm.bias, (float)m.config.layer_norm_eps, none);
+}
+
+Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
+  return linear(masked_hidden(*this, hidden, masked), decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
+}
+
+Tensor Bert::masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const {
+  return linear_cross_entropy(masked_hidden(*this, hidden, batch.masked), word, decoder_bias, batch.masked_labels, divisor, right);
 }
 
 Tensor Bert::replaced_logits(const Tensor& hidden) const {
@@ -684,7 +699,7 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
   const HeadKind& head = head_kind(model.task);
   std::vector<Tensor> parts;
   if (head.masked_words) {
-    parts.push_back(cross_entropy(model.masked_logits(hidden, batch.masked), batch.masked_labels, counts.masked, &report.masked_right));
+    parts.push_back(model.masked_loss(hidden, batch, counts.masked, &report.masked_right));
     report.masked += parts.back().item();
   }
   if (head.next_sentence) {
@@ -838,8 +853,8 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
     const Batch& batch = micro_batches[i];
     Dropout drop = step_dropout(model_.config, settings_, done_);
     drop.key.micro = (uint32_t)i;
-    Tape tape;
-    const Tensor hidden = model_.forward(batch, drop);
+    Tape tape(settings_.products);
+    const Tensor hidden = model_.forward(batch, drop, settings_.recompute);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
     report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
   });

@@ -248,10 +248,12 @@ struct Bert {
   Precision table_rounded = Precision::f32;        // by pack()
 
   // The encoder: packed tokens -> [N,H]. For the output of layer l take a copy whose `layers` are cut to l: copies share their numbers.
-  Tensor forward(const Batch& batch, Dropout& drop) const;
+  // recompute: of each layer a tape keeps the input alone.
+  Tensor forward(const Batch& batch, Dropout& drop, bool recompute = false) const;
   Tensor forward(const Batch& batch) const;        // without dropout
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
+  Tensor masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const;   // [1] for training: not packed
   Tensor row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;            // classifier or next sentence  [R,C]
   Tensor token_logits(const Tensor& hidden, Dropout& drop) const;                              // of tags, or of start and end  [N,C]
   Tensor replaced_logits(const Tensor& hidden) const;                                          // above 0: the token was replaced  [N,1]
@@ -297,10 +299,12 @@ struct TrainSettings {
   Schedule schedule = Schedule::linear;
   AdamWSettings optimizer;
   double clip = 1.0;                               // global norm; 0: none
+  Precision products = Precision::f32;             // or bf16; weights, sums, norms, softmax and moments stay f32
   double dropout = -1;                             // hidden and attention; negative: the config's
   double layer_decay = 1;                          // each layer's rate is this times that of the one above it; the heads' is lr
   int64_t freeze = 0;                              // so many layers, and the embeddings, keep their weights
   LossRule loss;
+  bool recompute = false;                          // each layer once more in backward: less memory, a third more time, the same bytes
   uint64_t seed = 1;
 };
 struct StepReport {

@@ -273,16 +273,20 @@ struct Common {
   uint64_t seed;
   std::optional<Precision> precision;  // of --dtype; unset: the folder's
 
-  // narrow: whether the command can compute in bf16 or int8.
-  explicit Common(Args& a, bool narrow = false)
+  // narrowest: what the command can compute in.
+  explicit Common(Args& a, Precision narrowest = Precision::f32)
       : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
     quiet = a.take_switch("quiet");
     const std::string device = a.take("device", "cpu");
     if (device.starts_with("opencl")) throw Error("--device " + device + ": not built yet; this version computes on the cpu");
     a.choice("device", device, {"cpu", "opencl"});
-    const int dtype = a.take_choice("dtype", {"the folder's", "f32", "bf16", "int8", "f16"});
+    const bool asks_folder = narrowest == Precision::int8;
+    const int dtype = asks_folder ? a.take_choice("dtype", {"the folder's", "f32", "bf16", "int8", "f16"})
+                                  : 1 + a.take_choice("dtype", {"f32", "bf16", "int8", "f16"});
     if (dtype == 4) throw Error("--dtype f16: goes with --device opencl, which is not built yet; on the cpu f32, bf16 and int8 do");
-    if (dtype > 1 && !narrow) throw Error("--dtype " + std::string(name_of((Precision)(dtype - 1))) + ": this command computes in f32");
+    if (dtype - 1 > (int)narrowest)
+      throw Error("--dtype " + std::string(name_of((Precision)(dtype - 1))) + ": this command computes in " +
+                  (narrowest == Precision::bf16 ? "f32 or bf16" : "f32"));
     if (dtype) precision = (Precision)(dtype - 1);
   }
 };
@@ -988,7 +992,7 @@ class Progress {
 // Settings that a resumed run may change, or that are checked by the data they name.
 const Strings kFreeSettings = {"threads",      "quiet",  "device",  "resume",    "overwrite", "output", "save-every", "keep",
                                "input",        "train",  "dev",     "test",      "model",     "vocab",  "config",     "init",
-                               "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run"};
+                               "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run",    "recompute"};
 
 // A model that is written over itself while it is read from would be lost with the first failure.
 void refuse_same_folder(const std::string& model, const std::string& output) {
@@ -1629,6 +1633,8 @@ TrainSettings take_training(Args& a, const Common& common, double lr, int64_t st
   t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0., 10.);
   t.clip = a.take_number("clip", 1.0, 0., 1e9);
   t.dropout = (float)a.take_number("dropout", -1., 0., 0.99);
+  t.recompute = a.take_switch("recompute");
+  t.products = common.precision.value_or(Precision::f32);
   t.seed = common.seed;
   return t;
 }
@@ -1788,7 +1794,7 @@ bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sam
 }
 
 void cmd_pretrain(Args& a) {
-  Common common(a);
+  Common common(a, Precision::bf16);
   Pretraining p{a, common};
   p.check();
   a.done();
@@ -2160,7 +2166,7 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
 }
 
 void cmd_finetune(Args& a) {
-  Common common(a);
+  Common common(a, Precision::bf16);
   const double began = now();
   Finetuning f{a, common};
   if (f.train_input.files.empty()) a.fail("--train is missing: a file of labelled texts");
@@ -2205,7 +2211,7 @@ struct Answering {
   ModelFolder folder;  // by open(), when every option is taken
 
   Answering(Args& a, const std::string& which, int64_t usual_tokens = 8192)
-      : common(a, true),
+      : common(a, Precision::int8),
         model(a.need("model", which)),
         source(take_source(a)),
         batch_tokens(a.take_int("batch-tokens", usual_tokens, 1, 1 << 30)),
@@ -3107,7 +3113,7 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
                 {seed, 0, 0, kMaskStream});
   }
   TrainSettings settings;
-  settings.steps = 1000000, settings.warmup = 0, settings.seed = seed;
+  settings.steps = 1000000, settings.warmup = 0, settings.seed = seed, settings.products = table.precision;
   Trainer trainer(Bert::random(Config::named(s.name, kBenchVocab), Task::pretrain, seed), settings);
   const double n = (double)batches.size();
   double tokens = 0, gflop = 0;  // backward is twice the forward's products; the heads are not counted
@@ -3116,7 +3122,7 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
     for (const Batch& b : batches) trainer.step({&b, 1});
   };
   const double seconds = median_seconds(2.0, call);
-  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(Precision::f32));
+  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(table.precision));
   table.profile(n, call);
 }
 
@@ -3185,7 +3191,7 @@ void bench_vocab(const BenchTable& table, const Source& source) {
 void cmd_bench(Args& a) {
   a.empty_is_absent = true;
   const std::string part = a.take_word(), config = a.take_word();
-  Common common(a, part == "infer" || part == "sentences");
+  Common common(a, part == "infer" || part == "sentences" ? Precision::int8 : part == "train" ? Precision::bf16 : Precision::f32);
   const std::string model = a.take("model"), vocab = a.take("vocab", model);
   Source source;
   source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
@@ -3256,6 +3262,7 @@ const Command kCommands[] = {
   --whole-word     mask whole words                      --no-nsp           no next-sentence task
   --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens)
   --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
+  --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files
   --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing)"},
     {"finetune", "train a model for a task on labelled texts", cmd_finetune,

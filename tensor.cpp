@@ -187,6 +187,10 @@ static T at(const char* bytes, int64_t i) {
   return v;
 }
 
+struct Tensor::Gradient {
+  Tensor sum;
+  bool needed = false;
+};
 struct Tensor::Impl {
   Shape shape;
   float* data = nullptr;
@@ -194,8 +198,7 @@ struct Tensor::Impl {
   std::shared_ptr<const void> owner;  // of borrowed memory
   std::shared_ptr<const PackedWeights> packed;
   std::shared_ptr<const NarrowMatrix> narrow;
-  Tensor grad;
-  bool needs_grad = false;
+  std::shared_ptr<Gradient> gradient;  // made when it is first asked for
 
   ~Impl() { Pool::only().give(block); }
 };
@@ -243,7 +246,8 @@ Tensor Tensor::narrow(NarrowMatrix matrix) {
 const Shape& Tensor::shape() const { return impl().shape; }
 float* Tensor::data() const {
   if (impl().narrow) throw Error("tensor " + to_string(impl_->shape) + ": held in " + name_of(impl_->narrow->precision) + ", not in f32");
-  if (!impl_->data) throw Error("tensor " + to_string(impl_->shape) + ": packed for products; its plain numbers are gone");
+  if (!impl_->data)
+    throw Error("tensor " + to_string(impl_->shape) + ": its plain numbers are gone: packed for products, or only the gradient kept");
   return impl_->data;
 }
 float Tensor::item() const {
@@ -251,21 +255,39 @@ float Tensor::item() const {
   return *data();
 }
 
-bool Tensor::needs_grad() const { return impl_ && impl_->needs_grad; }
-void Tensor::set_needs_grad(bool needs) { impl().needs_grad = needs; }
-bool Tensor::has_grad() const { return impl_ && impl_->grad; }
+Tensor::Gradient& Tensor::gradient() const {
+  if (!impl().gradient) impl_->gradient = std::make_shared<Gradient>();
+  return *impl_->gradient;
+}
+bool Tensor::needs_grad() const { return impl_ && impl_->gradient && impl_->gradient->needed; }
+void Tensor::set_needs_grad(bool needs) { gradient().needed = needs; }
+bool Tensor::has_grad() const { return impl_ && impl_->gradient && impl_->gradient->sum; }
 float* Tensor::grad() const {
-  if (!impl().grad) impl_->grad = Tensor(impl_->shape, 0.f);
-  return impl_->grad.data();
+  if (!gradient().sum) gradient().sum = Tensor(shape(), 0.f);
+  return gradient().sum.data();
 }
 float* Tensor::grad_to_add(bool& add) const {
-  add = (bool)impl().grad;
-  if (!add) impl_->grad = Tensor(impl_->shape);
-  return impl_->grad.data();
+  add = (bool)gradient().sum;
+  if (!add) gradient().sum = Tensor(shape());
+  return gradient().sum.data();
 }
-Tensor Tensor::take_grad() { return std::exchange(impl().grad, {}); }
+void Tensor::add_grad(const Tensor& d, float factor) const {
+  if (!(d.shape() == shape())) throw Error("add_grad: " + to_string(d.shape()) + " to the gradient of " + to_string(shape()));
+  if (!has_grad() && factor == 1) return void(gradient().sum = d);
+  float* const sum = grad();
+  parallel_ranges(size(), 1 << 15, [&](int64_t i, int64_t end) { kernels().axpy(factor, d.data() + i, sum + i, end - i); });
+}
+Tensor Tensor::take_grad() const { return std::exchange(gradient().sum, {}); }
 void Tensor::drop_grad() {
-  if (impl_) impl_->grad = {};
+  if (has_grad()) gradient().sum = {};
+}
+Tensor Tensor::grad_only() const {
+  Tensor t;
+  if (!impl_) return t;
+  gradient();
+  t.impl_ = std::make_shared<Impl>();
+  t.impl_->shape = shape(), t.impl_->gradient = impl_->gradient;
+  return t;
 }
 
 void Tensor::pack(Precision precision) {
@@ -285,12 +307,13 @@ const char* name_of(Precision precision) { return std::array{"f32", "bf16", "int
 
 NarrowMatrix narrowed(const Tensor& w, Precision precision) {
   NarrowMatrix m{.precision = precision, .n = w.rows(), .k = w.cols(), .owner = {}, .scales = {}};
-  const auto bytes = std::make_shared<std::string>((size_t)(m.n * m.row_bytes()), '\0');
-  m.data = bytes->data(), m.owner = bytes;
+  const auto memory = std::make_shared<const Tensor>(Shape{(m.n * m.row_bytes() + 3) / 4});  // of the pool
+  char* const bytes = (char*)memory->data();
+  m.data = bytes, m.owner = memory;
   if (precision == Precision::int8) m.scales.resize((size_t)m.n);
   parallel_ranges(m.n, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
-      if (char* const to = bytes->data() + i * m.row_bytes(); precision == Precision::bf16)
+      if (char* const to = bytes + i * m.row_bytes(); precision == Precision::bf16)
         kernels().to_bf16(w.data() + i * m.k, to, m.k);
       else
         m.scales[(size_t)i] = kernels().to_int8(w.data() + i * m.k, 0, to, m.k);
@@ -299,7 +322,7 @@ NarrowMatrix narrowed(const Tensor& w, Precision precision) {
 }
 static void widen_row(Precision precision, const char* from, float scale, int64_t k, float* to) {
   if (precision == Precision::bf16)
-    for (int64_t j = 0; j < k; j++) to[j] = std::bit_cast<float>((uint32_t)at<uint16_t>(from, j) << 16);
+    kernels().from_bf16(from, to, k);
   else
     for (int64_t j = 0; j < k; j++) to[j] = (float)at<int8_t>(from, j) * scale;
 }
@@ -683,7 +706,7 @@ float normal_cdf_f32(float x) {
 #define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                         \
   {                                                                                                                                     \
     name, kRows, kCols, f32, bf16, int8, zero, pack, sum, add_sum, dot, max, squares_about, exp_sum, add, axpy, scale, finish, to_bf16, \
-        to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                                                       \
+        from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                                \
   }
 
 namespace scalar {
@@ -800,6 +823,15 @@ void to_bf16(const float* x, void* y, int64_t n) {
                              : size > 0x7F800000 ? u >> 16 | 0x40    // NaN stays one
                                                  : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
     std::memcpy((char*)y + 2 * i, &rounded, 2);
+  }
+}
+void from_bf16(const void* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = std::bit_cast<float>((uint32_t)at<uint16_t>((const char*)x, i) << 16);
+}
+void interleave(const void* even, const void* odd, void* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t word = at<uint16_t>((const char*)even, i) | (odd ? (uint32_t)at<uint16_t>((const char*)odd, i) << 16 : 0);
+    std::memcpy((char*)y + 4 * i, &word, 4);
   }
 }
 float to_int8(const float* x, int zero, void* y, int64_t n) {
@@ -1040,6 +1072,23 @@ OP P load(const float* p, Full) { MAKE(P, read(p + q * W)); }
 OP P load(const float* p, Part w) { MAKE(P, read(p + q * W, Part::of(w.n, q))); }
 OP void store(float* p, const P& x, Full) { EACH write(p + q * W, x.v[q]); }
 OP void store(float* p, const P& x, Part w) { EACH write(p + q * W, x.v[q], Part::of(w.n, q)); }
+struct Words {
+  U v[K] = {};
+};
+OP Words load_halves(const uint16_t* p, Full) {  // 16 bits each, widened
+  Words r;
+  EACH {
+    H half;
+    std::memcpy(&half, p + q * W, sizeof half);
+    r.v[q] = __builtin_convertvector(half, U);
+  }
+  return r;
+}
+OP Words load_halves(const uint16_t* p, Part w) {
+  uint16_t part[16] = {};
+  std::memcpy(part, p, (size_t)w.n * sizeof part[0]);
+  return load_halves(part, Full());
+}
 constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 OP P keep(const P& x, const P&, Full) { return x; }
 OP P keep(const P& x, const P& other, Part w) {  // `other` in the lanes that are not there
@@ -1334,15 +1383,15 @@ void finish(Activation act, const Kernels::Int8Sums* sums, const float* bias, fl
 }
 OP I larger(const I& a, const I& b) { return a > b ? a : b; }
 // Writes the low 16 or 8 bits of each lane's integer, of 16 lanes or the first n.
-template <class Narrow, class Lanes>
-OP void write_low(char* to, const Lanes& x, Full) {
+template <class Narrow>
+OP void write_low(char* to, const Words& x, Full) {
   EACH {
     const Narrow low = __builtin_convertvector(x.v[q], Narrow);
     std::memcpy(to + q * (int)sizeof low, &low, sizeof low);
   }
 }
-template <class Narrow, class Lanes>
-OP void write_low(char* to, const Lanes& x, Part w) {
+template <class Narrow>
+OP void write_low(char* to, const Words& x, Part w) {
   char all[16 * sizeof(Narrow) / W];
   write_low<Narrow>(all, x, Full());
   std::memcpy(to, all, (size_t)w.n * sizeof(Narrow) / W);
@@ -1350,9 +1399,7 @@ OP void write_low(char* to, const Lanes& x, Part w) {
 TARGET void to_bf16(const float* x, void* y, int64_t n) {
   chunks(n, [&] BODY {
     const P v = load(x + i, w);
-    struct {
-      U v[K];
-    } r;
+    Words r;
     EACH {
       const U u = (U)v.v[q], size = u & 0x7FFFFFFFu;
       U rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
@@ -1360,6 +1407,22 @@ TARGET void to_bf16(const float* x, void* y, int64_t n) {
       r.v[q] = size < 0x00800000u ? u >> 16 & 0x8000u : rounded;
     }
     write_low<H>((char*)y + 2 * i, r, w);
+  });
+}
+TARGET void from_bf16(const void* x, float* y, int64_t n) {
+  chunks(n, [&] BODY {
+    const Words u = load_halves((const uint16_t*)x + i, w);
+    P r;
+    EACH r.v[q] = (V)(u.v[q] << 16);
+    store(y + i, r, w);
+  });
+}
+TARGET void interleave(const void* even, const void* odd, void* y, int64_t n) {
+  chunks(n, [&] BODY {
+    const Words low = load_halves((const uint16_t*)even + i, w), high = odd ? load_halves((const uint16_t*)odd + i, w) : Words();
+    P r;
+    EACH r.v[q] = (V)(low.v[q] | high.v[q] << 16);
+    store((float*)y + i, r, w);
   });
 }
 TARGET float to_int8(const float* x, int zero, void* y, int64_t n) {
@@ -1375,9 +1438,7 @@ TARGET float to_int8(const float* x, int zero, void* y, int64_t n) {
   const float max = std::bit_cast<float>(std::max(std::max(c[0], c[1]), std::max(c[2], c[3]))), steps = max < 1e-30f ? 0 : 127 / max;
   chunks(n, [&] BODY {
     const P rounded = load(x + i, w) * steps + kRounder;
-    struct {
-      U v[K];
-    } r;
+    Words r;
     EACH r.v[q] = (U)rounded.v[q] + (uint32_t)zero;
     write_low<B>((char*)y + i, r, w);
   });
@@ -1443,22 +1504,9 @@ TARGET void draws(const PhiloxKey& key, uint32_t first, int64_t blocks, uint16_t
     }
   }
 }
-OP Mask at_least(const uint16_t* draws, uint32_t threshold, Full) {
-  Mask r;
-  EACH {
-    H half;
-    std::memcpy(&half, draws + q * W, sizeof half);
-    r.v[q] = (I)(__builtin_convertvector(half, U) >= U{} + threshold);
-  }
-  return r;
-}
-OP Mask at_least(const uint16_t* draws, uint32_t threshold, Part w) {
-  uint16_t part[16] = {};
-  std::memcpy(part, draws, (size_t)w.n * sizeof part[0]);
-  return at_least(part, threshold, Full());
-}
+OP Mask operator>=(const Words& a, uint32_t b) { MAKE(Mask, (I)(a.v[q] >= U{} + b)); }
 TARGET void drop(const float* x, const uint16_t* draws, uint32_t threshold, float scale, float* y, int64_t n) {
-  chunks(n, [&] BODY { store(y + i, select(at_least(draws + i, threshold, w), load(x + i, w) * scale, 0.f), w); });
+  chunks(n, [&] BODY { store(y + i, select(load_halves(draws + i, w) >= threshold, load(x + i, w) * scale, 0.f), w); });
 }
 TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, float correct1, float correct2, const float* grad, float* p,
                   float* m, float* v, int64_t n) {
@@ -1531,6 +1579,7 @@ struct Product {
   const PackedWeights* packed = nullptr;
   bool narrowed = false;              // a holds words: its rows were narrowed before the tasks were cut
   const float* row_scales = nullptr;  // int8: of rows that were
+  const NarrowMatrix* bf16 = nullptr;  // op(a)'s matrix, in place of a
 
   Precision precision() const { return packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
@@ -1552,17 +1601,27 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
     p.table.finish(e.activation, row_scales ? &sums : nullptr, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
 }
 
-// Rows of a in the weights' precision, each in words() words whose end is zero; and of int8 their scales.
-void narrow_rows(const Product& p, const float* a, int64_t rows, float* words, float* scales) {
-  for (int64_t i = 0; i < rows; i++) {
-    char* const to = (char*)(words + i * p.words());
+// Rows i0..i1 of a in the precision of b, each in words() words whose end is zero; and of int8 their scales.
+void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
+  for (int64_t i = i0; i < i1; i++, words += p.words()) {
+    char* const to = (char*)words;
     const int64_t bytes = p.precision() == Precision::bf16 ? 2 * p.k : p.k;
-    if (p.precision() == Precision::bf16)
-      p.table.to_bf16(a + i * p.lda, to, p.k);
+    if (p.bf16)
+      std::memcpy(to, p.bf16->row(i), (size_t)bytes);
+    else if (p.precision() == Precision::bf16)
+      p.table.to_bf16(p.a + i * p.lda, to, p.k);
     else
-      scales[i] = p.table.to_int8(a + i * p.lda, p.table.int8_zero, to, p.k);
+      scales[i - i0] = p.table.to_int8(p.a + i * p.lda, p.table.int8_zero, to, p.k);
     std::memset(to + bytes, p.precision() == Precision::bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
   }
+}
+
+// Words k of columns i0..i1 of the matrix whose transpose is op(a).
+void copy_column(const Product& p, int64_t k, int64_t i0, int64_t i1, float* to) {
+  if (p.bf16)
+    p.table.interleave(p.bf16->row(2 * k) + 2 * i0, 2 * k + 1 < p.k ? p.bf16->row(2 * k + 1) + 2 * i0 : nullptr, to, i1 - i0);
+  else
+    std::memcpy(to, p.a + k * p.lda + i0, (size_t)(i1 - i0) * sizeof(float));
 }
 
 // Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
@@ -1576,13 +1635,13 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   static thread_local Tensor scratch;  // kept for the thread's next call, made anew when it does not suffice
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
-  const bool narrow = p.precision() != Precision::f32 && !p.narrowed;
+  const bool narrow = p.precision() != Precision::f32 && !p.narrowed && !a_transposed;
   const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips, words = p.words();
   const int64_t block = p.precision() == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each; so is
   // one whose rows lie a multiple of 4 KiB apart, which all fall into one set of the first cache. An odd number of cache lines from row to
   // row spreads the copy over all sets.
-  const bool spread = !a_transposed && !narrow && p.lda % 1024 == 0;
+  const bool spread = !a_transposed && p.precision() == Precision::f32 && p.lda % 1024 == 0;
   const int64_t a_stride = spread ? kDepth + 16 : (rows + 15) / 16 * 16 | 16;
   const int64_t needed = kDepth * t.nr + (a_transposed ? kDepth * a_stride : spread ? rows * a_stride : narrow ? rows * (words + 1) : 0);
   if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
@@ -1590,7 +1649,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   float* const a_copy = panel + kDepth * t.nr;
   const float *a_words = p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
   if (narrow) {
-    narrow_rows(p, a_words, rows, a_copy, a_copy + rows * words);
+    narrow_rows(p, i0, i1, a_copy, a_copy + rows * words);
     a_words = a_copy, row_scales = p.precision() == Precision::int8 ? a_copy + rows * words : nullptr;
   }
   Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : p.precision() == Precision::int8 ? t.tile_int8 : t.tile;
@@ -1603,7 +1662,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     const float* a = a_words + k0;
     int64_t a_row = narrow ? words : p.lda, a_step = 1, done = 0;
     if (a_transposed) {
-      for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
+      for (int64_t k = 0; k < depth; k++) copy_column(p, k0 + k, i0, i1, a_copy + k * a_stride);
       a = a_copy, a_row = 1, a_step = a_stride;
     } else if (spread) {
       for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
@@ -1620,7 +1679,8 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
-        if (a_transposed && next_k < p.k) fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
+        if (a_transposed && !p.bf16 && next_k < p.k)
+          fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
         tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
       mode.reset();
@@ -1798,11 +1858,15 @@ PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k, Precision pre
   else
     parallel_for(panels, [&](int64_t j) { t.pack(k, w + j * nr * k, 1, k, to + j * nr * k, (int)std::min(nr, n - j * nr)); });
 }
-PackedWeights::PackedWeights(const NarrowMatrix& w) : n_(w.n), k_(w.k), precision_(w.precision) {
-  pack_rows([&](int64_t i, char* to) {
-    std::memcpy(to, w.row(i), (size_t)w.row_bytes());
-    if (w.precision == Precision::int8) scales_.data()[i] = w.scales[(size_t)i];
-  });
+PackedWeights::PackedWeights(const NarrowMatrix& w, bool transposed)
+    : n_(transposed ? w.k : w.n), k_(transposed ? w.n : w.k), precision_(w.precision) {
+  if (transposed)
+    pack_columns(w);
+  else
+    pack_rows([&](int64_t i, char* to) {
+      std::memcpy(to, w.row(i), (size_t)w.row_bytes());
+      if (w.precision == Precision::int8) scales_.data()[i] = w.scales[(size_t)i];
+    });
 }
 // narrow(i, to) writes row i's k numbers.
 template <class Narrow>
@@ -1822,6 +1886,34 @@ void PackedWeights::pack_rows(Narrow&& narrow) {
     t.pack(words, rows.data(), 1, words, panels_.data() + j * nr * words, cols);
   });
 }
+// A panel's word holds two rows of w, side by side.
+void PackedWeights::pack_columns(const NarrowMatrix& w) {
+  if (precision_ != Precision::bf16) throw Error("pack: only bf16 is packed transposed");
+  const Kernels& t = kernels();
+  const int64_t nr = t.nr, words = words_of(precision_, k_);
+  panels_ = Tensor({(n_ + nr - 1) / nr * nr, words});
+  parallel_ranges(words, kDepth / 2, [&](int64_t first, int64_t end) {
+    for (int64_t j = 0; j < n_; j += nr) {
+      float* to = panels_.data() + j * words + first * nr;
+      const int64_t cols = std::min(nr, n_ - j);
+      for (int64_t i = first; i < end; i++, to += nr) {
+        t.interleave(w.row(2 * i) + 2 * j, 2 * i + 1 < k_ ? w.row(2 * i + 1) + 2 * j : nullptr, to, cols);
+        std::fill(to + cols, to + nr, 0.f);
+      }
+    }
+  });
+}
+void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const PackedWeights& b, float* c, int64_t ldc) {
+  const int64_t n = b.rows(), k = b.cols();
+  if (a.precision != Precision::bf16 || b.precision() != Precision::bf16 || (how.a_transposed ? a.k : a.n) != m ||
+      (how.a_transposed ? a.n : a.k) != k || !how.b_transposed)
+    throw Error("gemm: a [" + std::to_string(a.n) + "," + std::to_string(a.k) + "] and packed [" + std::to_string(n) + "," +
+                std::to_string(k) + "] do not multiply to " + std::to_string(m) + " rows, or are not bf16");
+  check_product(how, m, n, k, a.k, k, ldc);
+  Product p{kernels(), how, m, n, k, nullptr, a.k, nullptr, k, b.panels(), c, ldc, &b};
+  p.bf16 = &a;
+  run(p, Backend::own);
+}
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue) {
   const Gemm how{.b_transposed = true, .epilogue = epilogue};
   const int64_t n = w.rows(), k = w.cols();
@@ -1833,7 +1925,7 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
     words = Tensor({m, p.words() + 1});
     float* const scales = words.data() + m * p.words();
     parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)),
-                    [&](int64_t i, int64_t end) { narrow_rows(p, a + i * lda, end - i, words.data() + i * p.words(), scales + i); });
+                    [&](int64_t i, int64_t end) { narrow_rows(p, i, end, words.data() + i * p.words(), scales + i); });
     p.a = words.data(), p.lda = p.words(), p.narrowed = true;
     if (p.precision() == Precision::int8) p.row_scales = scales;
   }

@@ -382,8 +382,11 @@ class Tensor {
   bool has_grad() const;
   float* grad() const;                     // made, and filled with zeros, on first use
   float* grad_to_add(bool& add) const;     // the same, but not filled on first use: then add is false, and the caller stores
-  Tensor take_grad();                      // the gradient as a Tensor of its own; this one has none any more
+  void add_grad(const Tensor& d, float factor) const;   // gradient += factor d; where there is none and factor is 1, it becomes d itself
+  Tensor take_grad() const;                // the gradient as a Tensor of its own; this one has none any more
   void drop_grad();
+  // This tensor's shape and gradient (which is shared) without its numbers: what a derivative that does not use them keeps.
+  Tensor grad_only() const;
   // Weights [N,K] that will not change are laid out for gemm once and their plain form is let go; linear takes either. A narrow matrix
   // keeps the precision that it has.
   void pack(Precision precision = Precision::f32);
@@ -392,7 +395,9 @@ class Tensor {
 
  private:
   struct Impl;
+  struct Gradient;
   Impl& impl() const;   // throws Error for an empty Tensor
+  Gradient& gradient() const;
   std::shared_ptr<Impl> impl_;
 };
 
@@ -492,14 +497,17 @@ struct Dropout {
 // While a Tape lives on a thread, ops append what their backward needs to it; without one nothing is kept: that is inference.
 class Tape {
  public:
-  Tape();                                  // throws Error when this thread has one already
+  // Throws Error when this thread has one already. products: what `linear` multiplies in, f32 or bf16.
+  explicit Tape(Precision products = Precision::f32);
   ~Tape();                                 // frees everything still on it
   Tape(const Tape&) = delete;
   Tape& operator=(const Tape&) = delete;
   // d loss / d x is added to x.grad() for every x that needs it. `loss` has one element. Steps run in reverse and are freed one by
   // one, so memory falls while it walks; a step whose output the loss does not use is passed over. A second call throws Error.
   void backward(const Tensor& loss);
+  void backward(const Tensor& y, const Tensor& dy);   // the same from d loss / d y, of y's shape
   size_t size() const { return steps_.size(); }
+  Precision products() const { return products_; }
   // With BERT_TRACE=1 in the environment: one line an op recorded so far, name and shape of its output.
   const std::vector<std::string>& trace() const { return trace_; }
 
@@ -512,12 +520,18 @@ class Tape {
   };
   std::vector<Step> steps_;
   std::vector<std::string> trace_;
+  Precision products_;
   bool done_ = false;
 };
 
 // What an op calls last: when a Tape lives here and some input needs a gradient, `out` will too, and `backward` goes on the tape. It
 // reads out.grad() and adds to its inputs' grad(). The closure owns what it captured; `out` never owns the closure (no cycle).
 void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
+
+// f(x, drop), of which nothing but x is kept: backward computes it again. Memory for time (Chen et al. 2016, section 4), and the same bytes.
+// parameter: one that f trains. f must own what it uses.
+using Recomputable = std::function<Tensor(const Tensor& x, Dropout& drop)>;
+Tensor recomputed(const Tensor& x, const Tensor& parameter, const Recomputable& f, Dropout& drop);
 
 // While one lives, where the time of the whole process goes, by op: `linear`, and behind it in training `linear backward`. To an op goes
 // what has passed on the thread that called it since that thread's op before, or since the Bert::forward around it began. Many threads
@@ -573,6 +587,10 @@ struct ClassRule {
 // logits [M,C]. The number of rows whose largest logit is their label's is added to `right`. The count is the sum of the labels' weights.
 Tensor cross_entropy(const Tensor& logits, const std::vector<int32_t>& labels, double divisor = 0, int64_t* right = nullptr,
                      const ClassRule& rule = {});
+// cross_entropy of linear(x, w, b) without holding its logits: x [M,E], w [V,E], b [V], labels [M], each a class. It computes the gradients
+// on its way and keeps them for backward.
+Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, const std::vector<int32_t>& labels, double divisor = 0,
+                            int64_t* right = nullptr);
 // Which of its own tokens a row means, asked C times: x [N,C]; labels [R,C], each a position in the row (kIgnored: none); softmax over the
 // row's tokens. The mean over rows and columns; the count is of rows. `right`: rows all of whose labels have their column's largest logit.
 Tensor position_cross_entropy(const Tensor& x, const Offsets& offsets, const std::vector<int32_t>& labels, double divisor = 0,
@@ -777,6 +795,8 @@ struct Kernels {
   };
   void (*finish)(Activation act, const Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
   void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
+  void (*from_bf16)(const void* x, float* y, int64_t n);
+  void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits each: even[0] odd[0] even[1] ...; odd null: zeros
   // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
   float (*to_int8)(const float* x, int zero, void* y, int64_t n);
   void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
@@ -834,7 +854,8 @@ void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a,
 class PackedWeights {
  public:
   PackedWeights(const float* w, int64_t n, int64_t k, Precision precision = Precision::f32);
-  explicit PackedWeights(const NarrowMatrix& w);           // in the precision that it has
+  // In the precision that it has; transposed: w is [k,n], in bf16.
+  explicit PackedWeights(const NarrowMatrix& w, bool transposed = false);
   int64_t rows() const { return n_; }
   int64_t cols() const { return k_; }
   Precision precision() const { return precision_; }
@@ -845,12 +866,16 @@ class PackedWeights {
  private:
   template <class Narrow>
   void pack_rows(Narrow&& narrow);
+  void pack_columns(const NarrowMatrix& w);
   int64_t n_, k_;
   Precision precision_;
   Tensor panels_, scales_;
   std::vector<int32_t> zeros_;
 };
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
+// c [m,n] = op(a) b^T, or c += where `add`, of bf16 matrices: op(a) is a [m,k], or with a_transposed the transpose of a [k,m]. `how` has
+// b_transposed, as the panels are of b [n,k]. This is how training multiplies in bf16.
+void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const PackedWeights& b, float* c, int64_t ldc);
 
 // Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
 struct Match { float score; int64_t a, b; };

@@ -70,7 +70,7 @@ TEST_CASE("a profile counts each op once a forward, on all threads, and its back
     CAPTURE(op);
     CHECK(n.count(op) == 1);
   }
-  CHECK(n.at("linear backward") == 1);         // the other one's weights need no gradient
+  CHECK(n.at("linear backward") == 1);  // the other one's weights need no gradient
   CHECK(n.count("attention backward") == 0);
 }
 
@@ -396,6 +396,89 @@ TEST_CASE("tape: one a thread, one backward, freed as it goes, nothing kept with
   tape.backward(loss);
   CHECK(tape.size() == 0);
   CHECK_THROWS_AS(tape.backward(loss), Error);
+}
+
+// Small whole numbers are bf16 already and their sums exact: there both tapes must say the same.
+TEST_CASE("a tape of bf16: the same bytes where nothing is rounded, a bf16's accuracy elsewhere, nothing rounded without a tape") {
+  auto run = [](Precision precision, bool whole, Activation act, int count) {
+    UseThreads use(count);
+    Tensor x = random_tensor({150, 33}, 1), w = random_tensor({70, 33}, 2), b = random_tensor({70}, 3), share = random_tensor({150, 70}, 4);
+    for (const Tensor& t : {x, w, b, share})
+      for (int64_t i = 0; whole && i < t.size(); i++) t.data()[i] = std::round(3 * t.data()[i]);
+    for (Tensor t : {x, w, b}) t.set_needs_grad();
+    Tape tape(precision);
+    const Tensor y = linear(x, w, b, act);
+    std::vector<float> all(y.data(), y.data() + y.size());
+    tape.backward(weighted_sum(y, share));
+    for (const Tensor& t : {x, w, b}) all.insert(all.end(), t.grad(), t.grad() + t.size());
+    return all;
+  };
+  CHECK(run(Precision::bf16, true, Activation::relu, 1) == run(Precision::f32, true, Activation::relu, 1));
+  const auto rounded = run(Precision::bf16, false, Activation::gelu, 1), plain = run(Precision::f32, false, Activation::gelu, 2);
+  CHECK(rounded == run(Precision::bf16, false, Activation::gelu, 3));
+  double error = 0, size = 0;
+  for (size_t i = 0; i < plain.size(); i++)
+    error += std::pow((double)plain[i] - (double)rounded[i], 2), size += std::pow((double)plain[i], 2);
+  CHECK(std::sqrt(error / size) < 4e-3);
+  CHECK(std::sqrt(error / size) > 1e-4);  // it was rounded
+  CHECK_THROWS_AS(Tape(Precision::int8), Error);
+}
+
+TEST_CASE("what is recomputed: the same bytes, through frozen and trained parts, with dropout, keeping its input alone") {
+  auto run = [](bool again, bool x_trained) {
+    Tensor x = random_tensor({40, 24}, 1), w = random_tensor({24, 24}, 2), gamma = random_tensor({24}, 3), beta = random_tensor({24}, 4);
+    std::vector<Tensor> trained = {w, gamma, beta};
+    if (x_trained) trained.push_back(x);
+    for (Tensor& t : trained) t.set_needs_grad();
+    const Recomputable f = [=](const Tensor& in, Dropout& d) {
+      return residual_norm(in, linear(in, w, {}, Activation::gelu), gamma, beta, 1e-12f, d);
+    };
+    Dropout drop = dropping(0.3f);
+    Tape tape;
+    Tensor y = x;
+    for (int l = 0; l < 3; l++) y = again ? recomputed(y, w, f, drop) : f(y, drop);
+    const size_t kept = tape.size();
+    tape.backward(weighted_sum(y, random_tensor({40, 24}, 5)));
+    std::vector<float> all(y.data(), y.data() + y.size());
+    for (const Tensor& t : trained) all.insert(all.end(), t.grad(), t.grad() + t.size());
+    return std::pair(all, kept);
+  };
+  for (const bool x_trained : {false, true}) {
+    const auto plain = run(false, x_trained), again = run(true, x_trained);
+    CHECK(plain.first == again.first);
+    CHECK(plain.second == 6);
+    CHECK(again.second == 3);
+  }
+}
+
+TEST_CASE("the loss of a vocabulary: the bytes of cross_entropy over linear, in parts, at any number of threads") {
+  for (const int64_t M : {1, 70, 1100}) {
+    auto run = [&](bool parts, int count) {
+      UseThreads use(count);
+      Tensor x = random_tensor({M, 24}, 1), w = random_tensor({300, 24}, 2), b = random_tensor({300}, 3);
+      std::vector<int32_t> labels;
+      for (int64_t r = 0; r < M; r++) labels.push_back((int32_t)(r * 7 % 300));
+      for (Tensor t : {x, w, b}) t.set_needs_grad();
+      int64_t right = 0;
+      Tape tape;
+      const Tensor loss = parts ? linear_cross_entropy(x, w, b, labels, 0, &right) : cross_entropy(linear(x, w, b), labels, 0, &right);
+      tape.backward(loss);
+      std::vector<float> all = {loss.item(), (float)right};
+      for (const Tensor& t : {x, w, b}) all.insert(all.end(), t.grad(), t.grad() + t.size());
+      return all;
+    };
+    CHECK(run(true, 1) == run(false, 1));
+    CHECK(run(true, 1) == run(true, 3));
+  }
+  Tensor x = random_tensor({5, 3}, 1), w = random_tensor({4, 3}, 2), b = random_tensor({4}, 3);
+  const std::vector<int32_t> labels = {3, 2, 0, 1, 0};
+  CHECK(grad_error({x, w, b}, [&] { return scale(linear_cross_entropy(x, w, b, labels, 3), 2); }) < kTolerance);
+  CHECK(grad_error({x, w, b}, [&] { return add(linear_cross_entropy(x, w, b, labels), linear_cross_entropy(x, w, b, labels)); }) <
+        kTolerance);
+  CHECK(linear_cross_entropy(x, w, b, labels).item() == cross_entropy(linear(x, w, b), labels).item());  // without a tape
+  CHECK(linear_cross_entropy(Tensor({0, 3}), w, b, {}).item() == 0);
+  CHECK_THROWS_AS(linear_cross_entropy(x, w, b, {3, 2, 0, 1}), Error);
+  CHECK_THROWS_WITH_AS(linear_cross_entropy(x, w, b, {3, 2, 0, 4, 0}), doctest::Contains("label 4"), Error);
 }
 
 TEST_CASE("results do not depend on the number of threads: forward and every gradient, byte for byte") {

@@ -438,14 +438,14 @@ TEST_CASE("masking: halves round to even, whole words stay together") {
 
 namespace {
 // Trains a small model for some steps and returns the bytes of its state file.
-std::string train_bytes(int threads, int64_t accumulate, int64_t stop_at) {
+std::string train_bytes(int threads, int64_t accumulate, int64_t stop_at, Precision products = Precision::f32, bool recompute = false) {
   UseThreads use(threads);
   testing::TemporaryFolder folder;
   Config c = Config::named("tiny", 200);
   c.hidden_size = 24, c.intermediate_size = 40, c.num_attention_heads = 3, c.max_position_embeddings = 32;
   const Corpus corpus = tiny_corpus();
   TrainSettings settings;
-  settings.steps = 6, settings.lr = 1e-2, settings.accumulate = accumulate;
+  settings.steps = 6, settings.lr = 1e-2, settings.accumulate = accumulate, settings.products = products, settings.recompute = recompute;
   PretrainSampler sampler(corpus, tiny_settings(), kSpecial, 1);
   auto trainer = std::make_unique<Trainer>(Bert::random(c, Task::pretrain, 1), settings);
   for (int64_t s = 0; s < 6; s++) {
@@ -473,6 +473,11 @@ TEST_CASE("training: the same bytes at any number of threads, resumed or not, wi
     CHECK(want == train_bytes(2, accumulate, -1));
     CHECK(want == train_bytes(1, accumulate, 3));
     CHECK(want != train_bytes(1, accumulate == 1 ? 2 : 1, -1));
+    CHECK(want == train_bytes(2, accumulate, -1, Precision::f32, true));  // layers computed again, dropout too
+    const std::string rounded = train_bytes(2, accumulate, -1, Precision::bf16);
+    CHECK(rounded != want);
+    CHECK(rounded == train_bytes(1, accumulate, 3, Precision::bf16));
+    CHECK(rounded == train_bytes(3, accumulate, -1, Precision::bf16, true));
   }
 }
 

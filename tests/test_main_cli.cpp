@@ -176,7 +176,8 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
   }
   for (const auto& [later, message] : {std::pair("embed --model m --device opencl", "not built yet"),
                                        {"embed --model m --dtype f16", "--device opencl"},
-                                       {"pretrain --dtype bf16", "--dtype bf16: this command computes in f32"}}) {
+                                       {"tokenize --dtype bf16", "--dtype bf16: this command computes in f32"},
+                                       {"pretrain --dtype int8", "--dtype int8: this command computes in f32 or bf16"}}) {
     const Ran r = bert_run(later);
     CHECK(r.status == 1);
     CHECK(has(r.err, message));
@@ -781,6 +782,23 @@ TEST_CASE("training: a resumed run ends with the bytes of one that was never sto
   CHECK(has(testing::run("./bert " + small().pretrain + "--steps 30 --save-every 7 --clip 2 --resume --output " + parts).err,
             "--clip (begun with 1, now 2)"));
   CHECK(has(bert_run(small().pretrain + "--steps 30 --output " + parts).err, "--overwrite"));
+}
+
+TEST_CASE("training: --recompute gives the same bytes; --dtype bf16 its own, near f32's, in f32 files, whatever the threads") {
+  const std::string f32 = small().folder / "f32", again = small().folder / "again", bf16 = small().folder / "bf16",
+                    two = small().folder / "two";
+  REQUIRE(bert_run(small().pretrain + "--steps 20 --output " + f32).status == 0);
+  REQUIRE(bert_run(small().pretrain + "--steps 20 --recompute --output " + again).status == 0);
+  same_run(f32, again);
+  const Ran rounded = bert_run(small().pretrain + "--steps 20 --dtype bf16 --output " + bf16);
+  REQUIRE_MESSAGE(rounded.status == 0, rounded.err);
+  REQUIRE(bert_run(small().pretrain + "--steps 20 --dtype bf16 --threads 1 --recompute --output " + two).status == 0);
+  same_run(bf16, two);
+  const Ran apart = bert_run("info --model " + f32 + " --compare " + bf16);
+  CHECK(apart.status == 0);
+  CHECK(bert::read_file(f32 + "/model.safetensors") != bert::read_file(bf16 + "/model.safetensors"));
+  CHECK(std::filesystem::file_size(f32 + "/model.safetensors") == std::filesystem::file_size(bf16 + "/model.safetensors"));
+  CHECK(has(bert_run(small().pretrain + "--steps 20 --resume --output " + bf16).err, "--dtype (begun with bf16, now f32)"));
 }
 
 TEST_CASE("training: SIGINT and SIGTERM save, say how to go on, and exit 130 and 143") {

@@ -220,6 +220,14 @@ TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers"
       all.push_back(k.to_int8(x.data() + o, zero, bytes.data(), n));
       if (std::isfinite(all.back())) all.insert(all.end(), bytes.begin(), bytes.end());  // else the scale says all
     }
+    Floats wide((size_t)(n + 1), 7), words((size_t)(n + 1), 7);
+    k.from_bf16(halves.data(), wide.data(), n);
+    for (const uint16_t* odd : std::array<const uint16_t*, 2>{halves.data(), nullptr}) {
+      k.interleave(halves.data(), odd, words.data(), n);
+      for (const float w : words)
+        all.push_back((float)(std::bit_cast<uint32_t>(w) >> 16)), all.push_back((float)(std::bit_cast<uint32_t>(w) & 0xFFFF));
+    }
+    for (const float w : wide) all.push_back((float)(std::bit_cast<uint32_t>(w) >> 16));
     std::vector<int32_t> zeros((size_t)(n + o), 1000);
     Random random({seed, 4, 4, 4});
     Floats sums((size_t)(2 * (n + o) + 1));
@@ -522,6 +530,25 @@ static float narrow_product(Precision precision, const float* a, const float* w,
   }
   return sum + bias;
 }
+TEST_CASE("gradient without numbers: it is shared, and the numbers go back to the pool") {
+  Tensor x({1 << 20}, 1.f);
+  x.set_needs_grad();
+  const size_t before = pool_use().in_use;
+  Tensor side = x.grad_only();
+  x.grad()[3] = 5;
+  CHECK((side.needs_grad() && side.has_grad() && side.grad()[3] == 5 && side.shape() == x.shape()));
+  CHECK_THROWS_WITH_AS(side.data(), doctest::Contains("only the gradient kept"), Error);
+  x = {};
+  CHECK(pool_use().in_use < before + 100);  // one gradient came, the numbers went
+  side.add_grad(Tensor({1 << 20}, 2.f), 3);
+  CHECK((side.grad()[0] == 6 && side.grad()[3] == 11));
+  CHECK_THROWS_AS(side.add_grad(Tensor({7}, 1.f), 1), Error);
+  const Tensor own({1 << 20}, 4.f);
+  side.drop_grad();
+  side.add_grad(own, 1);
+  CHECK(side.grad() == own.data());
+  CHECK(!Tensor().grad_only());
+}
 TEST_CASE("gemm in bf16 and int8: the promised bytes at odd sizes, at any number of threads, alone and among others, from narrow rows") {
   for (const Precision precision : {Precision::bf16, Precision::int8})
     for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1},
@@ -577,6 +604,40 @@ TEST_CASE("gemm in bf16 and int8: the promised bytes at odd sizes, at any number
     gemm(40, a.data(), 8, PackedWeights(w.data(), 40, 8, precision), c.data(), 40, {});
     for (size_t i = 0; i < c.size(); i++) CHECK(std::isfinite(c[i]) == (i / 40 != 5 && i / 40 != 6));
   }
+}
+// What training multiplies: x W^T, dz W, dz^T x, each matrix rounded as it lies.
+TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training, at any number of threads") {
+  auto transposed = [](const Floats& x, int64_t rows, int64_t cols) {
+    Floats t(x.size());
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < cols; j++) t[(size_t)(j * rows + i)] = x[(size_t)(i * cols + j)];
+    return Tensor({cols, rows}, t);
+  };
+  for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 2}, {33, 70, 129}, {121, 31, 257}, {300, 65, 600}}) {
+    const auto [m, n, k] = shape;
+    CAPTURE(m);
+    CAPTURE(k);
+    const Floats a = numbers(m * k, 1), b = numbers(n * k, 2);
+    Floats want((size_t)(m * n)), c = want;
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++) want[(size_t)(i * n + j)] = narrow_product(Precision::bf16, a.data() + i * k, b.data() + j * k, k, 0);
+    const NarrowMatrix plain = narrowed(Tensor({m, k}, a), Precision::bf16), turned = narrowed(transposed(a, m, k), Precision::bf16);
+    const PackedWeights right(narrowed(Tensor({n, k}, b), Precision::bf16)),
+        right_turned(narrowed(transposed(b, n, k), Precision::bf16), true);
+    for (const bool a_transposed : {false, true})
+      for (const PackedWeights* w : {&right, &right_turned})
+        for (const int count : {1, 3}) {
+          UseThreads use(count);
+          std::fill(c.begin(), c.end(), 9.f);
+          gemm({.a_transposed = a_transposed, .b_transposed = true}, m, a_transposed ? turned : plain, *w, c.data(), n);
+          REQUIRE(same_bytes(want, c));
+          if (k > 256) continue;
+          gemm({.a_transposed = a_transposed, .b_transposed = true, .add = true}, m, a_transposed ? turned : plain, *w, c.data(), n);
+          for (size_t i = 0; i < c.size(); i++) REQUIRE(c[i] == 2 * want[i]);
+        }
+    CHECK_THROWS_WITH_AS(gemm({.b_transposed = true}, m + 1, plain, right, c.data(), n), doctest::Contains("do not multiply"), Error);
+  }
+  CHECK_THROWS_AS(PackedWeights(narrowed(Tensor({2, 2}, 1.f), Precision::int8), true), Error);
 }
 TEST_CASE("gemm: OpenBLAS gives nearly the same, whatever the threads, and gets its own setting back") {
   if (!has_openblas()) {
