@@ -352,6 +352,7 @@ struct Source {
   bool word_lists = false;   // tokenize --split-words
   bool keep_bytes = false;   // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
   bool raw = false;          // running text: a TAB is white space, an empty line the end of a document
+  std::string prompt;        // goes in front of every text
 };
 
 Source take_source(Args& a, const std::string& name = "input") {
@@ -393,7 +394,6 @@ struct Row : Item {
 // All rows of all files, in order, one at a time.
 class Rows {
  public:
-  std::string prompt;  // goes in front of every text
   explicit Rows(Source source) : s_(std::move(source)) {}
 
   bool next(Row& row) {
@@ -403,7 +403,7 @@ class Rows {
         if (read(row)) {
           count_++, number_++;
           if (s_.word_lists && row.words.empty()) row.words = split_words(row.text), row.pair_words = split_words(row.pair.value_or(""));
-          row.text.insert(0, prompt);
+          row.text.insert(0, s_.prompt);
           return true;
         }
         if (lines_->name() != "standard input" && !lines_->number() && format_ != kSquad)
@@ -900,7 +900,6 @@ WordPiece open_tokenizer(const std::string& path) {
   return tokenizer;
 }
 ModelFolder open_model(const std::string& path, bool pack = true, std::optional<Precision> precision = {}) {
-  check_folder(path);
   ModelFolder folder = load_folder(path, pack, precision);
   for (const std::string& warning : folder.tokenizer.warnings) note("bert: " + warning);
   // Rows are often padded to a multiple of up to 1024; more is missing where a vocab.txt was cut short or belongs to another model.
@@ -1285,20 +1284,16 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
 
 // Writes what `vocab` made: a folder with a vocabulary, or with a model that has rows for the new pieces.
 void write_vocabulary(const std::string& output, const Strings& pieces, const TokenizerSettings& settings, const std::string& extend,
-                      bool with_model) {
-  std::map<std::string, std::string> files;
-  if (!extend.empty()) files = tokenizer_files(extend, open_tokenizer(extend), 512);
+                      const WordPiece& old, bool with_model) {
+  ModelFolder model;
+  if (with_model) model = open_model(extend, false), extend_rows(model.bert, old, pieces);
+  std::map<std::string, std::string> files = model.carried;
+  if (!extend.empty()) files.merge(tokenizer_files(extend, old, 512));
   if (files.erase("tokenizer.json"))
     note("bert: " + extend + "/tokenizer.json is left behind: vocab.txt and tokenizer_config.json say it all");
-  if (!files.count("tokenizer_config.json")) files["tokenizer_config.json"] = tokenizer_config_json(settings, 512);
+  files.try_emplace("tokenizer_config.json", tokenizer_config_json(settings, 512));
   files["vocab.txt"] = join(pieces, "\n") + "\n";
-  if (with_model) {
-    ModelFolder model = open_model(extend, false);
-    extend_rows(model.bert, model.tokenizer, pieces);
-    model.carried.erase("tokenizer.json");
-    for (const auto& [name, bytes] : files) model.carried[name] = bytes;
-    return save_folder(output, model.bert, model.carried);
-  }
+  if (with_model) return save_folder(output, model.bert, files);
   for (const char* name : {"tokenizer.json", "special_tokens_map.json"})  // of a vocabulary that was here before
     if (!files.count(name)) fs::remove(output + "/" + name);
   for (const auto& [name, bytes] : files) write_file(output + "/" + name, bytes);
@@ -1340,7 +1335,7 @@ void cmd_vocab(Args& a) {
                            : "ask for a --size of " + to_string(options.size + 2 * left_out + 1) + " or more to keep them"));
   };
   const Strings pieces = trainer.train(options);
-  write_vocabulary(output, pieces, settings, extend, with_model);
+  write_vocabulary(output, pieces, settings, extend, old, with_model);
   note(output + "/vocab.txt: " + grouped((int64_t)pieces.size()) + " pieces from " + grouped(trainer.words()) + " words, " +
        grouped(trainer.distinct_words()) + " of them different");
   if ((int64_t)pieces.size() < options.size)
@@ -1520,8 +1515,8 @@ void tokenize_row(const WordPiece& t, const Row& row, const Tokenization& o, std
   }
 }
 
-// Texts to pieces; the counts of all.
-TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results& out) {
+// Texts to pieces, or to the counts of all.
+void tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results& out) {
   TokenCounts total;
   Rows rows(source);
   std::vector<Row> chunk, next;
@@ -1543,17 +1538,16 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
     more = reading.get();
   }
   rows.report();
-  return total;
+  if (o.stats) out.write(total.report(t));
 }
 
 // Ids to text.
-void decode_rows(const WordPiece& t, Source source, bool skip_special, bool cleanup, Results& out) {
-  source.format = kIds;
+void decode_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results& out) {
   Rows rows(source);
   for (Row row; rows.next(row);) {
     const int32_t largest = *std::max_element(row.ids.begin(), row.ids.end());
     if (largest < t.size())
-      out.line(t.decode(row.ids, skip_special, cleanup));
+      out.line(t.decode(row.ids, o.skip_special, o.cleanup));
     else
       rows.bad(row.where, "token id " + to_string(largest) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
   }
@@ -1567,14 +1561,13 @@ void cmd_tokenize(Args& a) {
   const Tokenization o{a};
   o.check(source.format);
   source.word_lists = o.words, source.keep_bytes = true;
+  if (o.decode) source.format = kIds;
   a.done();
   const WordPiece t = tokenizer_of(o);
-  if (o.decode) {
-    decode_rows(t, source, o.skip_special, o.cleanup, out);
-  } else {
-    const TokenCounts c = tokenize_rows(t, source, o, out);
-    if (o.stats) out.write(c.report(t));
-  }
+  if (o.decode)
+    decode_rows(t, source, o, out);
+  else
+    tokenize_rows(t, source, o, out);
   out.finish();
 }
 
@@ -1952,7 +1945,7 @@ std::string confusion_table(const std::vector<int64_t>& confusion, const Strings
   return html_section("Held-out texts: what they are, and what was said", out + "</tr>");
 }
 
-std::string mistakes_table(const std::vector<Mistake>& worst) {
+std::string mistakes_table(const std::multimap<double, Mistake, std::greater<>>& worst) {
   if (worst.empty()) return "";
   auto shortened = [](const std::string& s) {
     size_t n = std::min<size_t>(s.size(), 400);
@@ -1960,7 +1953,7 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
     return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
   };
   std::string out = "<tr><th>right</th><th>said</th><th>text</th></tr>";
-  for (const Mistake& m : worst)
+  for (const auto& [size, m] : worst)
     out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
   return html_section("The worst mistakes", out);
 }
@@ -1990,16 +1983,11 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
     return e;
   }
   Scorer scorer(f.task, f.labels.names);
-  std::vector<Mistake> worst;
-  auto keep_worst = [&] {
-    std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
-    worst.resize(std::min(worst.size(), kMistakes));
-  };
+  std::multimap<double, Mistake, std::greater<>> worst;
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
-    if (worst.size() >= 4 * kMistakes) keep_worst();
+    if (const auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.emplace(m->size, *m);
+    if (worst.size() > kMistakes) worst.erase(std::prev(worst.end()));
   });
-  keep_worst();
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
@@ -2146,12 +2134,10 @@ struct Answering {
     return e;
   }
   // Runs answer(rows, made) over the input, a chunk at a time; returns the number of rows. made[i] = make(rows[i]), which throws BadLine
-  // for what the model cannot answer; it runs in parallel. prompt: stands in front of every text; pass_over: so many rows at the start
-  // were answered before.
+  // for what the model cannot answer; it runs in parallel. pass_over: so many rows at the start were answered before.
   template <class Make, class Answer>
-  int64_t each_chunk(Make&& make, Answer&& answer, const std::string& prompt = "", int64_t pass_over = 0) {
+  int64_t each_chunk(Make&& make, Answer&& answer, int64_t pass_over = 0) {
     Rows rows(source);
-    rows.prompt = prompt;
     for (Row row; row.number < pass_over && rows.next(row);) continue;
     int64_t answered = 0;
     for (std::vector<Row> chunk; read_chunk(rows, chunk, kItems);) {
@@ -2179,6 +2165,7 @@ struct Answering {
     if (were_cut)
       note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
            " tokens and were cut");
+    were_cut = 0;
     return answered;
   }
 
@@ -2492,8 +2479,8 @@ void cmd_embed(Args& a) {
         throw Error(std::string("--to npy: cannot write the temporary file: ") + std::strerror(errno));
   };
   // [MASK] and [SEP] in a text are themselves, as sentence-transformers reads them: the vectors are to be the same.
-  const std::string prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
-  const int64_t rows = s.each_chunk(make, answer, prompt);
+  s.source.prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
+  const int64_t rows = s.each_chunk(make, answer);
   if (npy) s.out.write(npy_header(rows, o.pooling.width(config.hidden_size))), std::rewind(waiting);
   char part[1 << 16];
   for (size_t n; npy && (n = std::fread(part, 1, sizeof part, waiting)) > 0;) s.out.write({part, n});
@@ -2520,7 +2507,7 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
     progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " +
                   time_left(start, index.count() - before, corpus.size() - before));
   };
-  s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt, before);
+  s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, before);
   if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
 }
 
@@ -2533,7 +2520,7 @@ void cmd_search(Args& a) {
   a.done();
   s.open();
   Pooling pooling = s.folder.pooling;
-  pooling.normalize = true;
+  pooling.normalize = true, s.source.prompt = s.folder.prompt;
   if (format_of(path) != kLines)  // its lines, names and quotes included, would be taken for texts
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
@@ -2557,7 +2544,7 @@ void cmd_search(Args& a) {
         s.out.line(to_string(chunk[i].number) + "\t" + to_string(rank + 1) + "\t" + score_and_line(found[i][rank], found[i][rank].b) +
                    "\t" + corpus.line(found[i][rank].b));
   };
-  if (!pairs) s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt);
+  if (!pairs) s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer);
   if (pairs)
     for (const Match& m : nearest_pairs(index.vectors(), top)) s.out.line(score_and_line(m, m.a) + "\t" + to_string(m.b + 1));
   s.out.finish();
@@ -2649,7 +2636,6 @@ void cmd_convert(Args& a) {
   const std::string model = a.need("model", "the folder to read"), output = a.need("output", "the folder to write");
   const bool overwrite = a.take_switch("overwrite");
   a.done();
-  check_output(output, false, overwrite);
   const ModelFolder folder = open_model(model, false);
   const FolderLock lock = lock_output(output, false, overwrite);
   save_folder(output, folder.bert, folder.carried, std::array{"F32", "F16", "BF16"}[dtype]);
@@ -3017,7 +3003,6 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
 void bench_sentences(const BenchTable& table, const Source& source, const std::string& path) {
   if (path.empty() || source.files.empty()) throw Usage("bench sentences: --model, and --input with a text a line are wanted");
   const Model model = Model::load(path, table.precision);
-  const std::string engine = std::string("ours-") + name_of(table.precision);
   const Strings texts = text_lines(source);
   if (table.config == "start") return void(model.embed(texts[0]));
   if (table.config.starts_with("query")) {
@@ -3028,14 +3013,14 @@ void bench_sentences(const BenchTable& table, const Source& source, const std::s
       ms.push_back(1e3 * (now() - began));
     }
     std::sort(ms.begin(), ms.end());
-    table.row(engine, table.config, "ms", median(ms));
-    table.row(engine, table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
+    table.row(table.engine(), table.config, "ms", median(ms));
+    table.row(table.engine(), table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
     return;
   }
   const double began = now();
   model.embed(texts);
-  table.row(engine, table.config, "texts/s", (double)texts.size() / (now() - began));
-  table.row(engine, table.config, "MiB", peak_mib());
+  table.row(table.engine(), table.config, "texts/s", (double)texts.size() / (now() - began));
+  table.row(table.engine(), table.config, "MiB", peak_mib());
 }
 
 // Texts in memory to ids, some 10 MB in a call, as the peers are timed.
@@ -3234,11 +3219,6 @@ const Command& find_command(const std::string& name) {
   throw Usage("no command '" + name + "'; did you mean bert " + nearest(name, names) + "? (bert help lists all)");
 }
 
-void run_command(const std::string& name, const Strings& words) {
-  Args args(name, Strings(words.begin() + 1, words.end()));
-  find_command(name).run(args);
-}
-
 void help_command(const std::string& name) {
   const Command& c = find_command(name);
   std::printf("%s: %s\n\n%s\n%s%s", c.name, c.what, c.usage, among(name, {"info", "convert", "bench"}) ? "" : kInputHelp, kCommonHelp);
@@ -3247,14 +3227,17 @@ void help_command(const std::string& name) {
 int run(const Strings& words) {
   const std::string first = words.empty() ? "" : words[0];
   if (first.empty()) return help(stderr), 2;
-  if (first == "version" || first == "--version")
+  if (first == "version" || first == "--version") {
     std::printf("bert %s\n%s\n", kVersion, backend_description().c_str());
-  else if (!among(first, {"help", "--help", "-h"}))
-    among("--help", words) || among("-h", words) ? help_command(first) : run_command(first, words);
-  else if (words.size() > 2)
-    throw Usage("bert help COMMAND: one command is wanted");
-  else
+  } else if (among(first, {"help", "--help", "-h"})) {
+    if (words.size() > 2) throw Usage("bert help COMMAND: one command is wanted");
     words.size() > 1 ? help_command(words[1]) : help(stdout);
+  } else if (among("--help", words) || among("-h", words)) {
+    help_command(first);
+  } else {
+    Args args(first, Strings(words.begin() + 1, words.end()));
+    find_command(first).run(args);
+  }
   return 0;
 }
 
