@@ -72,6 +72,7 @@ int index_of(const std::string& name, const Strings& names) {
 }
 bool among(const std::string& name, const Strings& names) { return index_of(name, names) >= 0; }
 
+bool blank(std::string_view text) { return text.find_first_not_of(" \t") == text.npos; }
 Strings split_words(std::string_view text) {
   Strings words = split(text, ' ');
   std::erase(words, "");
@@ -601,6 +602,7 @@ class Rows {
     row.text = parts[text_];
     if (pair_ >= 0) row.pair = parts[pair_];
     if (label_ >= 0) row.told.answers = {parts[label_]};
+    if (label_ >= 0 && s_.task == Task::qa) row.told = {}, add_answers(row, Json(parts[label_]));
     for (const int i : others_) row.others.push_back(parts[i]);
   }
   static void fasttext(const std::string& text, Row& row) {
@@ -846,7 +848,7 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
         corpus.ids.insert(corpus.ids.end(), ids.begin(), ids.end());
         corpus.end_sentence();
       }
-      if (named(chunk[i].format) || chunk[i].text.find_first_not_of(" \t") == std::string::npos) corpus.end_document();
+      if (named(chunk[i].format) || blank(chunk[i].text)) corpus.end_document();
     }
   }
   corpus.end_document();
@@ -1525,11 +1527,13 @@ void tokenize_rows(const WordPiece& t, const Source& source, const Tokenization&
     // Threads that have worked off a chunk would wait for the next, so it is read meanwhile; not where that is still to come.
     const bool meanwhile = threads() > 1 && !rows.waits();
     auto reading = std::async(meanwhile ? std::launch::async : std::launch::deferred, [&] { return read_chunk(rows, next, 4096); });
-    lines.resize(chunk.size());
-    std::vector<TokenCounts> counts(chunk.size());
-    parallel_each((int64_t)chunk.size(), 32, [&](int64_t i) {
+    constexpr int64_t kPiece = 32;  // rows that one task works off
+    lines.resize(chunk.size() / kPiece + 1);
+    for (std::string& text : lines) text.clear();
+    std::vector<TokenCounts> counts(lines.size());
+    parallel_each((int64_t)chunk.size(), kPiece, [&](int64_t i) {
       try {
-        lines[i].clear(), tokenize_row(t, chunk[i], o, lines[i], counts[i]);
+        tokenize_row(t, chunk[i], o, lines[i / kPiece], counts[i / kPiece]);
       } catch (const Error& e) { throw Error(chunk[i].where + ": " + e.what()); }
     });
     for (const TokenCounts& c : counts) total.add(c);
@@ -2492,23 +2496,19 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
   const int64_t before = index.count(), H = pooling.width(s.folder.config.hidden_size);
   const double start = now();
   Progress progress;
-  std::vector<float> vectors;
-  auto append = [&](int64_t end, auto&& fill) {  // of the lines up to `end`
-    vectors.assign((size_t)((end - index.count()) * H), NAN);
-    fill(), index.append(vectors);
+  auto append = [&](const std::vector<Row>& chunk, const Tensor& of_chunk, int64_t end) {  // up to line `end`
+    std::vector<float> vectors((size_t)((end - index.count()) * H), NAN);
+    for (size_t i = 0; i < chunk.size(); i++)
+      if (!blank(chunk[i].text)) std::copy_n(&of_chunk.data()[(int64_t)i * H], H, &vectors[(chunk[i].number - 1 - index.count()) * H]);
+    index.append(vectors);
   };
   auto answer = [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-    const Tensor v = embed_examples(s.folder.bert, examples, pooling, s.batch_tokens);
-    append(chunk.back().number, [&] {
-      for (size_t i = 0; i < chunk.size(); i++)
-        if (chunk[i].text.find_first_not_of(" \t") != std::string::npos)
-          std::copy_n(v.data() + (int64_t)i * H, H, vectors.data() + (chunk[i].number - 1 - index.count()) * H);
-    });
+    append(chunk, embed_examples(s.folder.bert, examples, pooling, s.batch_tokens), chunk.back().number);
     progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " +
                   time_left(start, index.count() - before, corpus.size() - before));
   };
   s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, before);
-  if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
+  if (!index.vectors()) append({}, {}, corpus.size());  // lines at the end that --skip-bad passed over
 }
 
 void cmd_search(Args& a) {
