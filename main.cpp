@@ -2110,19 +2110,17 @@ void cmd_finetune(Args& a) {
 // ==== 12 evaluate, predict, fill-mask, embed, search ==============================================================
 // What these five share: a model's folder, rows in, results out.
 struct Answering {
-  Common common;
-  std::string model;
-  Source source;
-  int64_t batch_tokens, stride = 128;
-  Results out;
-  ModelFolder folder;  // by open(), when every option is taken
+  Args& a;
+  const char* which = "a model's folder";
+  const int64_t usual_tokens = 8192;
+  const Common common{a, true};
+  const std::string model = a.need("model", which);
+  Source source = take_source(a);
+  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30), stride = 128;
+  Results out{a};
+  ModelFolder folder = {};                        // by open(), when every option is taken
+  std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
 
-  Answering(Args& a, const std::string& which, int64_t usual_tokens = 8192)
-      : common(a, true),
-        model(a.need("model", which)),
-        source(take_source(a)),
-        batch_tokens(a.take_int("batch-tokens", usual_tokens, 1, 1 << 30)),
-        out(a) {}
   void open() { folder = open_model(model, true, common.precision); }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
@@ -2172,9 +2170,6 @@ struct Answering {
     were_cut = 0;
     return answered;
   }
-
- private:
-  std::atomic<int64_t> were_cut = 0, cut_to = 0;
 };
 
 Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t seed) {
@@ -2215,7 +2210,7 @@ Numbers label_scores(Answering& s) {
 }
 
 void cmd_evaluate(Args& a) {
-  Answering s(a, "a model's folder");
+  Answering s{a};
   a.done();
   s.open();
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
@@ -2330,7 +2325,7 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
 }
 
 void cmd_predict(Args& a) {
-  Answering s(a, "the folder of a task model, as bert finetune writes it");
+  Answering s{a, "the folder of a task model, as bert finetune writes it"};
   Prediction p{a};
   s.stride = a.take_int("stride", 128, 0, 1 << 20);
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
@@ -2359,7 +2354,7 @@ void cmd_predict(Args& a) {
 }
 
 void cmd_fill_mask(Args& a) {
-  Answering s(a, "the folder of a masked-word model");
+  Answering s{a, "the folder of a masked-word model"};
   const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool score = a.take_switch("score");
   a.exclude("score", "top");
@@ -2454,7 +2449,7 @@ Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector
 }
 
 void cmd_embed(Args& a) {
-  Answering s(a, "a model's folder");
+  Answering s{a};
   EmbedOptions o{a};
   const bool npy = o.to == EmbedOptions::npy;
   if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
@@ -2513,7 +2508,7 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
 
 void cmd_search(Args& a) {
   const std::string path = a.need("corpus", "a file with a text a line"), index_path = a.take("index", path + ".bert-index");
-  Answering s(a, "a model's folder", 2048);  // no slower, and beside the vectors the memory of a batch shows
+  Answering s{a, "a model's folder", 2048};  // no slower, and beside the vectors the memory of a batch shows
   const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool pairs = a.take_switch("pairs");
   a.exclude("pairs", "input");
