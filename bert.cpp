@@ -30,6 +30,15 @@ std::string join(std::span<const std::string> parts, const std::string& between)
   for (size_t i = 0; i < parts.size(); i++) out += (i ? between : "") + parts[i];
   return out;
 }
+Strings split(std::string_view text, char at) {
+  Strings out;
+  for (size_t begin = 0;;) {
+    const size_t end = text.find(at, begin);
+    out.emplace_back(text.substr(begin, end == text.npos ? end : end - begin));
+    if (end == text.npos) return out;
+    begin = end + 1;
+  }
+}
 
 // The first row of a table that fits, or null.
 template <class Row, size_t n, class Fits>
@@ -1299,6 +1308,58 @@ void Labels::put_in(Gold& gold, std::span<const std::string> own) const {
 std::string Labels::some() const {
   const auto all = std::span(names);
   return all.size() > 8 ? join(all.first(8), ", ") + ", …" : join(all, ", ");
+}
+
+// The names of labels that an item may have.
+static void check_names(const Item& item, const Labels& labels, bool known, const Strings& names) {
+  const bool tags = labels.task == Task::tag;
+  if (labels.task == Task::classify && names.size() != 1)
+    throw Error(names.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
+  if (tags && names.size() != item.words.size())
+    throw Error("words: " + std::to_string(item.words.size()) + ", tags: " + std::to_string(names.size()) + "; one a word is wanted");
+  const bool typed = std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && entity_tag(n); });
+  for (const std::string& name : names) {
+    if (name.empty() || name.find_first_of("\t\r\n") != name.npos)
+      throw Error("a label that is empty, or holds a TAB or an end of line; results are lines of columns");
+    if (tags && typed && !entity_tag(name))
+      throw Error("tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
+    if (known && !labels.ids.count(name))
+      throw Error("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
+  }
+}
+
+// The one answer as a number.
+template <class T>
+static std::optional<T> told_number(const Told& told) {
+  return told.answers.size() == 1 ? parse_number<T>(told.answers[0]) : std::nullopt;
+}
+
+Gold make_gold(const Item& item, const Told& told, const Labels& labels, bool known, Strings& names) {
+  Gold gold;
+  names.clear();
+  if (told.answers.empty() && !told.listed && (labels.task != Task::embed || item.others.empty())) throw Error("no label");
+  if (labels.task == Task::qa) {
+    if (!item.pair) throw Error("a question without a context");
+    gold.answers = told.answers, gold.starts = told.starts;
+  } else if (labels.task == Task::choice) {
+    const auto right = told_number<int32_t>(told);
+    if (item.others.size() < 2) throw Error("fewer than two choices");
+    if (!right || *right < 0 || *right >= (int32_t)item.others.size())
+      throw Error("'" + join(told.answers, "|") + "' is no choice's number, from 0 to " + std::to_string(item.others.size() - 1));
+    gold.label = *right;
+  } else if (labels.task == Task::regress || labels.task == Task::embed) {
+    if (told.answers.empty()) return gold;
+    const auto value = told_number<float>(told);
+    if (!value || !std::isfinite(*value)) throw Error("'" + join(told.answers, "|") + "' is no number, which this task wants");
+    if (labels.task == Task::embed && !item.pair) throw Error("one text with a score; two are compared");
+    gold.targets = {*value};
+  } else {
+    names = told.answers;
+    if (labels.task == Task::multilabel && !told.listed) names = split(told.answers[0], '|');
+    if (labels.task != Task::tag) std::erase(names, "");
+    check_names(item, labels, known, names);
+  }
+  return gold;
 }
 
 std::vector<double> label_counts(std::span<const Gold> golds, size_t classes) {

@@ -139,6 +139,7 @@ const char* script_of(char32_t c);         // latin, chinese, digits, other ...:
 
 // ==== 2 config =================================================================================================== [bert.cpp]
 std::string join(std::span<const std::string> parts, const std::string& between);
+std::vector<std::string> split(std::string_view text, char at);
 
 struct Config {   // config.json, by the names there
   int64_t vocab_size = 0, hidden_size = 0, num_hidden_layers = 0, num_attention_heads = 0, intermediate_size = 0;
@@ -433,6 +434,12 @@ struct Gold {
   std::vector<std::string> answers = {};           // qa: each of them is right; none: there is no answer in the context
   std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
 };
+// What a data file says is right, in words.
+struct Told {
+  bool listed = false;                             // the answer was a list, else it is one text in answers[0]
+  std::vector<std::string> answers = {};           // none: no label; tags: one a word
+  std::vector<int64_t> starts = {};                // qa: where each begins in the context, in bytes
+};
 struct LabelledSet {                               // one gold an item
   std::vector<Item> items;
   std::vector<Gold> golds;
@@ -449,6 +456,9 @@ struct Labels {
   bool named() const { return task == Task::classify || task == Task::multilabel || task == Task::tag; }  // else outputs have no names
   std::string some() const;                        // for a message
 };
+// An item's gold without its labels, whose names are left in `names`, for put_in. known: of these names alone. Throws Error that says what
+// does not do.
+Gold make_gold(const Item& item, const Told& told, const Labels& labels, bool known, std::vector<std::string>& names);
 struct Answer {                                    // a part of the context
   std::string text;
   int64_t start = 0, end = 0;                      // bytes

@@ -72,15 +72,7 @@ int index_of(const std::string& name, const Strings& names) {
 }
 bool among(const std::string& name, const Strings& names) { return index_of(name, names) >= 0; }
 
-Strings split(std::string_view text, char at) {
-  Strings out;
-  for (size_t begin = 0;;) {
-    const size_t end = text.find(at, begin);
-    out.emplace_back(text.substr(begin, end == text.npos ? end : end - begin));
-    if (end == text.npos) return out;
-    begin = end + 1;
-  }
-}
+bool blank(std::string_view text) { return text.find_first_not_of(" \t") == text.npos; }
 Strings split_words(std::string_view text) {
   Strings words = split(text, ' ');
   std::erase(words, "");
@@ -95,10 +87,6 @@ std::string grouped(int64_t n) {
   std::string s = to_string(n);
   for (int64_t i = (int64_t)s.size() - 3; i > (n < 0); i -= 3) s.insert((size_t)i, ",");
   return s;
-}
-template <class List>
-std::string size_of(const List& list) {
-  return grouped((int64_t)list.size());
 }
 std::string counted(int64_t n, const std::string& what) { return grouped(n) + " " + what + (n == 1 ? "" : "s"); }
 
@@ -369,6 +357,7 @@ struct Source {
   bool word_lists = false;   // tokenize --split-words
   bool keep_bytes = false;   // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
   bool raw = false;          // running text: a TAB is white space, an empty line the end of a document
+  std::string prompt;        // goes in front of every text
 };
 
 Source take_source(Args& a, const std::string& name = "input") {
@@ -388,6 +377,8 @@ std::optional<Source> take_like(Args& a, const std::string& name, Source source)
   return a.given(name) ? std::optional<Source>(source) : std::nullopt;
 }
 
+bool table(Format f) { return f == kTsv || f == kCsv; }
+bool named(Format f) { return table(f) || f == kJsonl; }  // its rows are made of columns or keys
 Format format_of(const std::string& path) {
   for (const Format f : {kTsv, kCsv, kJsonl, kConll})
     if (path.ends_with("." + kFormats[f])) return f;
@@ -396,32 +387,28 @@ Format format_of(const std::string& path) {
 
 // One row of any format.
 struct Row : Item {
-  Strings pair_words;                  // beside words, where word lists were asked for
-  bool listed = false;                 // the answer was a list, else it is one text in answers[0]
-  Strings answers;                     // none: no label; tags: one a word
-  std::vector<int64_t> starts;         // of answers in a context, bytes
-  std::string id, wrong;               // of a question; what is wrong with it
-  std::vector<int32_t> ids, segments;  // format ids
-  bool document = false;               // a document of its own (tsv, csv, jsonl)
-  int64_t number = 0;                  // of the text, from 1 over all files
+  Format format = kLines;              // of its file
   std::string where;                   // file:line
+  int64_t number = 0;                  // of the text, from 1 over all files
+  Strings pair_words;                  // beside words, where word lists were asked for
+  Told told;                           // what is right
+  std::string id;                      // of a question
+  std::vector<int32_t> ids, segments;  // format ids
 };
 
 // All rows of all files, in order, one at a time.
 class Rows {
  public:
-  std::string prompt;  // goes in front of every text
   explicit Rows(Source source) : s_(std::move(source)) {}
 
   bool next(Row& row) {
     while (lines_ || open()) try {
         row = Row();
-        row.number = number_ + 1;
+        row.format = format_, row.number = number_ + 1;
         if (read(row)) {
           count_++, number_++;
-          row.document = named();
           if (s_.word_lists && row.words.empty()) row.words = split_words(row.text), row.pair_words = split_words(row.pair.value_or(""));
-          row.text.insert(0, prompt);
+          row.text.insert(0, s_.prompt);
           return true;
         }
         if (lines_->name() != "standard input" && !lines_->number() && format_ != kSquad)
@@ -446,7 +433,6 @@ class Rows {
           "; each invalid part became U+FFFD");
   }
   int64_t count() const { return count_; }
-  bool tokens_come_in_lines() const { return format_ == kConll; }
   bool waits() const { return lines_ && lines_->waits(); }
 
  private:
@@ -459,12 +445,11 @@ class Rows {
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   std::vector<int> others_;                 // of choices, or of what is and what is not alike
   size_t columns_ = 0;                      // conll: of the file's first line
-  std::vector<Row> questions_;              // squad: the file's, last one first
-  std::string text_line_;                   // read last; its room is used again
+  Json squad_;                              // the file, and its questions with their paragraphs, the last one first
+  std::vector<std::array<const Json*, 2>> questions_;
+  std::string text_line_;  // read last; its room is used again
   int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
   std::string first_repaired_;
-
-  bool named() const { return format_ == kTsv || format_ == kCsv || format_ == kJsonl; }
 
   bool open() {
     if (file_ >= s_.files.size()) return false;
@@ -474,14 +459,14 @@ class Rows {
     if ((format_ == kConll) > (task == Task::tag) || (format_ == kSquad) > (task == Task::qa))
       throw Error(path + ": format " + kFormats[format_] + " is for " + (format_ == kConll ? "tags" : "questions") +
                   "; say --format if it is another");
-    if (!named() && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
+    if (!named(format_) && !s_.columns.empty()) throw Usage("--columns: " + path + " has no columns; they are for tsv, csv and jsonl");
     lines_.emplace(path);
     const char* own_format = task == Task::tag ? " or conll" : task == Task::qa ? " or squad" : "";
     if (s_.labels && (format_ == kLines || format_ == kIds))
       throw Error(path + ": no labels in this format; give a tsv, csv or jsonl file, or --format fasttext" + own_format);
     picked_ = said_ = false, columns_ = 0;
     if (format_ == kSquad) read_squad(path);
-    if (format_ == kTsv || format_ == kCsv) try {
+    if (table(format_)) try {
         Row row;
         Strings header;
         if (s_.header && !cells(header, row)) throw Error(path + ": empty; a header line is wanted");
@@ -506,9 +491,8 @@ class Rows {
     Strings parts;
     if (format_ == kConll) return sentence(row);
     if (format_ == kSquad) return question(row);
-    const bool table = format_ == kTsv || format_ == kCsv;
-    if (table ? !cells(parts, row) : !line(text_line_, row)) return false;
-    if (table)
+    if (table(format_) ? !cells(parts, row) : !line(text_line_, row)) return false;
+    if (table(format_))
       columns(parts, row);
     else if (format_ == kJsonl)
       json(text_line_, row);
@@ -539,11 +523,11 @@ class Rows {
                     : counted((int64_t)parts.size(), "column") + ", but the file's first line has " + to_string(columns_);
       }
       row.words.push_back(parts[0]);
-      if (s_.labels) row.answers.push_back(parts.back());
+      if (s_.labels) row.told.answers.push_back(parts.back());
     }
     if (!first.empty()) row.where = first;
     if (!wrong.empty()) throw BadLine(wrong);
-    row.listed = true, row.text = join(row.words, " ");
+    row.told.listed = true, row.text = join(row.words, " ");
     return !row.words.empty();
   }
 
@@ -555,11 +539,11 @@ class Rows {
       at += std::max<size_t>(utf8_length(*row.pair, at), 1);
     if (answer.empty() || at >= row.pair->size() || row.pair->compare(at, answer.size(), answer))
       throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
-    row.answers.push_back(answer), row.starts.push_back((int64_t)at);
+    row.told.answers.push_back(answer), row.told.starts.push_back((int64_t)at);
   }
   // A string; {"text": [...], "answer_start": [...]}; or a list of {"text", "answer_start"}.
   static void add_answers(Row& row, const Json& v) {
-    row.listed = true;
+    row.told.listed = true;
     if (v.is(Json::string)) {
       if (!v.as_string("answer").empty()) add_answer(row, v, nullptr);
     } else if (v.is(Json::array)) {
@@ -578,39 +562,30 @@ class Rows {
       throw BadLine("answers are neither a string nor a list of texts");
     }
   }
-  // A whole SQuAD file: what is wrong with an answer is said when its question's turn comes.
+  // What SQuAD's format has under a key.
+  const Json& need(const Json& v, const char* key) const {
+    if (const Json* found = v.find(key)) return *found;
+    throw Error(lines_->name() + ": no '" + key + "' where SQuAD's format has it");
+  }
+  const std::vector<Json>& need_list(const Json& v, const char* key) const { return need(v, key).items(lines_->name() + ": " + key); }
+  const std::string& need_text(const Json& v, const char* key) const { return need(v, key).as_string(lines_->name() + ": " + key); }
   void read_squad(const std::string& path) {
-    const Json file = Json::parse(read_file(path), path);
-    auto need = [&](const Json& v, const char* key) -> const Json& {
-      if (const Json* found = v.find(key)) return *found;
-      throw Error(path + ": no '" + key + "' where SQuAD's format has it");
-    };
-    questions_.clear();
-    for (const Json& article : need(file, "data").items(path + ": data"))
-      for (const Json& paragraph : need(article, "paragraphs").items(path + ": paragraphs"))
-        for (const Json& qa : need(paragraph, "qas").items(path + ": qas")) {
-          Row& row = questions_.emplace_back();
-          row.pair = need(paragraph, "context").as_string(path + ": context");
-          row.text = need(qa, "question").as_string(path + ": question");
-          row.id = need(qa, "id").as_string(path + ": id");
-          row.where = path + ": question " + row.id;
-          repair_utf8(*row.pair), repair_utf8(row.text);
-          const Json *answers = qa.find("answers"), *impossible = qa.find("is_impossible");
-          if (s_.labels && !answers) throw Error(row.where + ": no 'answers'");
-          row.listed = true;
-          if (s_.labels && !(impossible && impossible->as_bool(row.where))) try {
-              add_answers(row, *answers);
-            } catch (const BadLine& e) { row.wrong = e.what(); }
-        }
+    squad_ = Json::parse(read_file(path), path), questions_.clear();
+    for (const Json& article : need_list(squad_, "data"))
+      for (const Json& paragraph : need_list(article, "paragraphs"))
+        for (const Json& question : need_list(paragraph, "qas")) questions_.push_back({&paragraph, &question});
     if (questions_.empty()) throw Error(path + ": no question in this file");
     std::reverse(questions_.begin(), questions_.end());
   }
   bool question(Row& row) {
     if (questions_.empty()) return false;
-    const int64_t number = row.number;
-    row = std::move(questions_.back()), row.number = number;
+    const auto [paragraph, question] = questions_.back();
     questions_.pop_back();
-    if (!row.wrong.empty()) throw BadLine(row.wrong);
+    row.pair = need_text(*paragraph, "context"), row.text = need_text(*question, "question"), row.id = need_text(*question, "id");
+    row.where = lines_->name() + ": question " + row.id, row.told.listed = true;
+    const Json *answers = question->find("answers"), *impossible = question->find("is_impossible");
+    if (s_.labels && !answers) throw Error(row.where + ": no 'answers'");
+    if (s_.labels && !(impossible && impossible->as_bool(row.where))) add_answers(row, *answers);
     return true;
   }
 
@@ -630,7 +605,8 @@ class Rows {
                     " (from 0) is wanted; check the separators");
     row.text = parts[text_];
     if (pair_ >= 0) row.pair = parts[pair_];
-    if (label_ >= 0) row.answers = {parts[label_]};
+    if (label_ >= 0) row.told.answers = {parts[label_]};
+    if (label_ >= 0 && s_.task == Task::qa) row.told = {}, add_answers(row, Json(parts[label_]));
     for (const int i : others_) row.others.push_back(parts[i]);
   }
   static void fasttext(const std::string& text, Row& row) {
@@ -639,11 +615,11 @@ class Rows {
     do {  // the first word is a label, and every following one that is marked
       const size_t end = std::min(text.find(' ', at), text.size());
       const std::string word = text.substr(at, end - at);
-      row.answers.push_back(word.starts_with(mark) ? word.substr(mark.size()) : word);
+      row.told.answers.push_back(word.starts_with(mark) ? word.substr(mark.size()) : word);
       at = std::min(end + 1, text.size());
     } while (text.compare(at, mark.size(), mark) == 0);
-    if (row.answers[0].empty()) throw BadLine("no label; a line is a label, a space, the text");
-    row.listed = row.answers.size() > 1;
+    if (row.told.answers[0].empty()) throw BadLine("no label; a line is a label, a space, the text");
+    row.told.listed = row.told.answers.size() > 1;
     row.text = text.substr(at);
   }
   static std::vector<int32_t> numbers(const std::string& list) {
@@ -669,25 +645,22 @@ class Rows {
     if (!line(text, row)) return false;
     if (format_ == kTsv) return parts = split(text, '\t'), true;
     const std::string first = row.where;
-    parts.assign(1, "");
-    enum { bare, quoted, closed } state = bare;
-    for (size_t i = 0; i < text.size() || state == quoted; i++) {
-      if (i >= text.size()) {  // the end of the line, inside quotes
-        const bool more = line(text, row);
+    for (size_t at = 0; at <= text.size(); at++) {  // behind a comma
+      const bool quoted = text[at] == '"';
+      size_t end = text.find(quoted ? '"' : ',', at + quoted);
+      std::string& field = parts.emplace_back(text, at + quoted, end - at - quoted);
+      while (quoted && (end == text.npos || text[end + 1] == '"')) {  // it goes on in the next line, or behind a doubled quote
+        const bool doubled = end != text.npos;
+        const bool more = doubled || line(text, row);
         row.where = first;
         if (!more)
           throw BadLine("a quote opens here and is never closed, so that the rest of the file stands inside it; quotes are doubled");
-        parts.back() += '\n', i = (size_t)-1;
-      } else if (text[i] == '"' && state == quoted && text.substr(i + 1, 1) == "\"") {
-        parts.back() += text[i++];
-      } else if (text[i] == '"' && (state == quoted || (state == bare && parts.back().empty()))) {
-        state = state == quoted ? closed : quoted;
-      } else if (text[i] == ',' && state != quoted) {
-        parts.emplace_back(), state = bare;
-      } else {
-        if (state == closed) throw BadLine("something follows a closing quote; quotes inside a field are doubled");
-        parts.back() += text[i];
+        at = doubled ? end + 2 : 0, end = text.find('"', at);
+        field += (doubled ? '"' : '\n') + text.substr(at, end - at);
       }
+      at = std::min(end, text.size()) + quoted;
+      if (quoted && at < text.size() && text[at] != ',')
+        throw BadLine("something follows a closing quote; quotes inside a field are doubled");
     }
     return true;
   }
@@ -766,8 +739,8 @@ class Rows {
     if (label_ < 0) return;
     const Json& label = values[label_].second;
     if (s_.task == Task::qa) return add_answers(row, label);
-    row.listed = label.is(Json::array);
-    append_answers(label, row.answers);
+    row.told.listed = label.is(Json::array);
+    append_answers(label, row.told.answers);
   }
   std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
     if (v.is(Json::string)) return v.as_string(key);
@@ -879,7 +852,7 @@ Corpus read_corpus(Source source, const WordPiece& tokenizer) {
         corpus.ids.insert(corpus.ids.end(), ids.begin(), ids.end());
         corpus.end_sentence();
       }
-      if (chunk[i].document || chunk[i].text.find_first_not_of(" \t") == std::string::npos) corpus.end_document();
+      if (named(chunk[i].format) || blank(chunk[i].text)) corpus.end_document();
     }
   }
   corpus.end_document();
@@ -933,7 +906,6 @@ WordPiece open_tokenizer(const std::string& path) {
   return tokenizer;
 }
 ModelFolder open_model(const std::string& path, bool pack = true, std::optional<Precision> precision = {}) {
-  check_folder(path);
   ModelFolder folder = load_folder(path, pack, precision);
   for (const std::string& warning : folder.tokenizer.warnings) note("bert: " + warning);
   // Rows are often padded to a multiple of up to 1024; more is missing where a vocab.txt was cut short or belongs to another model.
@@ -1318,20 +1290,16 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
 
 // Writes what `vocab` made: a folder with a vocabulary, or with a model that has rows for the new pieces.
 void write_vocabulary(const std::string& output, const Strings& pieces, const TokenizerSettings& settings, const std::string& extend,
-                      bool with_model) {
-  std::map<std::string, std::string> files;
-  if (!extend.empty()) files = tokenizer_files(extend, open_tokenizer(extend), 512);
+                      const WordPiece& old, bool with_model) {
+  ModelFolder model;
+  if (with_model) model = open_model(extend, false), extend_rows(model.bert, old, pieces);
+  std::map<std::string, std::string> files = model.carried;
+  if (!extend.empty()) files.merge(tokenizer_files(extend, old, 512));
   if (files.erase("tokenizer.json"))
     note("bert: " + extend + "/tokenizer.json is left behind: vocab.txt and tokenizer_config.json say it all");
-  if (!files.count("tokenizer_config.json")) files["tokenizer_config.json"] = tokenizer_config_json(settings, 512);
+  files.try_emplace("tokenizer_config.json", tokenizer_config_json(settings, 512));
   files["vocab.txt"] = join(pieces, "\n") + "\n";
-  if (with_model) {
-    ModelFolder model = open_model(extend, false);
-    extend_rows(model.bert, model.tokenizer, pieces);
-    model.carried.erase("tokenizer.json");
-    for (const auto& [name, bytes] : files) model.carried[name] = bytes;
-    return save_folder(output, model.bert, model.carried);
-  }
+  if (with_model) return save_folder(output, model.bert, files);
   for (const char* name : {"tokenizer.json", "special_tokens_map.json"})  // of a vocabulary that was here before
     if (!files.count(name)) fs::remove(output + "/" + name);
   for (const auto& [name, bytes] : files) write_file(output + "/" + name, bytes);
@@ -1373,8 +1341,8 @@ void cmd_vocab(Args& a) {
                            : "ask for a --size of " + to_string(options.size + 2 * left_out + 1) + " or more to keep them"));
   };
   const Strings pieces = trainer.train(options);
-  write_vocabulary(output, pieces, settings, extend, with_model);
-  note(output + "/vocab.txt: " + size_of(pieces) + " pieces from " + grouped(trainer.words()) + " words, " +
+  write_vocabulary(output, pieces, settings, extend, old, with_model);
+  note(output + "/vocab.txt: " + grouped((int64_t)pieces.size()) + " pieces from " + grouped(trainer.words()) + " words, " +
        grouped(trainer.distinct_words()) + " of them different");
   if ((int64_t)pieces.size() < options.size)
     note("bert: fewer pieces than --size " + to_string(options.size) + ": nothing else occurs --min-count " + to_string(options.min_count) +
@@ -1456,38 +1424,31 @@ std::string encoding_json(const WordPiece& t, const Encoding& e) {
 
 struct TokenCounts {
   struct Script {
-    int64_t words = 0, pieces = 0, unknown = 0;
+    double words = 0, pieces = 0, unknown = 0;
+    void add(const Script& s) { words += s.words, pieces += s.pieces, unknown += s.unknown; }
   };
-  int64_t texts = 0, words = 0, tokens = 0, unknown = 0, longest = 0;
+  int64_t texts = 0, tokens = 0, longest = 0;
   std::map<std::string, Script> scripts;    // by a word's first letter
   std::map<std::string, int64_t> suspects;  // letters of unknown words
 
   void add(const WordPiece& t, const Encoding& e, const Row& row) {
-    int32_t word = -1, sequence = 0;
     Script* script = nullptr;
     tokens += (int64_t)e.ids.size(), longest = std::max(longest, (int64_t)e.ids.size());
     for (size_t i = 0; i < e.ids.size(); i++) {
       if (e.special[i]) continue;
-      const bool second = e.sequence[i];
-      const auto& [begin, end] = e.offsets[i];
-      const std::string& text =
-          row.words.empty() && row.pair_words.empty() ? (second ? *row.pair : row.text) : (second ? row.pair_words : row.words)[e.words[i]];
-      const std::string_view source = std::string_view(text).substr(begin, end - begin);
+      const Strings& given = e.sequence[i] ? row.pair_words : row.words;
+      const std::string& text = !given.empty() ? given[e.words[i]] : e.sequence[i] ? *row.pair : row.text;
+      const std::string_view source = std::string_view(text).substr(e.offsets[i][0], e.offsets[i][1] - e.offsets[i][0]);
+      const bool begins = !i || e.words[i] != e.words[i - 1] || e.sequence[i] != e.sequence[i - 1], unknown = e.ids[i] == t.unk;
       size_t n;
-      if (e.words[i] != word || e.sequence[i] != sequence || !script) {
-        words++, word = e.words[i], sequence = e.sequence[i];
-        script = &scripts[script_of(code_point(source, 0, n))], script->words++;
-      }
-      script->pieces++;
-      if (e.ids[i] != t.unk) continue;
-      unknown++, script->unknown++;
-      for (size_t at = 0; at < source.size(); at += n) code_point(source, at, n), suspects[std::string(source.substr(at, n))]++;
+      if (begins) script = &scripts[script_of(code_point(source, 0, n))];
+      script->add({(double)begins, 1, (double)unknown});
+      for (size_t at = 0; unknown && at < source.size(); at += n) code_point(source, at, n), suspects[std::string(source.substr(at, n))]++;
     }
   }
   void add(const TokenCounts& c) {
-    texts += c.texts, words += c.words, tokens += c.tokens, unknown += c.unknown, longest = std::max(longest, c.longest);
-    for (const auto& [name, s] : c.scripts)
-      scripts[name].words += s.words, scripts[name].pieces += s.pieces, scripts[name].unknown += s.unknown;
+    texts += c.texts, tokens += c.tokens, longest = std::max(longest, c.longest);
+    for (const auto& [name, script] : c.scripts) scripts[name].add(script);
     for (const auto& [letter, n] : c.suspects) suspects[letter] += n;
   }
   std::string report(const WordPiece& t) const;
@@ -1495,17 +1456,13 @@ struct TokenCounts {
 
 // All words, then each script's, commonest first, then the characters that the vocabulary lacks, by the words that they make unknown.
 std::string TokenCounts::report(const WordPiece& t) const {
-  Numbers out = {{"texts", (double)texts},     {"words", (double)words},
-                 {"tokens", (double)tokens},   {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
-                 {"unknown", (double)unknown}, {"longest", (double)longest}};
-  std::vector<std::pair<int64_t, std::string>> names, lacking;  // less their counts, so that the commonest come first
-  for (const auto& [name, s] : scripts) names.emplace_back(-s.words, name);
-  std::sort(names.begin(), names.end());
-  for (const auto& [count, name] : names) {
-    const Script& s = scripts.at(name);
-    out.emplace_back(name + "_words", (double)s.words);
-    out.emplace_back(name + "_pieces_per_word", (double)s.pieces / (double)s.words);
-    out.emplace_back(name + "_unknown_rate", (double)s.unknown / (double)s.words);
+  Script all;
+  std::multimap<double, Numbers> by_script, lacking;  // by their counts, negative, so that the commonest come first
+  for (const auto& [name, s] : scripts) {
+    all.add(s);
+    by_script.emplace(-s.words, Numbers{{name + "_words", s.words},
+                                        {name + "_pieces_per_word", s.pieces / s.words},
+                                        {name + "_unknown_rate", s.unknown / s.words}});
   }
   for (const auto& [letter, count] : suspects) {
     std::vector<int32_t> ids;
@@ -1513,11 +1470,19 @@ std::string TokenCounts::report(const WordPiece& t) const {
     t.append_ids(letter, ids), t.append_ids("a" + letter, ids);
     char code[16];
     std::snprintf(code, sizeof code, "U+%04X ", (unsigned)code_point(letter, 0, n));
-    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end()) lacking.emplace_back(-count, "unknown_character " + (code + letter));
+    if (std::find(ids.begin(), ids.end(), t.unk) != ids.end())
+      lacking.emplace(-count, Numbers{{"unknown_character " + (code + letter), (double)count}});
   }
-  std::sort(lacking.begin(), lacking.end());
-  for (size_t i = 0; i < std::min<size_t>(lacking.size(), 20); i++) out.emplace_back(lacking[i].second, -(double)lacking[i].first);
-  return figures(out);
+  std::string out = figures({{"texts", (double)texts},
+                             {"words", all.words},
+                             {"tokens", (double)tokens},
+                             {"tokens_per_text", (double)tokens / (double)std::max<int64_t>(1, texts)},
+                             {"unknown", all.unknown},
+                             {"longest", (double)longest}});
+  for (const auto& [count, numbers] : by_script) out += figures(numbers);
+  for (int left = 20; const auto& [count, numbers] : lacking)
+    if (left-- > 0) out += figures(numbers);
+  return out;
 }
 
 // Ids, or their pieces, joined by spaces.
@@ -1530,16 +1495,23 @@ void append_tokens(const WordPiece& t, std::span<const int32_t> ids, Tokenizatio
   out.resize(before + (size_t)(at - begin) - !ids.empty());
 }
 
-// The lines of one text's encodings.
-std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o, TokenCounts& counts) {
+// Writes the lines of a text's encodings to `out`, or only counts.
+void tokenize_row(const WordPiece& t, const Row& row, const Tokenization& o, std::string& out, TokenCounts& counts) {
+  if (!o.stats && o.to != Tokenization::jsonl && !o.windows && !o.words && !row.pair) {  // ids or pieces, and nothing else
+    thread_local std::vector<int32_t> ids;
+    ids.clear(), t.append_ids(row.text, ids, o.encode);
+    return append_tokens(t, ids, o.to, out), void(out += '\n');
+  }
   const std::optional<std::string_view> pair = row.pair ? std::optional<std::string_view>(*row.pair) : std::nullopt;
   std::vector<Encoding> windows = o.words ? t.encode_words_windows(row.words, row.pair_words, row.pair.has_value(), o.encode)
                                           : t.encode_windows(row.text, pair, o.encode);
   if (!o.windows) windows.resize(1);
-  std::string out;
   counts.texts++;
   for (Encoding& e : windows) {
-    if (o.stats) counts.add(t, e, row);
+    if (o.stats) {
+      counts.add(t, e, row);
+      continue;
+    }
     if (o.chars) offsets_in_chars(e, row, o.words);
     if (o.to == Tokenization::jsonl)
       out += encoding_json(t, e);
@@ -1547,11 +1519,10 @@ std::string tokenized(const WordPiece& t, const Row& row, const Tokenization& o,
       append_tokens(t, e.ids, o.to, out);
     out += '\n';
   }
-  return out;
 }
 
-// Texts to pieces; the counts of all.
-TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results* out) {
+// Texts to pieces, or to the counts of all.
+void tokenize_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results& out) {
   TokenCounts total;
   Rows rows(source);
   std::vector<Row> chunk, next;
@@ -1560,40 +1531,31 @@ TokenCounts tokenize_rows(const WordPiece& t, const Source& source, const Tokeni
     // Threads that have worked off a chunk would wait for the next, so it is read meanwhile; not where that is still to come.
     const bool meanwhile = threads() > 1 && !rows.waits();
     auto reading = std::async(meanwhile ? std::launch::async : std::launch::deferred, [&] { return read_chunk(rows, next, 4096); });
-    constexpr int64_t kPiece = 32;
+    constexpr int64_t kPiece = 32;  // rows that one task works off
     lines.resize(chunk.size() / kPiece + 1);
     for (std::string& text : lines) text.clear();
     std::vector<TokenCounts> counts(lines.size());
-    parallel_ranges((int64_t)chunk.size(), kPiece, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> ids;
-      for (int64_t i = begin; i < end; i++) try {
-          std::string& text = lines[i / kPiece];
-          if (out && o.to != Tokenization::jsonl && !o.windows && !o.words && !chunk[i].pair) {  // ids or pieces, and nothing else
-            ids.clear(), t.append_ids(chunk[i].text, ids, o.encode);
-            append_tokens(t, ids, o.to, text), text += '\n';
-          } else {
-            text += tokenized(t, chunk[i], o, counts[i / kPiece]);
-          }
-        } catch (const Error& e) { throw Error(chunk[i].where + ": " + e.what()); }
+    parallel_each((int64_t)chunk.size(), kPiece, [&](int64_t i) {
+      try {
+        tokenize_row(t, chunk[i], o, lines[i / kPiece], counts[i / kPiece]);
+      } catch (const Error& e) { throw Error(chunk[i].where + ": " + e.what()); }
     });
     for (const TokenCounts& c : counts) total.add(c);
-    for (const std::string& text : lines)
-      if (out) out->write(text);
-    if (out && !meanwhile) out->flush();
+    for (const std::string& text : lines) out.write(text);
+    if (!meanwhile) out.flush();
     more = reading.get();
   }
   rows.report();
-  return total;
+  if (o.stats) out.write(total.report(t));
 }
 
 // Ids to text.
-void decode_rows(const WordPiece& t, Source source, bool skip_special, bool cleanup, Results& out) {
-  source.format = kIds;
+void decode_rows(const WordPiece& t, const Source& source, const Tokenization& o, Results& out) {
   Rows rows(source);
   for (Row row; rows.next(row);) {
     const int32_t largest = *std::max_element(row.ids.begin(), row.ids.end());
     if (largest < t.size())
-      out.line(t.decode(row.ids, skip_special, cleanup));
+      out.line(t.decode(row.ids, o.skip_special, o.cleanup));
     else
       rows.bad(row.where, "token id " + to_string(largest) + ", but the vocabulary has ids 0 to " + to_string(t.size() - 1));
   }
@@ -1607,14 +1569,13 @@ void cmd_tokenize(Args& a) {
   const Tokenization o{a};
   o.check(source.format);
   source.word_lists = o.words, source.keep_bytes = true;
+  if (o.decode) source.format = kIds;
   a.done();
   const WordPiece t = tokenizer_of(o);
-  if (o.decode) {
-    decode_rows(t, source, o.skip_special, o.cleanup, out);
-  } else {
-    const TokenCounts c = tokenize_rows(t, source, o, o.stats ? nullptr : &out);
-    if (o.stats) out.write(c.report(t));
-  }
+  if (o.decode)
+    decode_rows(t, source, o, out);
+  else
+    tokenize_rows(t, source, o, out);
   out.finish();
 }
 
@@ -1824,62 +1785,19 @@ void cmd_pretrain(Args& a) {
 }
 
 // ==== 11 finetune =================================================================================================
-// The names of labels that a row may use.
-Strings label_names(const Row& row, const Labels& labels, bool known) {
-  Strings names = labels.task == Task::multilabel && !row.listed ? split(row.answers[0], '|') : row.answers;
-  if (labels.task != Task::tag) std::erase(names, "");
-  if (labels.task == Task::classify && names.size() != 1)
-    throw BadLine(names.empty() ? "an empty label" : "several labels; for these there is --task multilabel");
-  if (labels.task == Task::tag && names.size() != row.words.size())
-    throw BadLine(counted((int64_t)names.size(), "tag") + " for " + counted((int64_t)row.words.size(), "word") + "; one a word is wanted");
-  for (const std::string& name : names) {
-    if (name.empty() || name.find_first_of("\t\r\n") != name.npos)
-      throw BadLine("a label that is empty, or holds a TAB or an end of line; results are lines of columns");
-    if (labels.task == Task::tag && !entity_tag(name) &&
-        std::any_of(names.begin(), names.end(), [](const auto& n) { return n.size() > 1 && entity_tag(n); }))
-      throw BadLine("tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
-    if (known && !labels.ids.count(name))
-      throw BadLine("label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
-  }
-  return names;
-}
-
-// What the row says is right; its labels by name are left in `names`.
-Gold gold_of(const Row& row, const Labels& labels, bool known, Strings& names) {
-  Gold gold;
-  names.clear();
-  if (row.answers.empty() && !row.listed && (labels.task != Task::embed || row.others.empty())) throw BadLine("no label");
-  if (labels.task == Task::qa) {
-    if (!row.pair) throw BadLine("a question without a context");
-    gold.answers = row.answers, gold.starts = row.starts;
-  } else if (labels.task == Task::choice) {
-    const auto right = row.answers.size() == 1 ? parse_number<int32_t>(row.answers[0]) : std::nullopt;
-    if (row.others.size() < 2) throw BadLine("fewer than two choices");
-    if (!right || *right < 0 || *right >= (int32_t)row.others.size())
-      throw BadLine("'" + join(row.answers, "|") + "' is no choice's number, from 0 to " + to_string(row.others.size() - 1));
-    gold.label = *right;
-  } else if (labels.task == Task::regress || labels.task == Task::embed) {
-    if (row.answers.empty()) return gold;
-    const auto value = row.answers.size() == 1 ? parse_number<float>(row.answers[0]) : std::nullopt;
-    if (!value || !std::isfinite(*value)) throw BadLine("'" + join(row.answers, "|") + "' is no number, which this task wants");
-    if (labels.task == Task::embed && !row.pair) throw BadLine("one text with a score; two are compared");
-    gold.targets = {*value};
-  } else {
-    names = label_names(row, labels, known);
-  }
-  return gold;
-}
-
-// The next rows, at most `most`, and the names of their labels, which training data (not `known`) says itself; false: there are none.
-bool next_labelled(Rows& rows, const Labels& labels, bool known, size_t most, LabelledSet& set, std::vector<Strings>& names) {
-  set = {}, names.clear();
+// The next rows, at most `most`; false: there are none. Of training data the names of their labels, else these as numbers.
+bool next_labelled(Rows& rows, const Labels& labels, size_t most, LabelledSet& set, std::vector<Strings>* of_training = nullptr) {
+  set = {};
   for (Row row; set.items.size() < most && rows.next(row);) try {
-      Strings own;
-      set.golds.push_back(gold_of(row, labels, known, own));
-      names.push_back(std::move(own));
+      Strings names;
+      set.golds.push_back(make_gold(row, row.told, labels, !of_training, names));
+      if (of_training)
+        of_training->push_back(std::move(names));
+      else
+        labels.put_in(set.golds.back(), names);
       if (labels.task == Task::tag) row.text.clear();
       set.items.push_back(std::move(static_cast<Item&>(row)));
-    } catch (const BadLine& e) { rows.bad(row.where, e.what()); }
+    } catch (const Error& e) { rows.bad(row.where, e.what()); }
   return !set.items.empty();
 }
 
@@ -1891,9 +1809,9 @@ LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model
   LabelledSet set;
   Rows rows(source);
   std::vector<Strings> names;
-  next_labelled(rows, labels, !of_model, SIZE_MAX, set, names);
+  const bool any = next_labelled(rows, labels, SIZE_MAX, set, of_model ? &names : nullptr);
   rows.report();
-  if (set.items.empty()) no_labelled(source);
+  if (!any) no_labelled(source);
   if (of_model && labels.named()) labels.learn(names, *of_model);
   for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
   return set;
@@ -2037,7 +1955,7 @@ std::string confusion_table(const std::vector<int64_t>& confusion, const Strings
   return html_section("Held-out texts: what they are, and what was said", out + "</tr>");
 }
 
-std::string mistakes_table(const std::vector<Mistake>& worst) {
+std::string mistakes_table(const std::multimap<double, Mistake, std::greater<>>& worst) {
   if (worst.empty()) return "";
   auto shortened = [](const std::string& s) {
     size_t n = std::min<size_t>(s.size(), 400);
@@ -2045,7 +1963,7 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
     return html(s.substr(0, n)) + (n < s.size() ? " …" : "");
   };
   std::string out = "<tr><th>right</th><th>said</th><th>text</th></tr>";
-  for (const Mistake& m : worst)
+  for (const auto& [size, m] : worst)
     out += "<tr><td>" + shortened(m.right) + "</td><td>" + shortened(m.said) + "</td><td>" + shortened(m.text) + "</td></tr>";
   return html_section("The worst mistakes", out);
 }
@@ -2053,9 +1971,9 @@ std::string mistakes_table(const std::vector<Mistake>& worst) {
 Named data_facts(const Finetuning& f) {
   auto some = [](int64_t n) { return n ? grouped(n) : ""; };
   const auto windows = (int64_t)f.examples.size();
-  return {{"training texts", size_of(f.train.items)},
+  return {{"training texts", grouped((int64_t)f.train.items.size())},
           {"in windows", windows > (int64_t)f.train.items.size() ? grouped(windows) : ""},
-          {"held-out texts", size_of(f.dev.items)},
+          {"held-out texts", grouped((int64_t)f.dev.items.size())},
           {"test texts", some((int64_t)f.test.items.size())},
           {"labels", f.labels.named() ? label_shares(f.train, f.labels) : ""},
           {"training texts cut to --max-length", some(f.cut)}};
@@ -2075,16 +1993,11 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
     return e;
   }
   Scorer scorer(f.task, f.labels.names);
-  std::vector<Mistake> worst;
-  auto keep_worst = [&] {
-    std::stable_sort(worst.begin(), worst.end(), [](const Mistake& a, const Mistake& b) { return a.size > b.size; });
-    worst.resize(std::min(worst.size(), kMistakes));
-  };
+  std::multimap<double, Mistake, std::greater<>> worst;
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.push_back(std::move(*m));
-    if (worst.size() >= 4 * kMistakes) keep_worst();
+    if (const auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.emplace(m->size, *m);
+    if (worst.size() > kMistakes) worst.erase(std::prev(worst.end()));
   });
-  keep_worst();
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
@@ -2203,19 +2116,17 @@ void cmd_finetune(Args& a) {
 // ==== 12 evaluate, predict, fill-mask, embed, search ==============================================================
 // What these five share: a model's folder, rows in, results out.
 struct Answering {
-  Common common;
-  std::string model;
-  Source source;
-  int64_t batch_tokens, stride = 128;
-  Results out;
-  ModelFolder folder;  // by open(), when every option is taken
+  Args& a;
+  const char* which = "a model's folder";
+  const int64_t usual_tokens = 8192;
+  const Common common{a, Precision::int8};
+  const std::string model = a.need("model", which);
+  Source source = take_source(a);
+  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30), stride = 128;
+  Results out{a};
+  ModelFolder folder = {};                        // by open(), when every option is taken
+  std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
 
-  Answering(Args& a, const std::string& which, int64_t usual_tokens = 8192)
-      : common(a, Precision::int8),
-        model(a.need("model", which)),
-        source(take_source(a)),
-        batch_tokens(a.take_int("batch-tokens", usual_tokens, 1, 1 << 30)),
-        out(a) {}
   void open() { folder = open_model(model, true, common.precision); }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
@@ -2231,12 +2142,10 @@ struct Answering {
     return e;
   }
   // Runs answer(rows, made) over the input, a chunk at a time; returns the number of rows. made[i] = make(rows[i]), which throws BadLine
-  // for what the model cannot answer; it runs in parallel. prompt: stands in front of every text; pass_over: so many rows at the start
-  // were answered before.
+  // for what the model cannot answer; it runs in parallel. pass_over: so many rows at the start were answered before.
   template <class Make, class Answer>
-  int64_t each_chunk(Make&& make, Answer&& answer, const std::string& prompt = "", int64_t pass_over = 0) {
+  int64_t each_chunk(Make&& make, Answer&& answer, int64_t pass_over = 0) {
     Rows rows(source);
-    rows.prompt = prompt;
     for (Row row; row.number < pass_over && rows.next(row);) continue;
     int64_t answered = 0;
     for (std::vector<Row> chunk; read_chunk(rows, chunk, kItems);) {
@@ -2257,7 +2166,6 @@ struct Answering {
         good++;
       }
       chunk.resize(good), made.resize(good), answered += (int64_t)good;
-      word_lines = rows.tokens_come_in_lines();
       if (good) answer(chunk, made);
       out.flush();
     }
@@ -2265,12 +2173,9 @@ struct Answering {
     if (were_cut)
       note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
            " tokens and were cut");
+    were_cut = 0;
     return answered;
   }
-  bool word_lines = false;  // the input is CoNLL: a word a line
-
- private:
-  std::atomic<int64_t> were_cut = 0, cut_to = 0;
 };
 
 Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t seed) {
@@ -2294,14 +2199,11 @@ Numbers label_scores(Answering& s) {
   Scorer scorer(labels.task, labels.names);
   std::vector<Item> partners;  // without a score: they are ranked when all are read
   Rows rows(s.source);
-  LabelledSet set;
-  for (std::vector<Strings> names; next_labelled(rows, labels, true, kItems, set, names);) {
-    for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
+  for (LabelledSet set; next_labelled(rows, labels, kItems, set);)
     if (only_partners(labels.task, set.golds))
       std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
       score_items(how, set.items, set.golds, scorer);
-  }
   rows.report();
   if (!partners.empty()) return partner_scores(how, partners);
   if (!scorer.size()) no_labelled(s.source);
@@ -2314,7 +2216,7 @@ Numbers label_scores(Answering& s) {
 }
 
 void cmd_evaluate(Args& a) {
-  Answering s(a, "a model's folder");
+  Answering s{a};
   a.done();
   s.open();
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
@@ -2341,8 +2243,8 @@ struct Prediction {
   Strings labels = {};
   std::optional<double> null_threshold = {};
 
-  std::string lines(const Row& row, const Outcome& o, bool conll) const {
-    if (task == Task::tag) return conll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
+  std::string lines(const Row& row, const Outcome& o) const {
+    if (task == Task::tag) return row.format == kConll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
     if (task == Task::qa) return answer_json(row, o) + "\n";
     const bool plain = logits || task == Task::regress || task == Task::embed;
     if (logits || (plain && !json)) return numbers(o.outputs) + "\n";
@@ -2353,25 +2255,20 @@ struct Prediction {
  private:
   // A class, several classes, or a choice by its number.
   std::string scores(const std::vector<float>& p) const {
-    std::vector<size_t> order(p.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return p[x] > p[y]; });
-    auto label = [&](size_t i) { return task == Task::choice ? to_string(i) : labels[i]; };
-    Numbers all;
-    Strings best, chosen, quoted, values;  // best: label TAB probability; chosen: those of several that hold
-    for (const size_t i : order) {
-      all.emplace_back(label(i), p[i]);
-      if ((int64_t)best.size() < top) best.push_back(label(i) + "\t" + format_number(p[i]));
-      if (p[i] >= 0.5f) chosen.push_back(label(i)), quoted.push_back(json_quote(label(i))), values.push_back(format_number(p[i]));
+    Numbers all;  // the best first
+    for (size_t i = 0; i < p.size(); i++) all.emplace_back(task == Task::choice ? to_string(i) : labels[i], p[i]);
+    std::stable_sort(all.begin(), all.end(), [](const auto& x, const auto& y) { return x.second > y.second; });
+    const auto& [first, score] = all[0];
+    if (json && task != Task::multilabel)
+      return json_object(
+          {{"label", task == Task::choice ? first : json_quote(first)}, {"score", format_number(score)}, {"scores", json_numbers(all)}});
+    Strings best, holds, values;  // label TAB probability; of a text's several labels each and its probability
+    for (const auto& [label, value] : all) {
+      if ((int64_t)best.size() < top) best.push_back(label + "\t" + format_number(value));
+      if (value >= 0.5) holds.push_back(json ? json_quote(label) : label), values.push_back(format_number(value));
     }
-    const bool several = task == Task::multilabel;
-    if (!json) return several ? join(chosen, "|") + "\t" + join(values, "|") : join(best, "\t");
-    Named record = {{"scores", json_numbers(all)}};
-    if (several) record.insert(record.begin(), {"labels", json_list(quoted)});
-    const std::string first = label(order[0]);
-    if (!several)
-      record.insert(record.begin(), {{"label", task == Task::choice ? first : json_quote(first)}, {"score", format_number(p[order[0]])}});
-    return json_object(record);
+    if (json) return json_object({{"labels", json_list(holds)}, {"scores", json_numbers(all)}});
+    return task == Task::multilabel ? join(holds, "|") + "\t" + join(values, "|") : join(best, "\t");
   }
 
   std::string tag_lines(const Row& row, const Outcome& o) const {
@@ -2434,7 +2331,7 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
 }
 
 void cmd_predict(Args& a) {
-  Answering s(a, "the folder of a task model, as bert finetune writes it");
+  Answering s{a, "the folder of a task model, as bert finetune writes it"};
   Prediction p{a};
   s.stride = a.take_int("stride", 128, 0, 1 << 20);
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
@@ -2457,13 +2354,13 @@ void cmd_predict(Args& a) {
     }
     const std::vector<Item> items(chunk.begin(), chunk.end());
     const std::vector<Outcome> said = answer_windows(s.folder.bert, s.folder.pooling, items, windows, s.batch_tokens);
-    for (size_t i = 0; i < chunk.size(); i++) s.out.write(p.lines(chunk[i], said[i], s.word_lines));
+    for (size_t i = 0; i < chunk.size(); i++) s.out.write(p.lines(chunk[i], said[i]));
   });
   s.out.finish();
 }
 
 void cmd_fill_mask(Args& a) {
-  Answering s(a, "the folder of a masked-word model");
+  Answering s{a, "the folder of a masked-word model"};
   const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool score = a.take_switch("score");
   a.exclude("score", "top");
@@ -2557,19 +2454,8 @@ Strings embed_chunk(const Answering& s, const EmbedOptions& o, const std::vector
   return out;
 }
 
-// npy's header holds the number of rows: of files it is counted first; negative: the input can be read only once.
-int64_t count_rows(const Source& source) {
-  for (const std::string& file : source.files)
-    if (!fs::is_regular_file(file)) return -1;
-  const bool was_quiet = std::exchange(quiet, true);
-  Rows rows(source);
-  for (Row row; rows.next(row);) continue;
-  quiet = was_quiet;
-  return rows.count();
-}
-
 void cmd_embed(Args& a) {
-  Answering s(a, "a model's folder");
+  Answering s{a};
   EmbedOptions o{a};
   const bool npy = o.to == EmbedOptions::npy;
   if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
@@ -2587,18 +2473,22 @@ void cmd_embed(Args& a) {
     throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(config.num_hidden_layers));
   if (o.layer >= 0) s.folder.bert.layers.resize((size_t)o.layer);
   const int64_t limit = o.max_length ? length_limit(o.max_length, config) : s.folder.max_length;
-  const int64_t rows = !npy ? 0 : s.source.skip_bad ? -1 : count_rows(s.source);
-  if (npy && rows >= 0) s.out.write(npy_header(rows, o.pooling.width(config.hidden_size)));
-  std::string waiting;  // for the header
+  std::FILE* const waiting = npy ? std::tmpfile() : nullptr;  // the header holds the number of rows, so the numbers wait for it here
+  if (npy && !waiting) throw Error(std::string("--to npy: no temporary file: ") + std::strerror(errno));
   auto make = [&](const Row& row) { return embed_input(s, o, row, limit); };
   auto answer = [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
-    for (const std::string& text : embed_chunk(s, o, chunk, windows)) rows < 0 ? (void)(waiting += text) : s.out.write(text);
+    for (const std::string& text : embed_chunk(s, o, chunk, windows))
+      if (!npy)
+        s.out.write(text);
+      else if (std::fwrite(text.data(), 1, text.size(), waiting) < text.size())
+        throw Error(std::string("--to npy: cannot write the temporary file: ") + std::strerror(errno));
   };
   // [MASK] and [SEP] in a text are themselves, as sentence-transformers reads them: the vectors are to be the same.
-  const std::string prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
-  const int64_t written = s.each_chunk(make, answer, prompt);
-  if (npy && rows >= 0 && rows != written) throw Error(join(s.source.files, ", ") + ": changed while it was read; run it again");
-  if (rows < 0) s.out.write(npy_header(written, o.pooling.width(config.hidden_size))), s.out.write(waiting);
+  s.source.prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
+  const int64_t rows = s.each_chunk(make, answer);
+  if (npy) s.out.write(npy_header(rows, o.pooling.width(config.hidden_size))), std::rewind(waiting);
+  char part[1 << 16];
+  for (size_t n; npy && (n = std::fread(part, 1, sizeof part, waiting)) > 0;) s.out.write({part, n});
   s.out.finish();
 }
 
@@ -2607,35 +2497,31 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
   const int64_t before = index.count(), H = pooling.width(s.folder.config.hidden_size);
   const double start = now();
   Progress progress;
-  std::vector<float> vectors;
-  auto append = [&](int64_t end, auto&& fill) {  // of the lines up to `end`
-    vectors.assign((size_t)((end - index.count()) * H), NAN);
-    fill(), index.append(vectors);
+  auto append = [&](const std::vector<Row>& chunk, const Tensor& of_chunk, int64_t end) {  // up to line `end`
+    std::vector<float> vectors((size_t)((end - index.count()) * H), NAN);
+    for (size_t i = 0; i < chunk.size(); i++)
+      if (!blank(chunk[i].text)) std::copy_n(&of_chunk.data()[(int64_t)i * H], H, &vectors[(chunk[i].number - 1 - index.count()) * H]);
+    index.append(vectors);
   };
   auto answer = [&](const std::vector<Row>& chunk, const std::vector<Example>& examples) {
-    const Tensor v = embed_examples(s.folder.bert, examples, pooling, s.batch_tokens);
-    append(chunk.back().number, [&] {
-      for (size_t i = 0; i < chunk.size(); i++)
-        if (chunk[i].text.find_first_not_of(" \t") != std::string::npos)
-          std::copy_n(v.data() + (int64_t)i * H, H, vectors.data() + (chunk[i].number - 1 - index.count()) * H);
-    });
+    append(chunk, embed_examples(s.folder.bert, examples, pooling, s.batch_tokens), chunk.back().number);
     progress.show("vectors of " + grouped(index.count()) + " of " + counted(corpus.size(), "line") + ", " +
                   time_left(start, index.count() - before, corpus.size() - before));
   };
-  s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt, before);
-  if (!index.vectors()) append(corpus.size(), [] {});  // lines at the end that --skip-bad passed over
+  s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, before);
+  if (!index.vectors()) append({}, {}, corpus.size());  // lines at the end that --skip-bad passed over
 }
 
 void cmd_search(Args& a) {
   const std::string path = a.need("corpus", "a file with a text a line"), index_path = a.take("index", path + ".bert-index");
-  Answering s(a, "a model's folder", 2048);  // no slower, and beside the vectors the memory of a batch shows
+  Answering s{a, "a model's folder", 2048};  // no slower, and beside the vectors the memory of a batch shows
   const int64_t top = a.take_int("top", 5, 1, 1 << 20);
   const bool pairs = a.take_switch("pairs");
   a.exclude("pairs", "input");
   a.done();
   s.open();
   Pooling pooling = s.folder.pooling;
-  pooling.normalize = true;
+  pooling.normalize = true, s.source.prompt = s.folder.prompt;
   if (format_of(path) != kLines)  // its lines, names and quotes included, would be taken for texts
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
@@ -2659,7 +2545,7 @@ void cmd_search(Args& a) {
         s.out.line(to_string(chunk[i].number) + "\t" + to_string(rank + 1) + "\t" + score_and_line(found[i][rank], found[i][rank].b) +
                    "\t" + corpus.line(found[i][rank].b));
   };
-  if (!pairs) s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer, s.folder.prompt);
+  if (!pairs) s.each_chunk([&](const Row& row) { return s.encode(row, s.folder.max_length); }, answer);
   if (pairs)
     for (const Match& m : nearest_pairs(index.vectors(), top)) s.out.line(score_and_line(m, m.a) + "\t" + to_string(m.b + 1));
   s.out.finish();
@@ -2751,7 +2637,6 @@ void cmd_convert(Args& a) {
   const std::string model = a.need("model", "the folder to read"), output = a.need("output", "the folder to write");
   const bool overwrite = a.take_switch("overwrite");
   a.done();
-  check_output(output, false, overwrite);
   const ModelFolder folder = open_model(model, false);
   const FolderLock lock = lock_output(output, false, overwrite);
   save_folder(output, folder.bert, folder.carried, std::array{"F32", "F16", "BF16"}[dtype]);
@@ -2761,7 +2646,6 @@ void cmd_convert(Args& a) {
 // ==== 14 quantize =================================================================================================
 // A model with some parts in fewer bits beside the one in f32, on texts of the user's: how much it costs.
 struct Quantizing {
-  std::string path;
   int64_t batch_tokens;
   ModelFolder plain, ready;            // its weights as numbers, and packed in f32
   std::vector<Example> examples = {};  // the dev texts, of long ones the beginning
@@ -2770,15 +2654,15 @@ struct Quantizing {
   Tensor vectors = {};   // of the model in f32, a row a text
 
   struct Cost {
-    double cosine = 1, least = 1;  // between its vectors and those of f32: mean and smallest
-    std::optional<std::pair<std::string, double>> metric = {};
-    double drop(const Cost& f32) const { return metric ? f32.metric->second - metric->second : f32.cosine - cosine; }
+    double cosine = 0, least = 1;  // between its vectors and those of f32: mean and smallest
+    std::vector<Metric> metrics = {};
+    double drop(const Cost& f32) const { return metrics.empty() ? f32.cosine - cosine : f32.metrics[0].value - metrics[0].value; }
   };
 
   Quantizing(const std::string& model, int64_t tokens)
-      : path(model), batch_tokens(tokens), plain(open_model(model, false)), ready(load_folder(model, true, Precision::f32)) {}
+      : batch_tokens(tokens), plain(open_model(model, false)), ready(load_folder(model, true, Precision::f32)) {}
   void read(Source source);
-  Cost measure(const std::vector<Precision>& parts) const;  // of each part
+  Cost measure(const std::string& what, Precision dtype, const std::vector<Precision>& parts) const;
 };
 
 void Quantizing::read(Source source) {
@@ -2799,30 +2683,26 @@ void Quantizing::read(Source source) {
   vectors = normalize_rows(embed_examples(ready.bert, examples, plain.pooling, batch_tokens));
 }
 
-Quantizing::Cost Quantizing::measure(const std::vector<Precision>& parts) const {
+// What it costs to have each part in its precision; prints `what TAB dtype TAB cosine TAB least`, and the metric where there is one.
+Quantizing::Cost Quantizing::measure(const std::string& what, Precision dtype, const std::vector<Precision>& parts) const {
   Bert bert = ready.bert;  // its packed weights are shared
   for (size_t i = 0; i < parts.size(); i++)
     if (parts[i] != Precision::f32) narrow_part(bert, (int64_t)i, plain.bert, parts[i]);
   bert.pack();
   Cost cost;
   const Tensor cosines = row_dots(normalize_rows(embed_examples(bert, examples, plain.pooling, batch_tokens)), vectors);
-  cost.cosine = 0;
-  for (int64_t i = 0; i < cosines.size(); i++) {
-    const double c = (double)cosines.data()[i];
-    cost.cosine += c / (double)cosines.size(), cost.least = std::min(cost.least, c);
+  for (const float c : std::span(cosines.data(), (size_t)cosines.size()))
+    cost.cosine += (double)c / (double)cosines.size(), cost.least = std::min(cost.least, (double)c);
+  std::string header = "part\tdtype\tcosine\tleast",
+              line = what + "\t" + name_of(dtype) + "\t" + format_number(cost.cosine) + "\t" + format_number(cost.least);
+  if (!set.items.empty()) {
+    Scorer scorer(labels.task, labels.names);
+    score_items({bert, plain.tokenizer, plain.pooling, plain.prompt, plain.max_length, 128, batch_tokens}, set.items, set.golds, scorer);
+    cost.metrics = scorer.metrics({}, plain.config.null_threshold);
+    header += "\t" + cost.metrics[0].name, line += "\t" + format_number(cost.metrics[0].value);
   }
-  if (set.items.empty()) return cost;
-  Scorer scorer(labels.task, labels.names);
-  score_items({bert, plain.tokenizer, plain.pooling, plain.prompt, plain.max_length, 128, batch_tokens}, set.items, set.golds, scorer);
-  const Metric main = scorer.metrics({}, plain.config.null_threshold)[0];
-  cost.metric = {main.name, main.value};
+  std::printf("%s%s\n", dtype == Precision::f32 ? (header + "\n").c_str() : "", line.c_str()), std::fflush(stdout);
   return cost;
-}
-
-// `part TAB dtype TAB cosine TAB least cosine`, and the metric where there is one.
-std::string cost_line(const std::string& part, const std::string& dtype, const Quantizing::Cost& c) {
-  return part + "\t" + dtype + "\t" + format_number(c.cosine) + "\t" + format_number(c.least) +
-         (c.metric ? "\t" + format_number(c.metric->second) : "");
 }
 
 // The precision of each part. With dev texts each is tried alone, and while all together lose more than max_drop, the part that cost
@@ -2831,28 +2711,22 @@ std::vector<Precision> choose_precisions(const Quantizing& q, Precision dtype, s
   const int64_t n = quantized_parts(q.plain.config);
   std::vector<Precision> parts((size_t)n, dtype);
   if (q.examples.empty()) return parts;
-  auto say = [](const std::string& line) { std::printf("%s\n", line.c_str()), std::fflush(stdout); };
-  const Quantizing::Cost f32 = q.measure(std::vector((size_t)n, Precision::f32));
-  say("part\tdtype\tcosine\tleast" + (f32.metric ? "\t" + f32.metric->first : ""));
-  say(cost_line("all", "f32", f32));
+  auto name = [](int64_t part) { return part ? "layer " + to_string(part - 1) : "embeddings"; };
+  const std::vector<Precision> none((size_t)n, Precision::f32);
+  const Quantizing::Cost f32 = q.measure("all", Precision::f32, none);
   std::vector<std::pair<double, int64_t>> by_cost;
   for (int64_t i = 0; i < n; i++) {
-    std::vector<Precision> one((size_t)n, Precision::f32);
+    std::vector<Precision> one = none;
     one[(size_t)i] = dtype;
-    const Quantizing::Cost cost = q.measure(one);
-    by_cost.emplace_back(cost.cosine, i);
-    say(cost_line(i ? "layer " + to_string(i - 1) : "embeddings", name_of(dtype), cost));
+    by_cost.emplace_back(q.measure(name(i), dtype, one).cosine, i);
   }
   std::sort(by_cost.begin(), by_cost.end());
-  Quantizing::Cost all = q.measure(parts);
-  say(cost_line("all", name_of(dtype), all));
+  Quantizing::Cost all = q.measure("all", dtype, parts);
   const Precision higher = dtype == Precision::int8 ? Precision::bf16 : Precision::f32;
   for (size_t i = 0; max_drop && i < by_cost.size() && all.drop(f32) > *max_drop; i++) {
     const int64_t part = by_cost[i].second;
-    parts[(size_t)part] = higher, all = q.measure(parts);
-    say(cost_line(
-        part ? "all, layer " + to_string(part - 1) + " in " + name_of(higher) : std::string("all, embeddings in ") + name_of(higher),
-        name_of(dtype), all));
+    parts[(size_t)part] = higher;
+    all = q.measure("all, " + name(part) + " in " + name_of(higher), dtype, parts);
   }
   if (max_drop && all.drop(f32) > *max_drop)
     throw Error("--max-drop " + exact(*max_drop) + ": not reached, with every part in bf16 the drop is " + format_number(all.drop(f32)) +
@@ -3130,7 +3004,6 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
 void bench_sentences(const BenchTable& table, const Source& source, const std::string& path) {
   if (path.empty() || source.files.empty()) throw Usage("bench sentences: --model, and --input with a text a line are wanted");
   const Model model = Model::load(path, table.precision);
-  const std::string engine = std::string("ours-") + name_of(table.precision);
   const Strings texts = text_lines(source);
   if (table.config == "start") return void(model.embed(texts[0]));
   if (table.config.starts_with("query")) {
@@ -3141,14 +3014,14 @@ void bench_sentences(const BenchTable& table, const Source& source, const std::s
       ms.push_back(1e3 * (now() - began));
     }
     std::sort(ms.begin(), ms.end());
-    table.row(engine, table.config, "ms", median(ms));
-    table.row(engine, table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
+    table.row(table.engine(), table.config, "ms", median(ms));
+    table.row(table.engine(), table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
     return;
   }
   const double began = now();
   model.embed(texts);
-  table.row(engine, table.config, "texts/s", (double)texts.size() / (now() - began));
-  table.row(engine, table.config, "MiB", peak_mib());
+  table.row(table.engine(), table.config, "texts/s", (double)texts.size() / (now() - began));
+  table.row(table.engine(), table.config, "MiB", peak_mib());
 }
 
 // Texts in memory to ids, some 10 MB in a call, as the peers are timed.
@@ -3299,7 +3172,7 @@ const Command kCommands[] = {
   --tokens         one line a token                      --layer N          the output of layer N (0: the embeddings)
   --max-length N   --prompt NAME   a prompt of the folder in front
   --long truncate|error|window      of texts over the limit: window: the mean of windows that share 128 tokens
-  --to tsv|jsonl|npy (npy of a pipe waits in memory)     --batch-tokens N   (default 8192))"},
+  --to tsv|jsonl|npy                                     --batch-tokens N   (default 8192))"},
     {"search", "the lines of a file that are closest in meaning", cmd_search,
      R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]
   --corpus FILE    plain text, a text a line (a table or JSON is refused); each input text is a query
@@ -3348,11 +3221,6 @@ const Command& find_command(const std::string& name) {
   throw Usage("no command '" + name + "'; did you mean bert " + nearest(name, names) + "? (bert help lists all)");
 }
 
-void run_command(const std::string& name, const Strings& words) {
-  Args args(name, Strings(words.begin() + 1, words.end()));
-  find_command(name).run(args);
-}
-
 void help_command(const std::string& name) {
   const Command& c = find_command(name);
   std::printf("%s: %s\n\n%s\n%s%s", c.name, c.what, c.usage, among(name, {"info", "convert", "bench"}) ? "" : kInputHelp, kCommonHelp);
@@ -3361,14 +3229,17 @@ void help_command(const std::string& name) {
 int run(const Strings& words) {
   const std::string first = words.empty() ? "" : words[0];
   if (first.empty()) return help(stderr), 2;
-  if (first == "version" || first == "--version")
+  if (first == "version" || first == "--version") {
     std::printf("bert %s\n%s\n", kVersion, backend_description().c_str());
-  else if (!among(first, {"help", "--help", "-h"}))
-    among("--help", words) || among("-h", words) ? help_command(first) : run_command(first, words);
-  else if (words.size() > 2)
-    throw Usage("bert help COMMAND: one command is wanted");
-  else
+  } else if (among(first, {"help", "--help", "-h"})) {
+    if (words.size() > 2) throw Usage("bert help COMMAND: one command is wanted");
     words.size() > 1 ? help_command(words[1]) : help(stdout);
+  } else if (among("--help", words) || among("-h", words)) {
+    help_command(first);
+  } else {
+    Args args(first, Strings(words.begin() + 1, words.end()));
+    find_command(first).run(args);
+  }
   return 0;
 }
 

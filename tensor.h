@@ -77,6 +77,7 @@ class Json {
   enum Kind { null, boolean, number, string, array, object };
 
   Json() = default;
+  explicit Json(std::string value) : kind_(string), text_(std::move(value)) {}
   // Strict RFC 8259; throws Error "where:line:column: ...". A value takes some 90 bytes, and may take 2 in the text: max_values
   // bounds the memory that a hostile file can claim.
   static Json parse(std::string_view text, const std::string& where, size_t max_values = SIZE_MAX);

@@ -1459,6 +1459,48 @@ TEST_CASE("golden: RNABERT, its names mapped, from safetensors and from torch's 
   }
 }
 
+TEST_CASE("labels: what a data file says becomes a gold, and what does not do is refused") {
+  Labels labels{Task::classify, {}, {}};
+  labels.set({"a", "b"});
+  std::vector<std::string> names;
+  auto gold = [&](Task task, const Item& item, const Told& told, bool known = true) {
+    labels.task = task;
+    return make_gold(item, told, labels, known, names);
+  };
+  const Told one{false, {"a"}, {}}, none{true, {}, {}};
+  CHECK((gold(Task::classify, {"x", {}}, one).label == kIgnored && names == one.answers));  // its number comes with put_in
+  gold(Task::multilabel, {"x", {}}, {false, {"a||b"}, {}});
+  CHECK(names == std::vector<std::string>{"a", "b"});
+  gold(Task::multilabel, {"x", {}}, none);
+  CHECK(names.empty());
+  gold(Task::classify, {"x", {}}, {false, {"new"}, {}}, false);
+  CHECK(names[0] == "new");
+  CHECK(gold(Task::regress, {"x", {}}, {false, {"2.5"}, {}}).targets == std::vector<float>{2.5f});
+  CHECK(gold(Task::choice, {"x", {}, {}, {"p", "q"}}, {false, {"1"}, {}}).label == 1);
+  CHECK(gold(Task::qa, {"q", "a b"}, {true, {"b"}, {2}}).starts == std::vector<int64_t>{2});
+  CHECK(gold(Task::qa, {"q", "a b"}, none).answers.empty());
+  CHECK(gold(Task::embed, {"x", {}, {}, {"y"}}, {}).targets.empty());  // a partner, and no score
+  const std::tuple<Task, Item, Told, const char*> bad[] = {
+      {Task::classify, {"x", {}}, {}, "no label"},
+      {Task::classify, {"x", {}}, {false, {""}, {}}, "an empty label"},
+      {Task::classify, {"x", {}}, {true, {"a", "b"}, {}}, "several labels; for these there is --task multilabel"},
+      {Task::classify,
+       {"x", {}},
+       {false, {"a\tb"}, {}},
+       "a label that is empty, or holds a TAB or an end of line; results are lines of columns"},
+      {Task::classify, {"x", {}}, {false, {"c"}, {}}, "label 'c', which training never saw (it knows a, b); correct it"},
+      {Task::tag, {"x", {}, {"x", "y"}}, {true, {"a"}, {}}, "words: 2, tags: 1; one a word is wanted"},
+      {Task::tag, {"x", {}, {"x", "y"}}, {true, {"B-P", "P"}, {}}, "label 'B-P', which training never saw (it knows a, b); correct it"},
+      {Task::choice, {"x", {}, {}, {"p"}}, {false, {"0"}, {}}, "fewer than two choices"},
+      {Task::choice, {"x", {}, {}, {"p", "q"}}, {false, {"2"}, {}}, "'2' is no choice's number, from 0 to 1"},
+      {Task::regress, {"x", {}}, {false, {"inf"}, {}}, "'inf' is no number, which this task wants"},
+      {Task::embed, {"x", {}}, {false, {"1"}, {}}, "one text with a score; two are compared"},
+      {Task::qa, {"q", {}}, none, "a question without a context"}};
+  for (const auto& [task, item, told, message] : bad) CHECK_THROWS_WITH_AS(gold(task, item, told), message, Error);
+  CHECK(split("a||b", '|') == std::vector<std::string>{"a", "", "b"});
+  CHECK((split("", ',') == std::vector<std::string>{""} && split("a,", ',').size() == 2));
+}
+
 TEST_CASE("metrics: by hand") {
   const std::vector<int32_t> said = {1, 1, 0, 0, 1, 0}, is = {1, 0, 0, 0, 1, 1};
   CHECK(matthews(said, is, 2) == doctest::Approx(1.0 / 3));  // tp 2 fp 1 fn 1 tn 2: (4 - 1) / 9

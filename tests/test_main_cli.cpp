@@ -226,6 +226,7 @@ TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, n
   CHECK(t.text("text\na\n", "in.tsv", "--quiet").err == "");
   CHECK(t.text("id,text,pair\r\n1,\"a \"\"b\"\", c\",\"two\r\nlines\"\r\n", "in.csv").out == "a \" b \" , c two lines\n");
   CHECK(t.text("text\n\"a\"\n\"\"\n", "in.csv").out == "a\n\n");
+  CHECK(t.text("text,pair\n\"a\n\n\"\"b\"\",\nc\",x\"y\"\"\n,b\n", "in.csv").out == "a \" b \" , c x \" y \" \"\nb\n");
   const std::array<std::string, 3> bad[] = {
       {"id\ttext\n1\ta\n2\n", "in.tsv", "in.tsv:3: 1 field, but column 1"},
       {"u\tv\na\tb\n", "in.tsv", "in.tsv:1: no text"},
@@ -556,6 +557,11 @@ TEST_CASE("search: vectors beside the corpus, killed and gone on with, made agai
   put(folder / "corpus.tsv", "text\tlabel\nthe dog\t1\n");
   const Ran table = bert_run("search --corpus " + (folder / "corpus.tsv") + " --model " + model);
   CHECK((table.status == 1 && has(table.err, "a text a line") && !std::filesystem::exists(folder / "corpus.tsv.bert-index")));
+  std::string cut = "the old dog";
+  for (int i = 0; i < 200; i++) cut += " sleeps";
+  put(corpus, cut + "\n" + cut + "\nthe dog\n");
+  const Ran counted = bert_run(command);  // of the corpus, and none of the queries
+  CHECK((has(counted.err, "2 of 3 texts were longer") && counted.err.find("longer") == counted.err.rfind("longer")));
 }
 
 TEST_CASE("pretrain: sentences end at . ! ? before white space, but not after Mr. and its like or an initial") {
@@ -690,6 +696,13 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   put(folder / "bad.jsonl", "{\"question\":\"q\",\"context\":\"a b c\",\"answers\":{\"text\":[\"d\"],\"answer_start\":[1]}}\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl")).err,
             "bad.jsonl:1: the answer 'd' does not stand in the context at its answer_start"));
+  put(folder / "table.tsv", "question\tcontext\tanswer\nq\ta b c\tb\nq\ta b c\t\n");
+  CHECK(bert_run("finetune --task qa --dev-split 0 --epochs 1 --model " + pretrained() + " --train " + (folder / "table.tsv") +
+                 " --output " + (folder / "from-table"))
+            .status == 0);
+  put(folder / "table.tsv", "question\tcontext\tanswer\nq\ta b c\td\n");
+  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "table.tsv")).err,
+            "table.tsv:2: the answer 'd' does not stand in the context"));
   put(folder / "bad.jsonl", "{\"question\":\"q\",\"answers\":[]}\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl")).err, "no context"));
   CHECK(has(testing::run("echo only a question | ./bert predict --model " + model).err, "a question and its context are wanted"));
