@@ -921,7 +921,7 @@ static std::string largest_of(const Bert& model, std::span<const Batch> batches,
   return text + "; the largest gradient is of " + name;
 }
 
-// The gradient's norm is no sign: in a run that goes well single steps have 50 times the mean's, and clipping deals with them.
+// The gradient's norm is no sign: in runs that go well single steps have 9 times the mean's, and clipping deals with them.
 constexpr int64_t kSpikeMemory = 100, kMostSkipped = 20;
 bool Trainer::spike(const StepReport& r) const {
   const double over = r.loss.total - loss_mean_;

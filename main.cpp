@@ -1802,6 +1802,12 @@ std::vector<Batch> step_batches(const Pretraining& p, PretrainSampler& sampler, 
   return micro;
 }
 
+// Evaluations of so many steps: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
+int64_t evaluations(const Pretraining& p, double steps) {
+  const double trained = steps * (double)(p.data.batch_tokens * p.train.accumulate);
+  return std::clamp<int64_t>((int64_t)(0.15 * trained / std::max<double>(1, (double)p.dev.ids.size())), 1, 20);
+}
+
 // The number of steps that fit into the minutes, from the time of the first ones, made on a model of their own.
 int64_t steps_in_minutes(const Pretraining& p) {
   const double began = now(), seconds = p.minutes * 60;
@@ -1816,7 +1822,9 @@ int64_t steps_in_minutes(const Pretraining& p) {
     took.push_back(now() - t);
   }
   took.erase(took.begin());  // the first one also takes its memory from the system
-  return std::max<int64_t>(1, (int64_t)((seconds - (now() - began)) * 0.95 / median(took)));  // 5 %: evaluations and saves
+  const double steps = (seconds - (now() - began)) / median(took), tokens = (double)(p.data.batch_tokens * p.train.accumulate);
+  const double evaluated = (double)evaluations(p, steps) * (double)p.dev.ids.size() / 3 / tokens;  // in steps
+  return std::max<int64_t>(1, (int64_t)(0.98 * steps * steps / (steps + evaluated)));              // 2 %: saves
 }
 
 std::string batch_json(const Batch& b, int64_t step, size_t micro) {
@@ -1844,10 +1852,7 @@ void dry_run(const Pretraining& p) {
 // The steps from where the trainer stands to the end; false when a signal came first.
 bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
   const int64_t steps = trainer.settings().steps;
-  // Evaluations: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
-  const double trained = (double)steps * (double)(p.data.batch_tokens * p.train.accumulate);
-  const int64_t evaluations = std::clamp<int64_t>((int64_t)(0.15 * trained / std::max<double>(1, (double)p.dev.ids.size())), 1, 20);
-  const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations);
+  const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations(p, (double)steps));
   std::ofstream dump;
   if (!p.dump.empty()) dump.open(p.dump, trainer.done() ? std::ios::app : std::ios::trunc);
   Numbers last;  // evaluation

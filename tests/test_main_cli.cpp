@@ -853,8 +853,8 @@ TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; 
 
 TEST_CASE("training: --minutes fixes the number of steps, and a resumed run keeps it; the line and the report say how it goes") {
   const std::string out = small().folder / "timed", command = "./bert " + small().pretrain + "--minutes 0.15 --output " + out;
-  const Ran stopped = testing::run(command + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":200,' " + out +
-                                   "/log.jsonl; do sleep 0.01; done; sleep 2.5; kill -INT $p; wait $p");
+  const Ran stopped = testing::run(command + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":20,' " + out +
+                                   "/log.jsonl; do sleep 0.01; done; kill -INT $p; wait $p");
   REQUIRE(stopped.status == 130);
   CHECK(has(stopped.err, " % of masked words  "));
   CHECK(has(bert::read_file(out + "/report.html"), ">stopped by a signal: step "));
