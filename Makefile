@@ -103,7 +103,7 @@ check:
 	$(MAKE) OUT=build-tsan CXX=clang++ CXXFLAGS='-O1 -g -fsanitize=thread' build-tsan/run-tests
 	build-tsan/run-tests -tc='*parallel*,pool*,threads*,gemm: large*,*threads*'
 	tests/one_answer.sh build/bert build-clang/bert build-noblas/bert
-	tests/kill_resume.sh build/bert
+	tests/kill_resume.sh build/bert $(or $(KILLS),50)
 	$(MAKE) random-texts
 	@echo "make check: all passed (make check-arm is apart: it needs a cross compiler)"
 

@@ -562,11 +562,17 @@ Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute) const {
   return x;
 }
 
+// The first row of x that holds something that is not finite; -1: none.
+static int64_t first_not_finite(const Tensor& x) {
+  for (int64_t i = 0; i < x.rows(); i++)
+    if (!std::isfinite(kernels().sum(x.data() + i * x.cols(), x.cols()))) return i;
+  return -1;
+}
+
 // What is answered must be numbers: a weight that is finite but absurd makes sums that are not. Returns x.
 static Tensor finite(const Tensor& x) {
-  for (int64_t i = 0; i < x.rows(); i++)
-    if (!std::isfinite(kernels().sum(x.data() + i * x.cols(), x.cols())))
-      throw Error("the model's numbers are not finite: its weights are damaged, or were trained at too high a rate; take another copy");
+  if (first_not_finite(x) >= 0)
+    throw Error("the model's numbers are not finite: its weights are damaged, or were trained at too high a rate; take another copy");
   return x;
 }
 
@@ -837,15 +843,113 @@ static Dropout step_dropout(const Config& c, const TrainSettings& settings, int6
           {settings.seed, (uint32_t)step, 0, 0}};
 }
 
-// Where a step that is not finite went wrong: the first parameter whose gradient is not, else the loss itself.
-static std::string not_finite(const Bert& model) {
+double forward_flops(const Config& c, const Batch& b) {
+  const double H = (double)c.hidden_size, F = (double)c.intermediate_size;
+  double attention = 0;
+  for (int64_t r = 0; r < b.rows(); r++) attention += 4 * H * std::pow((double)(b.offsets[(size_t)r + 1] - b.offsets[(size_t)r]), 2);
+  return (double)c.num_hidden_layers * ((double)b.tokens() * 2 * (4 * H * H + 2 * H * F) + attention);
+}
+
+// A training step's: each product has two in backward, but for those of frozen layers; those of the masked words are counted too.
+static double step_flops(const Bert& model, const Batch& b, int64_t frozen) {
+  const double L = (double)model.config.num_hidden_layers, trained = L - (double)frozen;
+  const double head = b.masked.empty() ? 0 : 2 * (double)b.masked.size() * (double)(model.transform.weight.size() + model.word.size());
+  return forward_flops(model.config, b) * (1 + 2 * trained / L) + 3 * head;
+}
+
+// ---- what went wrong in a step, looked for once it has
+// A row of the step's batches for people: where it is and how it begins.
+static std::string row_name(std::span<const Batch> batches, size_t micro, int64_t row) {
+  const Batch& b = batches[micro];
+  const int64_t begin = b.offsets[(size_t)row], end = b.offsets[(size_t)row + 1];
+  std::string ids;
+  for (int64_t t = begin; t < std::min(end, begin + 12); t++) ids += " " + std::to_string(b.ids[(size_t)t]);
+  return "row " + std::to_string(row) + " of micro-batch " + std::to_string(micro) + " (" + std::to_string(end - begin) + " tokens, ids" +
+         ids + (end > begin + 12 ? " ...)" : ")");
+}
+
+// The largest size of n numbers; of some that are not finite the first.
+static float largest(const float* x, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n && std::isfinite(most); i++)
+    if (!(std::fabs(x[i]) <= most)) most = std::fabs(x[i]);
+  return most;
+}
+
+// The parameter of a layer (0: the embeddings, L + 1: the heads) that holds the largest number, and that number.
+static std::string largest_weight(const Bert& model, int64_t layer) {
+  float most = -1;
+  std::string name;
   for (const Parameter& p : model.parameters()) {
-    if (!p.tensor.has_grad()) continue;
-    const float* g = p.tensor.grad() + (p.data() - p.tensor.data());
-    for (int64_t i = 0; i < p.shape().size(); i++)
-      if (!std::isfinite(g[i])) return "the gradient of " + p.name;
+    if (layer_of(p, model.config.num_hidden_layers) != layer) continue;
+    const float top = largest(p.data(), p.shape().size());
+    if (std::isfinite(most) && !(top <= most)) most = top, name = p.name;
   }
-  return "the loss";
+  return name + ", up to " + format_number(most);
+}
+
+// The largest size in a parameter's gradient.
+static float largest_gradient(const Parameter& p) {
+  return p.tensor.has_grad() ? largest(p.tensor.grad() + (p.data() - p.tensor.data()), p.shape().size()) : 0;
+}
+
+// Where a step's numbers part from the finite: the forward is made again, layer by layer, with the same dropout.
+static std::string not_finite(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+  const int64_t L = model.config.num_hidden_layers;
+  Bert cut = model;
+  for (size_t i = 0; i < batches.size(); i++)
+    for (int64_t layer = 0; layer <= L + 1; layer++) {
+      Dropout drop = step;
+      drop.key.micro = (uint32_t)i;
+      cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
+      Tensor x = cut.forward(batches[i], drop);
+      if (layer > L && batches[i].masked.empty()) continue;
+      if (layer > L) x = model.masked_logits(x, batches[i].masked);
+      int64_t token = first_not_finite(x);
+      if (token < 0) continue;
+      if (layer > L) token = batches[i].masked[(size_t)token];
+      const std::string what =
+          layer > L ? "the scores of masked words" : "the output of " + (layer ? "layer " + std::to_string(layer) : "the embeddings");
+      const std::vector<int64_t>& rows = batches[i].offsets;
+      const int64_t row = std::upper_bound(rows.begin(), rows.end(), token) - rows.begin() - 1;
+      return "not finite: " + what + ", first in " + row_name(batches, i, row) +
+             "; the largest weights there: " + largest_weight(model, layer);
+    }
+  for (const Parameter& p : model.parameters())
+    if (!std::isfinite(largest_gradient(p))) return "not finite: the gradient of " + p.name;
+  return "not finite: the loss";
+}
+
+// Where a loss that is too large comes from: the row that has the largest, and the parameter with the largest gradient.
+static std::string largest_of(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+  double worst = -1;
+  std::string text, name;
+  for (size_t i = 0; i < batches.size(); i++) {
+    const Batch& b = batches[i];
+    Dropout drop = step;
+    drop.key.micro = (uint32_t)i;
+    const Tensor logits = model.masked_logits(model.forward(b, drop), b.masked);
+    for (int64_t r = 0; r < b.rows(); r++) {
+      std::vector<int64_t> own;
+      std::vector<int32_t> labels;
+      for (size_t m = 0; m < b.masked.size(); m++)
+        if (b.masked[m] >= b.offsets[(size_t)r] && b.masked[m] < b.offsets[(size_t)r + 1])
+          own.push_back((int64_t)m), labels.push_back(b.masked_labels[m]);
+      const double loss = own.empty() ? 0 : (double)cross_entropy(gather_rows(logits, own), labels).item();
+      if (loss > worst) worst = loss, text = "largest, " + format_number(loss) + ", in " + row_name(batches, i, r);
+    }
+  }
+  float most = -1;
+  for (const Parameter& p : model.parameters())
+    if (const float top = largest_gradient(p); top > most) most = top, name = p.name;
+  return text + "; the largest gradient is of " + name;
+}
+
+// The gradient's norm is no sign: in runs that go well single steps have 9 times the mean's, and clipping deals with them.
+constexpr int64_t kSpikeMemory = 100, kMostSkipped = 20;
+bool Trainer::spike(const StepReport& r) const {
+  const double over = r.loss.total - loss_mean_;
+  return r.masked && optimizer_.updates >= kSpikeMemory && over > 0.5 * loss_mean_ && over > 6 * std::sqrt(loss_variance_);
 }
 
 StepReport Trainer::step(std::span<const Batch> micro_batches) {
@@ -856,27 +960,44 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   std::vector<Tensor> parameters;
   for (const AdamW::Slot& s : optimizer_.slots()) parameters.push_back(s.parameter);
   for (Tensor& p : parameters) p.drop_grad();  // what a step that threw, or a backward of the caller, has left
-  StepReport report{done_ + 1, settings_.steps, 0, 0, 0, {}, 0, 0};
+  StepReport report;
+  report.step = done_ + 1, report.steps = settings_.steps;
+  const Dropout dropout = step_dropout(model_.config, settings_, done_);
   const LossCounts counts = count_labels(micro_batches, model_.task, settings_.loss.classes);
   sum_gradients(parameters, 0, micro_batches.size(), [&](size_t i) {
     const Batch& batch = micro_batches[i];
-    Dropout drop = step_dropout(model_.config, settings_, done_);
+    Dropout drop = dropout;
     drop.key.micro = (uint32_t)i;
     Tape tape(settings_.products);
     const Tensor hidden = model_.forward(batch, drop, settings_.recompute);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
     report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
+    report.flops += step_flops(model_, batch, settings_.freeze);
   });
 
   report.grad_norm = gradient_norm(parameters);
-  if (!std::isfinite(report.grad_norm) || !std::isfinite(report.loss.total)) {
-    const std::string what = not_finite(model_);
-    for (Tensor& p : parameters) p.drop_grad();
-    throw Error("step " + std::to_string(done_ + 1) + ": " + what + " is not finite; lower --lr, or lengthen --warmup");
-  }
   const auto warmup = (int64_t)std::llround(settings_.warmup * (double)settings_.steps);
   report.lr = settings_.lr * schedule_factor(settings_.schedule, done_, warmup, settings_.steps);
-  optimizer_.step(report.lr, settings_.clip > 0 ? clip_factor(report.grad_norm, settings_.clip, settings_.optimizer.google) : 1);
+  const bool is_finite = std::isfinite(report.grad_norm) && std::isfinite(report.loss.total);
+  if (!is_finite)
+    report.fault = not_finite(model_, micro_batches, dropout);
+  else if (spike(report))
+    report.fault = "a spike: loss " + format_number(report.loss.total) + " after a mean of " + format_number(loss_mean_) + ", " +
+                   largest_of(model_, micro_batches, dropout);
+  report.skipped = settings_.skip_spikes && !report.fault.empty();
+  if ((!is_finite && !report.skipped) || (report.skipped && skipped_in_a_row_ + 1 == kMostSkipped)) {
+    for (Tensor& p : parameters) p.drop_grad();
+    throw Error("step " + std::to_string(done_ + 1) + ": " + report.fault +
+                (report.skipped ? "; the " + std::to_string(kMostSkipped) + "th step in a row to be skipped" : "") +
+                "; lower --lr, or lengthen --warmup");
+  }
+  skipped_in_a_row_ = report.skipped ? skipped_in_a_row_ + 1 : 0;
+  if (!report.skipped) {
+    optimizer_.step(report.lr, settings_.clip > 0 ? clip_factor(report.grad_norm, settings_.clip, settings_.optimizer.google) : 1);
+    const double share = 1 / (double)std::min(optimizer_.updates, kSpikeMemory), loss = report.loss.total;
+    if (optimizer_.updates > 1) loss_variance_ += share * (std::pow(loss - last_loss_, 2) / 2 - loss_variance_);
+    loss_mean_ += share * (loss - loss_mean_), last_loss_ = loss;
+  }
   for (Tensor& p : parameters) p.drop_grad();
   done_++;
   return report;
@@ -896,13 +1017,16 @@ static std::vector<NamedTensor> state_tensors(const Bert& model, const std::vect
   return all;
 }
 
-constexpr const char* kStateVersion = "1";
+constexpr const char* kStateVersion = "2";
 
 void Trainer::save(const std::string& path, const std::map<std::string, std::string>& about) const {
   std::map<std::string, std::string> all = about;
   all["bert_state_version"] = kStateVersion;
   all["bert_steps_done"] = std::to_string(done_);
   all["bert_steps"] = std::to_string(settings_.steps);
+  all["bert_updates"] = std::to_string(optimizer_.updates);
+  all["bert_skipped_in_a_row"] = std::to_string(skipped_in_a_row_);
+  all["bert_loss_mean"] = exact(loss_mean_), all["bert_loss_variance"] = exact(loss_variance_), all["bert_loss_last"] = exact(last_loss_);
   save_safetensors(path, state_tensors(model_, const_cast<AdamW&>(optimizer_).slots()), {all.begin(), all.end()});
 }
 
@@ -918,6 +1042,13 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
     return n;
   };
   const int64_t steps = number("bert_steps", INT32_MAX), done = number("bert_steps_done", steps);
+  const int64_t updates = number("bert_updates", done), skipped = number("bert_skipped_in_a_row", done - updates);
+  auto real = [&](const char* key) {
+    const double v = parse_number<double>(about[key]).value_or(NAN);
+    if (!std::isfinite(v)) throw Error(path + ": " + key + ": '" + about[key] + "' is no number");
+    return v;
+  };
+  const double mean = real("bert_loss_mean"), variance = real("bert_loss_variance"), last = real("bert_loss_last");
   const std::vector<NamedTensor> tensors = state_tensors(model_, optimizer_.slots());
   std::vector<Tensor> values;
   for (const NamedTensor& t : tensors) {  // everything is checked before anything is overwritten
@@ -928,7 +1059,8 @@ std::map<std::string, std::string> Trainer::load(const std::string& path) {
       throw Error(path + ": " + t.name + ": shape " + to_string(values.back().shape()) + ", the model has " + to_string(t.shape));
   }
   for (size_t i = 0; i < tensors.size(); i++) std::copy_n(values[i].data(), values[i].size(), const_cast<float*>(tensors[i].data));
-  done_ = optimizer_.updates = done, settings_.steps = steps;
+  done_ = done, optimizer_.updates = updates, settings_.steps = steps;
+  skipped_in_a_row_ = skipped, loss_mean_ = mean, loss_variance_ = variance, last_loss_ = last;
   return about;
 }
 
@@ -1207,6 +1339,7 @@ void mask_tokens(Batch& batch, const MaskVocabulary& vocabulary, double share, b
         id = (int32_t)random.below((int64_t)vocabulary.continues.size());
     }
   }
+  Profile::lap("mask_tokens");
 }
 
 Batch PretrainSampler::next(int64_t step, int64_t micro) {

@@ -304,6 +304,7 @@ struct TrainSettings {
   double dropout = -1;                             // hidden and attention; negative: the config's
   double layer_decay = 1;                          // each layer's rate is this times that of the one above it; the heads' is lr
   int64_t freeze = 0;                              // so many layers, and the embeddings, keep their weights
+  bool skip_spikes = false;                        // a step that is a spike, or not finite, changes nothing instead of being made or thrown
   LossRule loss;
   bool recompute = false;                          // each layer once more in backward: less memory, a third more time, the same bytes
   uint64_t seed = 1;
@@ -313,14 +314,22 @@ struct StepReport {
   int64_t tokens = 0, rows = 0, masked = 0;
   Losses loss;
   double lr = 0, grad_norm = 0;
+  double flops = 0;                                // of its products by formula, forward and backward, whatever was computed twice
+  std::string fault;                               // a spike, or not finite: where, and in which row of the batches
+  bool skipped = false;                            // for that its update was left out
 };
+// A forward's products, 2 a multiply-add: the six of a layer and attention's two, without the heads'.
+double forward_flops(const Config& config, const Batch& batch);
 
 // One model, its optimiser and where it stands.
 class Trainer {
  public:
   Trainer(Bert model, const TrainSettings& settings);
   // One step over micro-batches that together make the batch: for each one forward, loss, backward, from gradients of zero; added in a
-  // binary tree by index; clip; AdamW. Throws Error naming step and tensor, the model unchanged, when loss or a gradient is not finite.
+  // binary tree by index; clip; AdamW. Throws Error naming step, layer, tensor and row, the model unchanged, when loss or a gradient is not
+  // finite; with skip_spikes when it would skip the 20th step in a row. A spike (of masked words only): after 100 updates the loss is
+  // above 1.5 times its running mean, and above that mean by 6 standard deviations. Both are of the updates made, with a memory of 100;
+  // the deviation is that of one step from the next, so that a loss that falls does not widen it.
   StepReport step(std::span<const Batch> micro_batches);
   const Bert& model() const { return model_; }
   const TrainSettings& settings() const { return settings_; }
@@ -334,7 +343,9 @@ class Trainer {
   Bert model_;
   TrainSettings settings_;
   AdamW optimizer_;
-  int64_t done_ = 0;
+  int64_t done_ = 0, skipped_in_a_row_ = 0;
+  double loss_mean_ = 0, loss_variance_ = 0, last_loss_ = 0;   // of the updates made, the first two running
+  bool spike(const StepReport& report) const;
 };
 
 // The states of a run in its folder: training_state.safetensors and, before it, training_state-1.safetensors ...: at every moment one whole

@@ -940,6 +940,50 @@ FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
   return FolderLock(path);
 }
 
+// Median seconds of a call, after one that warms up, over at least `seconds` and three calls.
+template <class F>
+double median_seconds(double seconds, F&& call) {
+  call();
+  std::vector<double> took;
+  const double began = now();
+  while (took.size() < 3 || now() - began < seconds) {
+    const double t = now();
+    call();
+    took.push_back(now() - t);
+  }
+  return median(took);
+}
+
+// y [m,n] = x [m,k] w [n,k]^T by each engine, or each of one precision: name and GFLOP/s.
+Numbers product_speeds(int64_t m, int64_t n, int64_t k, std::optional<Precision> only = {}) {
+  const Tensor x({m, k}, 0.5f), w({n, k}, 0.25f), y({m, n}, 0.f);
+  Numbers speeds;
+  auto measure = [&](const char* engine, auto&& call) {
+    speeds.emplace_back(engine, 2e-9 * (double)m * (double)n * (double)k / median_seconds(0.04, call));
+  };
+  auto plain = [&](Backend backend) {
+    Gemm how;
+    how.b_transposed = true, how.backend = backend;
+    gemm(how, m, n, k, x.data(), k, w.data(), k, y.data(), n);
+  };
+  for (const Precision p : {Precision::f32, Precision::bf16, Precision::int8}) {
+    if (only.value_or(p) != p) continue;
+    const PackedWeights packed(w.data(), n, k, p);
+    measure((std::string("ours-") + name_of(p)).c_str(), [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); });
+  }
+  if (only.value_or(Precision::f32) != Precision::f32) return speeds;
+  measure("ours-unpacked-f32", [&] { plain(Backend::own); });
+  if (has_openblas()) measure("openblas-f32", [&] { plain(Backend::openblas); });
+  return speeds;
+}
+double best_speed(int64_t m, int64_t n, int64_t k, Precision precision) {
+  double best = 0;
+  for (const auto& [engine, speed] : product_speeds(m, n, k, precision)) best = std::max(best, speed);
+  return best;
+}
+// What this machine's multiply does in a moment of 0.2 s: what a running figure is held against.
+double gemm_now() { return best_speed(1024, 768, 768, Precision::f32); }
+
 // One line with step, loss, tokens/s and time left: rewritten on a terminal, otherwise a plain line now and then.
 class Progress {
  public:
@@ -962,9 +1006,10 @@ class Progress {
 };
 
 // Settings that a resumed run may change, or that are checked by the data they name.
-const Strings kFreeSettings = {"threads",      "quiet",  "device",  "resume",    "overwrite", "output", "save-every", "keep",
-                               "input",        "train",  "dev",     "test",      "model",     "vocab",  "config",     "init",
-                               "dump-batches", "format", "columns", "no-header", "skip-bad",  "tsv",    "dry-run",    "recompute"};
+const Strings kFreeSettings = {"threads", "quiet",   "device",       "resume",     "overwrite", "output",    "save-every",
+                               "keep",    "input",   "train",        "dev",        "test",      "model",     "vocab",
+                               "config",  "init",    "dump-batches", "format",     "columns",   "no-header", "skip-bad",
+                               "tsv",     "dry-run", "recompute",    "skip-spikes"};
 
 // A model that is written over itself while it is read from would be lost with the first failure.
 void refuse_same_folder(const std::string& model, const std::string& output) {
@@ -1006,7 +1051,7 @@ class Run {
   void evaluated(int64_t step, const Numbers& metrics) { add(json_object({{"step", to_string(step)}, {"dev", json_numbers(metrics)}})); }
   bool save_due(int64_t done) const { return s_.save_every ? done % s_.save_every == 0 : now() - saved_at_ > 300; }
   void save(const Trainer& trainer);
-  void write_report() const;
+  void write_report();
   // Trains by `steps`, which returns false when a signal came first, and saves; an Error says what stands in the folder.
   template <class F>
   void guarded(const Trainer& trainer, F&& steps) {
@@ -1017,8 +1062,14 @@ class Run {
       if (last_loss_ > 2 * first_loss_ && first_loss_ > 0)  // more than batches differ by
         say("bert: the loss rose from " + fixed(first_loss_, 4) + " to " + fixed(last_loss_, 4) +
             ": nothing was learned; lower --lr, or lengthen --warmup");
+      state_ = complete ? "finished: " : "stopped by a signal: ";
       save(trainer);
     } catch (const Error& e) {
+      state_ = std::string("stopped: ") + e.what() + "; before it ";
+      try {
+        write_report();
+      } catch (const Error&) {  // the one before it is said
+      }
       throw Error(e.what() + std::string(states.any() ? "; the state of the last save stands in " : "; nothing was saved yet in ") +
                   s_.output);
     }
@@ -1037,11 +1088,16 @@ class Run {
   About fixed_;  // settings, data and machine: what a resumed run must share
   std::FILE* log_file_ = nullptr;
   double earlier_seconds_ = 0, begun_ = 0, saved_at_ = 0, window_began_ = 0;
-  int64_t earlier_tokens_ = 0, tokens_ = 0, first_ = 0, window_first_ = 0, saved_ = -1;
-  StepReport sum_;                         // since the last logged step
+  int64_t earlier_tokens_ = 0, tokens_ = 0, first_ = 0, window_steps_ = 0, saved_ = -1;
+  double flops_ = 0, gemm_ = 0;      // of this process; GFLOP/s of this machine's gemm, once measured
+  StepReport sum_;                   // since the last logged step
+  std::string state_ = "running: ";  // and line_ stand at the top of the report
+  double reported_at_ = 0;
+  bool spike_said_ = false;
   double first_loss_ = 0, last_loss_ = 0;  // of this process's first and last logged step
 
   void open_log(int64_t step);
+  void fault(const StepReport& r);
   void add(const std::string& object);
 };
 
@@ -1066,7 +1122,7 @@ About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data
     note(stored.empty() ? "bert: nothing was saved yet in " + s_.output + "; beginning with the first step"
                         : "going on after step " + to_string(trainer.done()) + " of " + to_string(trainer.settings().steps));
   open_log(trainer.done());
-  begun_ = saved_at_ = window_began_ = now(), first_ = window_first_ = trainer.done();
+  begun_ = saved_at_ = window_began_ = reported_at_ = now(), first_ = trainer.done();
   return stored;
 }
 
@@ -1093,20 +1149,38 @@ void Run::add(const std::string& object) {
     throw Error(s_.output + "/log.jsonl: cannot write: " + std::strerror(errno));
 }
 
+// A step that was left out, or the first spike that was not: said, and the former logged as an object of its own.
+void Run::fault(const StepReport& r) {
+  const std::string step = "step " + to_string(r.step) + (r.skipped ? " skipped: " : ": ") + r.fault;
+  if (r.skipped)
+    say(step), add(json_object({{"step", to_string(r.step)}, {"skipped", json_quote(r.fault)}}));
+  else if (!spike_said_)
+    spike_said_ = true, say(step + "; --skip-spikes leaves such steps out, and later ones are not said");
+}
+
 void Run::after_step(const StepReport& r) {
   const double t = now(), spent = t - begun_;
-  tokens_ += r.tokens;
-  sum_.tokens += r.tokens, sum_.rows += r.rows, sum_.masked += r.masked;
-  sum_.loss.total += r.loss.total, sum_.loss.masked += r.loss.masked, sum_.loss.next_sentence += r.loss.next_sentence;
-  sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
-  line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + "  loss " + fixed(r.loss.total, 4) + "  " +
+  if (!r.fault.empty()) fault(r);
+  if (!r.skipped) {
+    window_steps_++;
+    sum_.tokens += r.tokens, sum_.rows += r.rows, sum_.masked += r.masked;
+    sum_.loss.total += r.loss.total, sum_.loss.masked += r.loss.masked, sum_.loss.next_sentence += r.loss.next_sentence;
+    sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
+  }
+  tokens_ += r.tokens, flops_ += r.flops;
+  if (!gemm_ && spent > 2 && !quiet) gemm_ = gemm_now();  // a run of a moment does not wait for it
+  auto percent = [](double part, double whole) { return fixed(100 * part / whole, 1) + " % of "; };
+  line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + (r.skipped ? "  skipped  " : "  loss " + fixed(r.loss.total, 4) + "  ") +
+          (r.masked && !r.skipped ? percent((double)r.loss.masked_right, (double)r.masked) + "masked words  " : "") +
           grouped((int64_t)((double)tokens_ / spent)) + " tokens/s  " +
+          (gemm_ ? percent(1e-9 * flops_ / spent, gemm_) + "gemm's peak  " : "") +
           (r.step < r.steps ? time_left(begun_, r.step - first_, r.steps - first_) : "in " + duration(spent));
   progress_.show(line_);
+  if (t - reported_at_ > 20) write_report();
 
   // About a thousand logged steps whatever the run's length; each stands for the mean since the one before.
-  if (r.step % std::max<int64_t>(1, r.steps / 1000) && r.step != r.steps) return;
-  const double n = (double)(r.step - window_first_);
+  if ((r.step % std::max<int64_t>(1, r.steps / 1000) && r.step != r.steps) || !window_steps_) return;
+  const double n = (double)window_steps_;
   Numbers record = {{"step", (double)r.step},
                     {"loss", sum_.loss.total / n},
                     {"lr", r.lr},
@@ -1122,7 +1196,7 @@ void Run::after_step(const StepReport& r) {
   add(json_numbers(record));
   last_loss_ = sum_.loss.total / n;
   if (!first_loss_) first_loss_ = last_loss_;
-  sum_ = StepReport(), window_first_ = r.step, window_began_ = t;
+  sum_ = StepReport(), window_steps_ = 0, window_began_ = t;
 }
 
 void Run::save(const Trainer& trainer) {
@@ -1180,9 +1254,9 @@ th{color:var(--soft);white-space:nowrap}td{overflow-wrap:anywhere;font-variant-n
 
 const char* const kReportScript = R"js(<script>
 const log = document.getElementById('log').textContent.trim().split('\n').filter(Boolean).map(JSON.parse)
-const steps = log.filter(r => !r.dev), evaluations = log.filter(r => r.dev).map(r => ({step: r.step, ...r.dev}))
+const steps = log.filter(r => r.loss != null), evaluations = log.filter(r => r.dev).map(r => ({step: r.step, ...r.dev}))
 const number = v => +v.toPrecision(5) + '', round = v => Math.abs(v) < 1e4 ? number(v) : v.toLocaleString('en')
-const values = (rows, key) => rows.filter(r => r[key] != null).map(r => [r.step, r[key]])
+const skipped = log.filter(r => r.skipped).length, values = (rows, key) => rows.filter(r => r[key] != null).map(r => [r.step, r[key]])
 
 function thin(p, most = 600) {  // the means of equal stretches
   if (p.length <= most) return p
@@ -1228,11 +1302,16 @@ function curves(title, key, dev) {
   const own = many ? [['', 'train', train, 'raw'], ['training, smoothed', 'train', smooth(train), '']] : [['training', 'train', train, '']]
   chart(title, [...own, ...held].filter(s => s[2].length))
 }
-const last = steps.at(-1)
+const state = document.getElementById('state'), last = steps.at(-1), age = (Date.now() - Date.parse(document.lastModified)) / 60000
+if (state.textContent.startsWith('running')) {
+  if (age > 5) state.textContent += ` (as of ${Math.round(age)} minutes ago: killed since?)`
+  setTimeout(() => location.reload(), 20000)
+}
 if (last) {
   const whole = v => Math.round(v).toLocaleString('en')
   document.getElementById('sub').textContent = `step ${whole(last.step)}, ${whole(last.tokens)} tokens, ` +
-    `${(last.seconds / 60).toFixed(1)} minutes, ${whole(last.tokens_per_second)} tokens/s at the end`
+    `${(last.seconds / 60).toFixed(1)} minutes, ${whole(last.tokens_per_second)} tokens/s at the end` +
+    (skipped ? `, ${skipped} steps skipped` : '')
   if ('mlm_loss' in last) {
     curves('Masked-word loss (nats)', 'mlm_loss', ['mlm_loss', 'unigram_loss'])
     curves('Masked-word accuracy', 'mlm_accuracy', ['mlm_accuracy'])
@@ -1247,9 +1326,10 @@ if (last) {
 }
 </script>)js";
 
-void Run::write_report() const {
+void Run::write_report() {
   std::string page = kReportHead + std::string("<title>") + html(title_) + "</title></head><body><main><h1>" + html(title_) +
-                     "</h1><p id=\"sub\" class=\"sub\"></p><div class=\"tiles\">";
+                     "</h1><p id=\"state\" class=\"sub\">" + html(state_ + line_) +
+                     "</p><p id=\"sub\" class=\"sub\"></p><div class=\"tiles\">";
   for (const auto& [name, value] : results)
     page += "<div class=\"tile\"><b>" + fixed(value, 4) + "</b><span>" + html(name) + "</span></div>";
   page +=
@@ -1260,6 +1340,7 @@ void Run::write_report() const {
       "</div>" + html_table("Settings", settings_) + "</div><div class=\"part\">" + part +
       "</div></main>\n<script type=\"application/x-ndjson\" id=\"log\">\n" + log_ + "</script>\n" + kReportScript + "</body></html>\n";
   write_file(s_.output + "/report.html", page);
+  reported_at_ = now();
 }
 
 // ==== 9 vocab, tokenize ===========================================================================================
@@ -1608,7 +1689,7 @@ struct Pretraining {
   const std::optional<Source> dev_input = take_like(a, "dev", input);
   const std::string init = a.take("init"), vocab = a.take("vocab", init), config_name = a.take("config"), dump = a.take("dump-batches");
   const double dev_split = a.take_number("dev-split", 0.01, 0., 0.5), minutes = a.take_number("minutes", 0., 0.01, 1e6);
-  const bool dry_run = a.take_switch("dry-run");
+  const bool dry_run = a.take_switch("dry-run"), skip_spikes = a.take_switch("skip-spikes");
   const RunSettings run = take_run(a, true);
   const TrainSettings train = take_training(a, common, 1e-4, a.take_int("steps", 0, 1, INT32_MAX));
   PretrainSettings data = {.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30),
@@ -1689,6 +1770,12 @@ std::vector<Batch> step_batches(const Pretraining& p, PretrainSampler& sampler, 
   return micro;
 }
 
+// Evaluations of so many steps: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
+int64_t evaluations(const Pretraining& p, double steps) {
+  const double trained = steps * (double)(p.data.batch_tokens * p.train.accumulate);
+  return std::clamp<int64_t>((int64_t)(0.15 * trained / std::max<double>(1, (double)p.dev.ids.size())), 1, 20);
+}
+
 // The number of steps that fit into the minutes, from the time of the first ones, made on a model of their own.
 int64_t steps_in_minutes(const Pretraining& p) {
   const double began = now(), seconds = p.minutes * 60;
@@ -1703,7 +1790,9 @@ int64_t steps_in_minutes(const Pretraining& p) {
     took.push_back(now() - t);
   }
   took.erase(took.begin());  // the first one also takes its memory from the system
-  return std::max<int64_t>(1, (int64_t)((seconds - (now() - began)) * 0.95 / median(took)));  // 5 %: evaluations and saves
+  const double steps = (seconds - (now() - began)) / median(took), tokens = (double)(p.data.batch_tokens * p.train.accumulate);
+  const double evaluated = (double)evaluations(p, steps) * (double)p.dev.ids.size() / 3 / tokens;  // in steps
+  return std::max<int64_t>(1, (int64_t)(0.98 * steps * steps / (steps + evaluated)));              // 2 %: saves
 }
 
 std::string batch_json(const Batch& b, int64_t step, size_t micro) {
@@ -1731,10 +1820,7 @@ void dry_run(const Pretraining& p) {
 // The steps from where the trainer stands to the end; false when a signal came first.
 bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
   const int64_t steps = trainer.settings().steps;
-  // Evaluations: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
-  const double trained = (double)steps * (double)(p.data.batch_tokens * p.train.accumulate);
-  const int64_t evaluations = std::clamp<int64_t>((int64_t)(0.15 * trained / std::max<double>(1, (double)p.dev.ids.size())), 1, 20);
-  const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations);
+  const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations(p, (double)steps));
   std::ofstream dump;
   if (!p.dump.empty()) dump.open(p.dump, trainer.done() ? std::ios::app : std::ios::trunc);
   Numbers last;  // evaluation
@@ -1764,6 +1850,7 @@ void cmd_pretrain(Args& a) {
   PretrainSampler sampler = p.sampler();  // here, so that text that does not do is refused before anything is written
   Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
   TrainSettings settings = p.train;
+  settings.skip_spikes = p.skip_spikes;
   if (!settings.steps && !(p.run.resume && run.states.any())) settings.steps = steps_in_minutes(p);
   Trainer trainer(p.model(), settings);
 
@@ -2767,20 +2854,6 @@ void cmd_quantize(Args& a) {
 }
 
 // ==== 15 bench ====================================================================================================
-// Median seconds of a call, after one that warms up, over at least `seconds` and three calls.
-template <class F>
-double median_seconds(double seconds, F&& call) {
-  call();
-  std::vector<double> took;
-  const double began = now();
-  while (took.size() < 3 || now() - began < seconds) {
-    const double t = now();
-    call();
-    took.push_back(now() - t);
-  }
-  return median(took);
-}
-
 // Rows `what engine config metric value`: as TSV, or aligned for people.
 struct BenchTable {
   std::string what, config;
@@ -2794,34 +2867,13 @@ struct BenchTable {
     std::fflush(stdout);
   }
   std::string engine() const { return std::string("ours-") + name_of(precision); }
-  void share(const std::string& of, double gflops, double peak) const;
-  void model(double seconds, double tokens, double gflop, double peak) const;
+  template <class F>
+  void model(double seconds, double tokens, double gflop, F&& at_peak) const;
   template <class F>
   void profile(double batches, F&& call) const;
   Precision precision = Precision::f32;
   bool profiled = false;
 };
-
-// y [m,n] = x [m,k] w [n,k]^T by each engine: name and GFLOP/s.
-Numbers product_speeds(int64_t m, int64_t n, int64_t k) {
-  const Tensor x({m, k}, 0.5f), w({n, k}, 0.25f), y({m, n}, 0.f);
-  Numbers speeds;
-  auto measure = [&](const char* engine, auto&& call) {
-    speeds.emplace_back(engine, 2e-9 * (double)m * (double)n * (double)k / median_seconds(0.04, call));
-  };
-  auto plain = [&](Backend backend) {
-    Gemm how;
-    how.b_transposed = true, how.backend = backend;
-    gemm(how, m, n, k, x.data(), k, w.data(), k, y.data(), n);
-  };
-  for (const Precision p : {Precision::f32, Precision::bf16, Precision::int8}) {
-    const PackedWeights packed(w.data(), n, k, p);
-    measure((std::string("ours-") + name_of(p)).c_str(), [&] { gemm(m, x.data(), k, packed, y.data(), n, Epilogue{}); });
-  }
-  measure("ours-unpacked-f32", [&] { plain(Backend::own); });
-  if (has_openblas()) measure("openblas-f32", [&] { plain(Backend::openblas); });
-  return speeds;
-}
 
 void bench_gemm(const BenchTable& table) {
   const std::pair<int64_t, int64_t> layers[] = {{128, 128}, {512, 128},  {128, 512},  {256, 256}, {1024, 256}, {256, 1024},
@@ -2839,37 +2891,45 @@ void bench_gemm(const BenchTable& table) {
   }
 }
 
-// The best product of this machine, now, in this precision: what a model's GFLOP/s is held against.
-double gemm_peak(Precision precision) {
-  double best = 0;
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{768, 768}, {3072, 768}, {1536, 384}})
-    for (const auto& [engine, speed] : product_speeds(1024, n, k))
-      if (engine.ends_with(name_of(precision))) best = std::max(best, speed);
-  return best;
+// Seconds of a forward on these batches if each product ran at gemm_peak's speed, the best at its n and k and the largest m of 32, 512 and
+// 4096 that the batch reaches; attention's two count as more of those of H by H. A backward has two more of the same sizes for each.
+double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precision precision) {
+  const int64_t H = c.hidden_size, F = c.intermediate_size;
+  std::map<std::array<int64_t, 3>, double> speeds;
+  double seconds = 0;
+  for (const Batch& b : batches) {
+    const int64_t m = b.tokens() < 512 ? 32 : b.tokens() < 4096 ? 512 : 4096;
+    auto took = [&](int64_t n, int64_t k, double gflop) {
+      double& speed = speeds[{m, n, k}];
+      if (!speed) speed = best_speed(m, n, k, precision);
+      return gflop / speed;
+    };
+    const double wide = 2e-9 * (double)(b.tokens() * c.num_hidden_layers * F * H);  // up, or down
+    seconds += took(H, H, 1e-9 * forward_flops(c, b) - 2 * wide) + took(F, H, wide) + took(H, F, wide);
+  }
+  return seconds;
 }
 
-// What of this machine's own multiply that is, for people (else peak is 0).
-void BenchTable::share(const std::string& of, double gflops, double peak) const {
-  if (peak > 0) row(engine(), of, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflops / peak);
-}
-
-// One batch's seconds.
-void BenchTable::model(double seconds, double tokens, double gflop, double peak) const {
+// One batch's seconds, and those that gemm_peak would take, measured last.
+template <class F>
+void BenchTable::model(double seconds, double tokens, double gflop, F&& at_peak) const {
   row(engine(), config, "ms", seconds * 1e3);
   row(engine(), config, "tok/s", tokens / seconds);
   row(engine(), config, "GFLOP/s", gflop / seconds);
   row(engine(), config, "MiB", peak_mib());
-  share(config, gflop / seconds, peak);
+  row(engine(), config, tsv ? "%_of_gemm_peak" : "% of gemm_peak at the shapes of its products", 100 * at_peak() / seconds);
 }
 
 // With --profile, where the time of a call's `batches` goes: by op, the longest first, its ms a batch over all threads and its share of
-// what all ops took.
+// what all ops took; and what passed meanwhile.
 template <class F>
 void BenchTable::profile(double batches, F&& call) const {
   if (!profiled) return;
   const Profile profile;
   double n = 0, all = 0;
-  for (const double began = now(); n < 3 * batches || now() - began < 1; n += batches) call();
+  const double began = now();
+  for (; n < 3 * batches || now() - began < 1; n += batches) call();
+  const double passed = now() - began;
   std::multimap<double, std::string, std::greater<>> ops;
   for (const auto& [op, total] : profile.ops()) ops.emplace(total.seconds, op), all += total.seconds;
   for (const auto& [seconds, op] : ops) {
@@ -2877,12 +2937,13 @@ void BenchTable::profile(double batches, F&& call) const {
     row(engine(), config, tsv ? op + "_ms" : "ms " + op + ", " + fixed(share, 1) + " %", ms);
     if (tsv) row(engine(), config, op + "_%", share);
   }
+  row(engine(), config, tsv ? "profiled" : "ms in all, profiled", 1e3 * passed / n);
 }
 
 // The attention op alone: 4096 tokens in rows of one length, 12 heads of 32 and of 64. Its two products take 4 T H a token.
 void bench_attention(const BenchTable& table) {
   constexpr int64_t N = 4096, A = 12, P = 512;
-  const double peak = table.tsv ? 0 : gemm_peak(Precision::f32);
+  const double peak = table.tsv ? 0 : gemm_now();
   Random random({1, 0, 0, kOrderStream});
   Dropout none;
   for (const int64_t H : {384, 768}) {
@@ -2896,7 +2957,7 @@ void bench_attention(const BenchTable& table) {
       const double gflops = 4e-9 * (double)(N * T * H) / seconds;
       table.row(table.engine(), of, "ms", seconds * 1e3);
       table.row(table.engine(), of, "GFLOP/s", gflops);
-      table.share(of, gflops, peak);
+      if (peak > 0) table.row(table.engine(), of, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflops / peak);
     }
   }
 }
@@ -2940,12 +3001,6 @@ Batch random_batch(const BenchShape& s, Random& random) {
   return batch;
 }
 
-// A batch's forward, 2 a multiply-add: the six products of a layer, and attention's two.
-double forward_gflop(const Config& c, const Batch& b) {
-  const double h = (double)c.hidden_size, f = (double)c.intermediate_size, t = (double)b.tokens() / (double)b.rows();
-  return 1e-9 * (double)(b.tokens() * c.num_hidden_layers) * (2 * (4 * h * h + 2 * h * f) + 4 * t * h);
-}
-
 void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   Bert bert = Bert::random(Config::named(s.name, kBenchVocab), Task::embed, seed);
   bert.pack(table.precision);
@@ -2953,7 +3008,9 @@ void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   const Batch batch = random_batch(s, random);
   auto call = [&] { bert.forward(batch); };
   const double seconds = median_seconds(1.0, call);
-  table.model(seconds, (double)batch.tokens(), forward_gflop(bert.config, batch), table.tsv ? 0 : gemm_peak(table.precision));
+  table.model(seconds, (double)batch.tokens(), 1e-9 * forward_flops(bert.config, batch), [&] {
+    return seconds_at_peak(bert.config, {&batch, 1}, table.precision);
+  });
   table.profile(1, call);
 }
 
@@ -2981,22 +3038,23 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   const std::optional<WordPiece> t = real ? std::optional(WordPiece::load(vocab)) : std::nullopt;
   Random random({seed, 0, 0, kOrderStream});
   std::vector<Batch> batches = real ? real_batches(s, source, *t) : std::vector{random_batch(s, random)};
-  for (Batch& b : batches) {
+  for (Batch& b : batches)
     for (int64_t r = 0; r < b.rows(); r++) b.labels.push_back((int32_t)random.below(2));
-    mask_tokens(b, t ? mask_vocabulary(*t) : MaskVocabulary{101, 102, 103, std::vector<uint8_t>(kBenchVocab)}, 0.15, false,
-                {seed, 0, 0, kMaskStream});
-  }
+  const MaskVocabulary mask = t ? mask_vocabulary(*t) : MaskVocabulary{101, 102, 103, std::vector<uint8_t>(kBenchVocab)};
   TrainSettings settings;
   settings.steps = 1000000, settings.warmup = 0, settings.seed = seed, settings.products = table.precision;
   Trainer trainer(Bert::random(Config::named(s.name, kBenchVocab), Task::pretrain, seed), settings);
   const double n = (double)batches.size();
   double tokens = 0, gflop = 0;  // backward is twice the forward's products; the heads are not counted
-  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 3 * forward_gflop(trainer.model().config, b) / n;
+  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 3e-9 * forward_flops(trainer.model().config, b) / n;
   auto call = [&] {
-    for (const Batch& b : batches) trainer.step({&b, 1});
+    for (Batch b : batches) {
+      mask_tokens(b, mask, 0.15, false, {seed, (uint32_t)trainer.done(), 0, kMaskStream});
+      trainer.step({&b, 1});
+    }
   };
   const double seconds = median_seconds(2.0, call);
-  table.model(seconds / n, tokens, gflop, table.tsv ? 0 : gemm_peak(table.precision));
+  table.model(seconds / n, tokens, gflop, [&] { return 3 * seconds_at_peak(trainer.model().config, batches, table.precision) / n; });
   table.profile(n, call);
 }
 
@@ -3137,7 +3195,8 @@ const Command kCommands[] = {
   --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
   --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files
-  --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing)"},
+  --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing
+  --skip-spikes    leave out steps whose loss jumps or is no number, instead of making them or stopping; 20 in a row stop)"},
     {"finetune", "train a model for a task on labelled texts", cmd_finetune,
      R"(bert finetune --task TASK --model DIR --train FILE --output DIR
   --task           classify, multilabel, regress, tag, qa, choice or similarity
@@ -3252,6 +3311,7 @@ std::string shell_quoted(const std::string& word) {
 }  // namespace
 
 int run_main(const Strings& words) {
+  std::signal(SIGXFSZ, SIG_IGN);     // a file over the limit is an error of its write
   std::signal(SIGPIPE, SIG_IGN);     // a closed pipe is seen where it is written to
   std::ios::sync_with_stdio(false);  // std::cin with a buffer of its own
   std::setvbuf(stdout, nullptr, _IOFBF, 1 << 16);

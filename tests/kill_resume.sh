@@ -2,7 +2,7 @@
 # kill -9 at random moments of training: the folder loads, or says that nothing was saved yet; the resumed run ends with the same
 # model and state bytes as one that was never stopped.      usage: kill_resume.sh BERT [TIMES]
 set -euo pipefail
-bert=$1 times=${2:-20}
+bert=$1 times=${2:-50}
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

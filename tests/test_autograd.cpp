@@ -25,6 +25,12 @@ Tensor wrong_identity(const Tensor& x, float factor) {
 }
 }  // namespace
 
+TEST_CASE("testing: the largest difference of numbers among which is a NaN is that NaN") {
+  const float a[] = {1, NAN, 3}, b[] = {1, 2, 7};
+  CHECK(std::isnan(testing::largest_difference(a, b, 3)));
+  CHECK(testing::largest_difference(a + 2, b + 2, 1) == 4);
+}
+
 TEST_CASE("the gradient checker itself: a backward that does nothing, or is a tenth off, is caught") {
   Tensor x = random_tensor({3, 5}, 1);
   CHECK(grad_error({x}, [&] { return wrong_identity(x, 0); }) > 0.1);

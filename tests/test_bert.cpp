@@ -497,23 +497,132 @@ TEST_CASE("training: micro-batches of a step add up to the gradient of the whole
   CHECK(x.tokens == y.tokens);
 }
 
-TEST_CASE("training: a loss that is not finite stops with step and tensor, the model untouched") {
+namespace {
+// What Trainer::step throws; empty: nothing.
+std::string refused(Trainer& trainer, const Batch& batch) {
+  try {
+    trainer.step({&batch, 1});
+  } catch (const Error& e) { return e.what(); }
+  return "";
+}
+}  // namespace
+
+TEST_CASE("training: a loss that is not finite stops with step, layer, tensor and row, the model untouched") {
   ModelFolder m = trainable(kGolden + "tiny-pretrain");
   const Batch batch = read_rows(kGolden + "tiny-pretrain/rows.json", Task::pretrain);
   TrainSettings settings;
   settings.steps = 10;
   Trainer trainer(m.bert, settings);
-  m.bert.layers[1].up.weight.data()[7] = 3e38f;  // shared with the trainer's handles
-  const float before = m.bert.word.data()[700];
-  try {
-    trainer.step({&batch, 1});
-    CHECK_MESSAGE(false, "went on");
-  } catch (const Error& e) {
-    CAPTURE(e.what());
-    CHECK(std::string(e.what()).find("step 1: the gradient of bert.") != std::string::npos);
-  }
+  float& weight = m.bert.layers[1].up.weight.data()[7];  // shared with the trainer's handles
+  const float before = m.bert.word.data()[700], kept = weight;
+  weight = 3e38f;
+  std::string what = refused(trainer, batch);
+  CAPTURE(what);
+  CHECK(what.starts_with("step 1: not finite: the output of layer 2, first in row 2 of micro-batch 0 (13 tokens, ids 2 117 "));
+  CHECK(what.find("bert.encoder.layer.1.intermediate.dense.weight, up to 3.0") != std::string::npos);
+  weight = kept;
+  const int64_t row = batch.rows() - 1, begin = batch.offsets[(size_t)row], length = batch.offsets[(size_t)row + 1] - begin;
+  Batch odd = batch;
+  odd.ids[(size_t)begin + 1] = 199;  // in that row alone, and its vector damaged
+  for (int32_t& id : odd.ids)
+    if (id == 199 && &id != &odd.ids[(size_t)begin + 1]) id = 198;
+  m.bert.word.data()[199 * m.bert.config.hidden_size] = NAN;
+  what = refused(trainer, odd);
+  CHECK(what.starts_with("step 1: not finite: the output of the embeddings, first in row " + std::to_string(row) + " of micro-batch 0 (" +
+                         std::to_string(length) + " tokens, ids " + std::to_string(batch.ids[(size_t)begin]) + " 199"));
+  CHECK(what.find("bert.embeddings.word_embeddings.weight, up to nan") != std::string::npos);
+  m.bert.word.data()[199 * m.bert.config.hidden_size] = 0;
+  m.bert.decoder_bias.data()[3] = INFINITY;
+  CHECK(refused(trainer, batch).starts_with("step 1: not finite: the scores of masked words, first in row 0"));
+  m.bert.decoder_bias.data()[3] = 0;
   CHECK(m.bert.word.data()[700] == before);
   CHECK(trainer.done() == 0);
+  CHECK(refused(trainer, batch).empty());
+}
+
+namespace {
+// Rows of words 5 .. 8 with one masked, whose label is not among them when `odd`: what a model that has learned them finds absurd.
+Batch easy_batch(uint64_t seed, bool odd) {
+  Batch batch;
+  Random random({seed, 0, 0, 0});
+  for (int r = 0; r < 6; r++) {
+    std::vector<int32_t> ids = {kSpecial.cls};
+    for (int64_t n = 8 + random.below(5); n > 0; n--) ids.push_back((int32_t)(5 + random.below(4)));
+    batch.masked.push_back((int64_t)batch.ids.size() + 3), batch.masked_labels.push_back(odd && r == 4 ? 150 : ids[3]);
+    ids[3] = kSpecial.mask;
+    batch.add_row(ids, std::vector<int32_t>(ids.size(), 0));
+  }
+  for (size_t r = 0; odd && r < 3; r++) batch.masked_labels[r] = 160;
+  return batch;
+}
+Trainer easy_trainer(bool skip) {
+  Config c = Config::named("tiny", 200);
+  c.hidden_size = 24, c.intermediate_size = 40, c.num_attention_heads = 3, c.max_position_embeddings = 32;
+  TrainSettings settings;
+  settings.steps = 400, settings.lr = 1e-2, settings.skip_spikes = skip;
+  return Trainer(Bert::random(c, Task::mlm, 1), settings);
+}
+// The bytes of a trainer's tensors, without where it stands.
+std::string numbers_of(const Trainer& trainer, const std::string& path) {
+  trainer.save(path, {});
+  const SafeTensors file = SafeTensors::open(path);
+  std::string bytes;
+  for (const SafeTensors::Entry& e : file.entries()) {
+    const Tensor t = file.load(e);
+    bytes.append(reinterpret_cast<const char*>(t.data()), (size_t)t.size() * sizeof(float));
+  }
+  return bytes;
+}
+}  // namespace
+
+TEST_CASE("training: a spike is found and named; skipped it changes nothing but the count; resumed the same bytes; twenty in a row stop") {
+  testing::TemporaryFolder folder;
+  Trainer trainer = easy_trainer(true), made = easy_trainer(false);
+  auto step = [](Trainer& t, bool odd) {
+    const Batch batch = easy_batch((uint64_t)t.done(), odd);
+    return t.step({&batch, 1});
+  };
+  for (int s = 0; s < 150; s++) {
+    const StepReport r = step(trainer, s == 20), same = step(made, s == 20);  // before there is a mean to speak of
+    CHECK_MESSAGE((r.fault.empty() && !r.skipped), r.fault);
+    CHECK(same.loss.total == r.loss.total);
+  }
+  trainer.save(folder / "before", {});
+  const std::string before = numbers_of(trainer, folder / "numbers");
+  StepReport r = step(trainer, true);
+  CAPTURE(r.fault);
+  CHECK((r.skipped && r.step == 151 && trainer.done() == 151));
+  CHECK(r.fault.starts_with("a spike: loss "));
+  CHECK(r.fault.find("in row ") != std::string::npos);
+  CHECK(r.fault.find("of micro-batch 0 (") != std::string::npos);
+  CHECK(r.fault.find("; the largest gradient is of ") != std::string::npos);
+  CHECK(numbers_of(trainer, folder / "numbers") == before);
+  const StepReport not_skipped = step(made, true);
+  CHECK((not_skipped.fault == r.fault && !not_skipped.skipped));
+  CHECK(numbers_of(made, folder / "numbers") != before);
+
+  // Not finite, and skipped too.
+  Batch batch = easy_batch(151, false);
+  float& weight = Tensor(trainer.model().layers[0].up.weight).data()[3];
+  const float kept = std::exchange(weight, NAN);
+  r = trainer.step({&batch, 1});
+  weight = kept;
+  CHECK((r.skipped && r.fault.starts_with("not finite: the output of layer 1, ")));
+  CHECK(numbers_of(trainer, folder / "numbers") == before);
+  for (int s = 0; s < 5; s++) CHECK(step(trainer, false).fault.empty());
+  CHECK(numbers_of(trainer, folder / "numbers") != before);
+
+  // Two runs from a state between: the one that was stopped in the middle of skipped steps counts on.
+  for (int s = 0; s < 12; s++) CHECK(step(trainer, true).skipped);
+  trainer.save(folder / "state", {});
+  Trainer resumed = easy_trainer(true);
+  resumed.load(folder / "state");
+  for (int s = 0; s < 7; s++) CHECK((step(trainer, true).skipped && step(resumed, true).skipped));
+  CHECK(refused(trainer, easy_batch((uint64_t)trainer.done(), true)).find("the 20th step in a row to be skipped") != std::string::npos);
+  CHECK(refused(resumed, easy_batch((uint64_t)trainer.done(), true)).find("the 20th step in a row") != std::string::npos);
+  for (int s = 0; s < 3; s++) step(trainer, false), step(resumed, false);
+  trainer.save(folder / "a", {}), resumed.save(folder / "b", {});
+  CHECK(read_file(folder / "a") == read_file(folder / "b"));
 }
 
 TEST_CASE("training: a step starts from gradients of zero, whatever an earlier backward left") {
@@ -550,8 +659,22 @@ TEST_CASE("training: a state that makes no sense is refused before a number of t
   for (size_t i = 0; i < values.size(); i++) tensors.push_back({good.entries()[i].name, values[i].shape(), values[i].data()});
   for (const char* done : {"-1", "11", "x", ""}) {
     CAPTURE(done);
-    save_safetensors(folder / "bad", tensors, {{"bert_state_version", "1"}, {"bert_steps", "10"}, {"bert_steps_done", done}});
+    save_safetensors(folder / "bad", tensors, {{"bert_state_version", "2"}, {"bert_steps", "10"}, {"bert_steps_done", done}});
     CHECK_THROWS_WITH_AS(trainer.load(folder / "bad"), doctest::Contains("bert_steps_done"), Error);
+    CHECK(m.bert.word.data()[700] == 0.25f);
+  }
+  for (const auto& [key, value] : {std::pair<std::string, std::string>("bert_updates", "6"),
+                                   {"bert_updates", ""},
+                                   {"bert_skipped_in_a_row", "3"},
+                                   {"bert_loss_mean", "nan"},
+                                   {"bert_loss_mean", ""},
+                                   {"bert_loss_variance", "inf"},
+                                   {"bert_loss_last", "x"}}) {
+    CAPTURE(key);
+    std::map<std::string, std::string> about(good.metadata().begin(), good.metadata().end());
+    about["bert_steps_done"] = "5", about["bert_updates"] = "3", about[key] = value;
+    save_safetensors(folder / "bad", tensors, {about.begin(), about.end()});
+    CHECK_THROWS_WITH_AS(trainer.load(folder / "bad"), doctest::Contains(key.c_str()), Error);
     CHECK(m.bert.word.data()[700] == 0.25f);
   }
   trainer.load(folder / "good");

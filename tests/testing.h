@@ -33,7 +33,7 @@ inline double largest_difference(const float* a, const float* b, int64_t n) {
   double worst = 0;
   for (int64_t i = 0; i < n; i++) {
     const double d = std::fabs((double)a[i] - (double)b[i]);
-    if (!(d <= worst)) worst = d;   // a NaN stays
+    if (!(d <= worst) && !std::isnan(worst)) worst = d;   // a NaN stays
   }
   return worst;
 }
@@ -63,7 +63,7 @@ inline double grad_error(std::vector<bert::Tensor> in, const std::function<bert:
       t.data()[i] = keep;
       const double numeric = (up - down) / (double)((keep + h) - (keep - h));
       const double error = std::fabs((double)t.grad()[i] - numeric) / std::max(1.0, std::fabs(numeric));
-      if (!(error <= worst)) worst = error;
+      if (!(error <= worst) && !std::isnan(worst)) worst = error;
     }
   return worst;
 }
