@@ -342,7 +342,7 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
   const Corpus corpus = tiny_corpus();
   const PretrainSettings settings = tiny_settings();
   PretrainSampler sampler(corpus, settings, kSpecial, 1);
-  const int64_t batches = sampler.epoch_batches();
+  const int64_t batches = sampler.window_batches();
   int64_t rows = 0, random = 0, masked = 0, kept = 0, replaced = 0;
   for (int64_t b = 0; b < batches; b++) {
     const Batch batch = sampler.next(b, 0);
@@ -377,9 +377,9 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
   CHECK(sampler.place().epoch == 1);
   PretrainSampler again(corpus, settings, kSpecial, 1);
   CHECK(again.next(0, 0).ids != next.ids);
-  again.go_to({1, 0});
+  again.go_to({1, 0, 0});
   CHECK(again.next(0, 0).ids == next.ids);
-  for (const PretrainSampler::Place place : {PretrainSampler::Place{0, -1}, {-1, 0}, {0, batches + 1}})
+  for (const PretrainSampler::Place place : {PretrainSampler::Place{0, 0, -1}, {-1, 0, 0}, {0, 1, 0}, {0, -1, 0}, {0, 0, batches + 1}, {0, 0, 0, 4}})
     CHECK_THROWS_AS(again.go_to(place), Error);
 }
 
@@ -391,7 +391,7 @@ TEST_CASE("sampling: labels tell the truth") {
     corpus.end_document();
   }
   PretrainSampler sampler(corpus, tiny_settings(), kSpecial, 1);
-  const int64_t batches = sampler.epoch_batches();
+  const int64_t batches = sampler.window_batches();
   for (int64_t b = 0; b < batches; b++) {
     Batch batch = sampler.next(b, 0);
     for (size_t m = 0; m < batch.masked.size(); m++) batch.ids[(size_t)batch.masked[m]] = batch.masked_labels[m];
@@ -454,7 +454,7 @@ std::string train_bytes(int threads, int64_t accumulate, int64_t stop_at) {
       trainer = std::make_unique<Trainer>(Bert::random(c, Task::pretrain, 99), settings);
       const int64_t batch = std::stoll(trainer->load(folder / "state").at("batch"));
       sampler = PretrainSampler(corpus, tiny_settings(), kSpecial, 1);
-      sampler.go_to({0, batch});
+      sampler.go_to({0, 0, batch});
     }
     std::vector<Batch> micro;
     for (int64_t g = 0; g < accumulate; g++) micro.push_back(sampler.next(s, g));
