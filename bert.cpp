@@ -1196,8 +1196,8 @@ int64_t Shards::choose(const std::vector<int64_t>& order, int64_t stretch, int64
   for (size_t b = 0; b < order.size() && !enough(); b++) {
     std::vector<Stretch> list = units(blocks_[(size_t)order[b]], stretch);
     random.shuffle(list);
-    const int64_t before = got;
-    for (size_t i = 0; i < list.size() && !enough() && (got == before || got - before < from_each); i++) {
+    const int64_t stop = b + 1 == order.size() ? want : got + from_each;
+    for (size_t i = 0; i < list.size() && !enough() && (got < stop || held_.size() < 2); i++) {
       const auto held = (int64_t)held_.size();
       if (stretch ? order.size() == 1 && held + 1 == (int64_t)list.size() : held + 2 >= size_.documents) continue;  // some text stays
       if (got + list[i].tokens > most && (!stretch || held >= 2)) continue;

@@ -1698,6 +1698,7 @@ struct Pretraining {
     if (vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
     if (config_name.empty() && init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
     a.exclude("config", "init"), a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite"), a.exclude("max-length", "phases");
+    if (cache.empty()) a.fail("--cache is empty: a folder is wanted");
     if ((train.steps > 0) == (minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
   }
   void read();
@@ -1748,7 +1749,6 @@ Shards make_shards(const Source& source, const WordPiece& tokenizer, const std::
   });
   if (part.ids.empty() && !shards.rows()) no_text(source);
   shards.add(part, rows, true);
-  progress.show(folder + ": " + counted(shards.size().tokens, "token"), true);
   return shards;
 }
 
@@ -1872,8 +1872,11 @@ void cmd_pretrain(Args& a) {
   Pretraining p{a, common};
   p.check();
   a.done();
+  const bool cached = a.given("cache") || fs::exists(p.cache);
   p.read();
-  if (p.dry_run) return dry_run(p);
+  if (p.dry_run) dry_run(p);
+  if (p.dry_run && !cached) fs::remove_all(p.cache);
+  if (p.dry_run) return;
   p.sampler();  // so that text that does not do is refused before anything is written
   Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
   TrainSettings settings = p.train;
