@@ -1056,7 +1056,7 @@ std::string Shards::name(int64_t number) const {
   return folder_ + "/" + std::string(5 - std::min<size_t>(5, digits.size()), '0') + digits + ".ids";
 }
 
-// Maps a shard; nothing where there is none, or one that is stale. What it says of itself is checked, not yet what it holds.
+// Maps a shard; nothing where there is none, or one of another version. What it says of itself is checked, not yet what it holds.
 std::optional<Shards::View> Shards::open(int64_t number, Header& h) const {
   static_assert(sizeof(Header) == 96);
   const std::string path = name(number);
@@ -1072,7 +1072,6 @@ std::optional<Shards::View> Shards::open(int64_t number, Header& h) const {
   for (const int64_t n : {h.documents, h.documents, h.sentences, h.sentences, h.tokens})
     words += std::min<uint64_t>((uint64_t)n, 1ull << 48);
   if (header.state != h.header || file.bytes.size() != sizeof h + (words + 4) * 4) throw damaged();
-  if (!key_ || h.key != *key_ || h.number != number) return {};
   const auto* const lists = reinterpret_cast<const int64_t*>(file.bytes.data() + sizeof h);
   const std::span documents(lists, (size_t)h.documents + 1), sentences(lists + h.documents + 1, (size_t)h.sentences + 1);
   return View{documents, sentences, reinterpret_cast<const int32_t*>(sentences.data() + sentences.size()), file.owner};
@@ -1083,7 +1082,7 @@ bool Shards::open_next() {
   const auto number = (int64_t)shards_.size();
   Header h;
   const std::optional<View> shard = open(number, h);
-  if (!shard) return stale_ |= exists(name(number)), false;
+  if (!shard || h.key != key_ || h.number != number) return stale_ |= exists(name(number)), false;
   const auto& [documents, sentences, ids, owner] = *shard;
   const std::span all(ids, (size_t)h.tokens);
   const bool sound = h.data == fingerprint_of(documents, sentences, all) && ascends(documents, h.sentences) &&
@@ -1133,10 +1132,8 @@ void Shards::add(const Corpus& text, int64_t rows, bool last) {
   file.write({reinterpret_cast<const char*>(&h), sizeof h});
   file.write(bytes_of<int64_t>(documents)), file.write(bytes_of<int64_t>(text.sentences)), file.write(bytes_of<int32_t>(text.ids));
   file.commit();
-  const std::optional<uint64_t> key = std::exchange(key_, h.key);  // without a key: those of others do not fit, our own do
-  const bool added = open_next();
-  key_ = key;
-  if (!added) throw Error(name(number) + ": changed since it was written; is another run making shards here?");
+  key_ = h.key;  // without a key those that stood here did not fit; our own do
+  if (!open_next()) throw Error(name(number) + ": changed since it was written; is another run making shards here?");
   if (!last) return;
   lock_.reset();
   for (int64_t more = number + 1; fs::remove(name(more), ignored); more++) continue;  // of a longer text that stood here
@@ -1213,10 +1210,11 @@ Corpus Shards::hold_out(double share, uint64_t seed) {
   std::vector<int64_t> order = count_up(blocks_.size());
   Random random({seed, 0, 0, kSplitStream});
   random.shuffle(order);
-  if (choose(order, 0, want, most, random) >= want / 2 && held_.size() >= 2)
-    size_.documents -= (int64_t)held_.size();
-  else
+  in_stretches_ = choose(order, 0, want, most, random) < want / 2 || held_.size() < 2;
+  if (in_stretches_)
     choose(order, std::clamp<int64_t>((int64_t)((double)size_.sentences * share / 8), 2, 50), want, most, random);
+  else
+    size_.documents -= (int64_t)held_.size();
   std::sort(held_.begin(), held_.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
   Corpus dev;
   for (const Stretch& s : held_) {

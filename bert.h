@@ -389,6 +389,7 @@ class Shards {
   // Takes text out as held-out text, about `share` of it and at most 100,000 tokens: whole documents chosen by the seed, two or more.
   // Where the text is too short for that or its documents are too long, stretches of up to 50 sentences, each a document there.
   Corpus hold_out(double share, uint64_t seed);
+  bool in_stretches() const { return in_stretches_; }
   // Without what is held out:
   TextSize size() const { return size_; }
   const std::vector<int64_t>& counts() const { return counts_; }   // [pieces] how often each stands in it
@@ -420,7 +421,7 @@ class Shards {
   int64_t choose(const std::vector<int64_t>& order, int64_t stretch, int64_t want, int64_t most, Random& random);
   std::string folder_;
   std::optional<uint64_t> key_;
-  bool stale_ = false;
+  bool stale_ = false, in_stretches_ = false;
   TextSize size_;
   int64_t tokens_ = 0;                             // with what is held out
   std::vector<int64_t> counts_;

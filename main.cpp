@@ -858,9 +858,9 @@ std::string json_numbers(const Numbers& numbers) {
 }
 
 // ==== 5 text into ids =============================================================================================
-// Raw text as ids behind those of `corpus`: a line is a paragraph, a blank line ends a document; in the other formats a row is a document.
-// The first `skip` rows are passed over; before_row(number) is called before each row of text that follows. Returns how many rows there
-// are.
+// Raw text as ids, put behind those of `corpus`: a line is a paragraph, a blank line ends a document; in the other formats a row is a
+// document. The first `skip` rows are passed over; before_row(its number) is called for each row of text that follows. Returns their
+// number.
 template <class F>
 int64_t read_text(Source source, const WordPiece& tokenizer, int64_t skip, Corpus& corpus, F&& before_row) {
   source.raw = true;
@@ -1788,6 +1788,7 @@ void Pretraining::read() {
   if (data.next_sentence && dev.size().documents == 1)
     throw Error((dev_input ? dev_input->files[0] : "--dev-split") +
                 ": next-sentence pairs need at least two held-out documents (a blank line between them), there is one; or pass --no-nsp");
+  if (text->in_stretches()) note("held out are stretches of sentences: the documents are too few or too long to take whole ones");
   note("text: " + corpus_size(text->size()) + "; held out: " + corpus_size(dev.size()) + "; read in " + duration(now() - began));
 }
 
@@ -1853,9 +1854,8 @@ bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler::Pla
     const auto [micro, after] = batches.next();
     for (size_t i = 0; i < micro.size() && !p.dump.empty(); i++)
       if (!(dump << batch_json(micro[i], trainer.done() + 1, i) << std::endl)) throw Error(p.dump + ": cannot write");
-    const StepReport report = trainer.step(micro);
+    run.after_step(trainer.step(micro));
     place = after;
-    run.after_step(report);
     const int64_t done = trainer.done();
     if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) last = scores(), run.evaluated(done, last);
     if (done < steps && run.save_due(done)) run.save(trainer);
@@ -3338,13 +3338,14 @@ const Command kCommands[] = {
   --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
   --steps N        or --minutes M: as many steps as fit
   --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
-  --max-length N   tokens of a row (default 128)
+  --max-length N   tokens of a row (default 128), or --phases 128:0.9,512:0.1: of each length so large a share of the steps
   --lr X           peak rate (default 1e-4)              --warmup X         share of the steps (default 0.1)
   --schedule linear|cosine|constant                      --optimizer adamw|google
   --weight-decay X (default 0.01)                        --clip X           global norm (default 1; 0: none)
   --dropout P      default: the config's                 --mask X           share of tokens (default 0.15)
-  --whole-word     mask whole words                      --no-nsp           no next-sentence task
-  --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens)
+  --whole-word     mask whole words                      --no-nsp           no next-sentence task: rows of whole sentences
+  --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens, in whole documents if that can be)
+  --cache DIR      where the text's ids are kept, one text at a time (default: OUTPUT.shards): made once, however often it is trained on
   --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files
   --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing)"},
