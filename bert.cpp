@@ -1028,8 +1028,6 @@ void Corpus::add_sentences(std::span<const int64_t> bounds, const int32_t* from)
 
 // ---- shards
 static constexpr int64_t kBlock = 1 << 15, kWindow = 1 << 20, kMostHeldOut = 100000;  // tokens
-static constexpr char kShardMagic[8] = {'b', 'e', 'r', 't', ' ', 'i', 'd', 's'};
-static constexpr uint64_t kShardVersion = 1;  // of the file's form, and of how text is cut into sentences and ids
 
 template <class T>
 static std::string_view bytes_of(std::span<const T> list) {
@@ -1060,12 +1058,13 @@ std::string Shards::name(int64_t number) const {
 std::optional<Shards::View> Shards::open(int64_t number, Header& h) const {
   static_assert(sizeof(Header) == 96);
   const std::string path = name(number);
+  const Header ours;
   if (!exists(path)) return {};
   const Mapped file = map_file(path);
   auto damaged = [&] { return Error(path + ": not a whole shard of ids, or damaged; remove it, and it is made again"); };
-  if (file.bytes.size() < sizeof h || std::memcmp(file.bytes.data(), kShardMagic, sizeof kShardMagic)) throw damaged();
+  if (file.bytes.size() < sizeof h || std::memcmp(file.bytes.data(), ours.magic, sizeof ours.magic)) throw damaged();
   std::memcpy(&h, file.bytes.data(), sizeof h);
-  if (h.version != kShardVersion) return {};  // its header may be another
+  if (h.version != ours.version) return {};  // its header may be another
   Fingerprint header;
   header.bytes(file.bytes.substr(0, offsetof(Header, header)));
   uint64_t words = 0;  // what follows the header, in halves of int64
@@ -1112,19 +1111,15 @@ void Shards::add(const Corpus& text, int64_t rows, bool last) {
   const TextSize size = text.size();
   std::vector<int64_t> documents = text.documents;
   if (documents.back() < size.sentences) documents.push_back(size.sentences);
-  Header h{{},
-           kShardVersion,
-           key_.value_or(0),
-           fingerprint_of(documents, text.sentences, text.ids),
-           number,
-           rows,
-           size.tokens,
-           size.sentences,
-           (int64_t)documents.size() - 1,
-           (uint64_t)documents.size() - text.documents.size(),
-           last,
-           0};
-  std::memcpy(h.magic, kShardMagic, sizeof h.magic);
+  Header h{.key = key_.value_or(0),
+           .data = fingerprint_of(documents, text.sentences, text.ids),
+           .number = number,
+           .rows = rows,
+           .tokens = size.tokens,
+           .sentences = size.sentences,
+           .documents = (int64_t)documents.size() - 1,
+           .open = documents.size() > text.documents.size(),
+           .last = last};
   Fingerprint header;
   header.bytes({reinterpret_cast<const char*>(&h), offsetof(Header, header)});
   h.header = header.state;
@@ -1172,8 +1167,8 @@ std::vector<Shards::Stretch> Shards::units(const Block& block, int64_t stretch) 
   const Shard& at = shards_[(size_t)block.shard];
   std::vector<Stretch> units;
   for (size_t d = 0; d + 1 < shard.documents.size(); d++) {
-    const bool cut =
-        (!d && at.first_sentence && shards_[(size_t)block.shard - 1].header.open) || (d + 2 == shard.documents.size() && at.header.open);
+    const bool began_before = !d && block.shard && shards_[(size_t)block.shard - 1].header.open;
+    const bool cut = began_before || (d + 2 == shard.documents.size() && at.header.open);
     int64_t s = std::max(shard.documents[d], block.begin), end = std::min(shard.documents[d + 1], block.end);
     if (!stretch && (cut || s != shard.documents[d] || end != shard.documents[d + 1])) continue;
     for (int64_t next; s < end; s = next) {
@@ -1264,9 +1259,10 @@ PretrainSampler::PretrainSampler(const Corpus* corpus, const Shards* shards, con
                                  const MaskVocabulary& vocabulary, uint64_t seed)
     : corpus_(corpus), shards_(shards), settings_(settings), vocabulary_(vocabulary), seed_(seed) {
   if (settings.max_length < 5) throw Error("max-length " + std::to_string(settings.max_length) + ": a pretraining row needs at least 5");
-  if (!(corpus ? corpus->size() : shards->size()).documents) throw Error("pretraining text: no token in it");
+  const TextSize size = corpus ? corpus->size() : shards->size();
+  if (!size.documents) throw Error("pretraining text: no token in it");
   plan_window();
-  if (settings.next_sentence && text().size().documents < 2)
+  if (settings.next_sentence && std::min(size.documents, text().size().documents) < 2)  // parts of one document are none
     throw Error(
         "pretraining text: next-sentence pairs need at least two documents (a blank line between them), there is one; or pass --no-nsp");
 }

@@ -399,10 +399,11 @@ class Shards {
 
  private:
   struct Header {
-    char magic[8];
-    uint64_t version, key, data;                   // data: fingerprint of what follows the header
-    int64_t number, rows, tokens, sentences, documents;
-    uint64_t open, last, header;                   // open: the last document goes on in the next shard; header: fingerprint of the above
+    char magic[8] = {'b', 'e', 'r', 't', ' ', 'i', 'd', 's'};
+    uint64_t version = 1, key = 0, data = 0;       // version: also of how text is cut into sentences; data: fingerprint of what follows
+    int64_t number = 0, rows = 0, tokens = 0, sentences = 0, documents = 0;
+    uint64_t open = 0, last = 0;                   // open: the last document goes on in the next shard
+    uint64_t header = 0;                           // fingerprint of the above
   };
   struct View {                                    // a shard, mapped
     std::span<const int64_t> documents, sentences;

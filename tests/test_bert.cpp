@@ -682,6 +682,13 @@ TEST_CASE("windows: each sentence once an epoch, from all over the text, in anot
   CHECK(wrong == 0);
   CHECK((double)random / (double)rows == doctest::Approx(0.5).epsilon(0.15));
   CHECK_THROWS_AS(sampler.go_to({0, 2, 0}), Error);
+
+  Corpus one;
+  add_document(one, 0, 9000, 20);  // in several blocks, but one document
+  const Shards single = shards_of(one, folder / "one", 4000);
+  CHECK(single.size().documents == 1);
+  CHECK(window(single, 0).size().documents > 2);
+  CHECK_THROWS_WITH_AS(PretrainSampler(single, settings, vocabulary, 1), doctest::Contains("there is one; or pass --no-nsp"), Error);
 }
 
 TEST_CASE("phases: each length has its share of the steps; batches made ahead are the same, from any step on; their errors arrive") {
