@@ -1331,21 +1331,23 @@ void PretrainSampler::plan_window() {
   examples_.clear(), batches_.clear();
   const int64_t documents = text().size().documents;
   if (settings_.next_sentence && documents < 2) return;  // nothing to pair with
+  auto length = [&](const Example& e) { return e.a_end - e.a_begin + e.b_end - e.b_begin + (settings_.next_sentence ? 3 : 2); };
   for (int64_t d = 0; d < documents; d++) settings_.next_sentence ? plan_pairs(d, random) : plan_spans(d);
-  // Similar lengths come together among the rows of some 64 batches; then the batches are shuffled.
+  // Similar lengths come together among the rows of some 64 batches; the last of these is not full and waits for the next 64. Then the
+  // batches are shuffled.
   random.shuffle(examples_);
+  std::vector<int64_t> rows;
   for (size_t i = 0; i < examples_.size();) {
+    for (int64_t tokens = 0; i < examples_.size() && tokens < 64 * settings_.batch_tokens; i++)
+      rows.push_back((int64_t)i), tokens += length(examples_[i]);
     std::vector<int64_t> lengths;
-    const size_t begin = i;
-    for (int64_t tokens = 0; i < examples_.size() && tokens < 64 * settings_.batch_tokens; i++) {
-      const Example& e = examples_[i];
-      lengths.push_back(e.a_end - e.a_begin + e.b_end - e.b_begin + (settings_.next_sentence ? 3 : 2));
-      tokens += lengths.back();
-    }
-    for (auto& batch : batches_by_tokens(lengths, settings_.batch_tokens)) {
-      for (int64_t& row : batch) row += (int64_t)begin;
-      batches_.push_back(std::move(batch));
-    }
+    for (const int64_t row : rows) lengths.push_back(length(examples_[(size_t)row]));
+    auto made = batches_by_tokens(lengths, settings_.batch_tokens);
+    for (auto& batch : made)
+      for (int64_t& row : batch) row = rows[(size_t)row];
+    rows.clear();
+    if (i < examples_.size() && made.size() > 1) rows = std::move(made.back()), made.pop_back();
+    std::move(made.begin(), made.end(), std::back_inserter(batches_));
   }
   random.shuffle(batches_);
 }
