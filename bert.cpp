@@ -40,6 +40,10 @@ Strings split(std::string_view text, char at) {
   }
 }
 
+static bool exists(const std::string& path) {
+  struct stat s {};
+  return stat(path.c_str(), &s) == 0;
+}
 // The first row of a table that fits, or null.
 template <class Row, size_t n, class Fits>
 static const Row* find_row(const Row (&table)[n], Fits fits) {
@@ -1172,47 +1176,256 @@ void Corpus::end_document() {
   const auto all = (int64_t)sentences.size() - 1;
   if (all > documents.back()) documents.push_back(all);
 }
+void Corpus::add_sentences(std::span<const int64_t> bounds, const int32_t* from) {
+  const int64_t shift = (int64_t)ids.size() - bounds.front();
+  ids.insert(ids.end(), from + bounds.front(), from + bounds.back());
+  for (const int64_t end : bounds.subspan(1)) sentences.push_back(end + shift);
+}
 
-Corpus hold_out(Corpus& text, double share, uint64_t seed) {
-  const int64_t want = std::min<int64_t>(100000, (int64_t)((double)text.ids.size() * share));
-  const int64_t stretch = std::clamp<int64_t>((int64_t)((double)text.sentences.size() * share / 8), 2, 50);
-  std::vector<int64_t> cuts;  // first sentences of the stretches, and the end
-  for (size_t d = 0; d + 1 < text.documents.size(); d++)
-    for (int64_t s = text.documents[d]; s < text.documents[d + 1]; s += stretch) cuts.push_back(s);
-  std::vector<int64_t> order = count_up(cuts.size());
-  cuts.push_back((int64_t)text.sentences.size() - 1);
-  Random({seed, 0, 0, kSplitStream}).shuffle(order);
-  std::vector<uint8_t> held(order.size(), 0);
-  int64_t got = 0;
-  for (size_t i = 0; i + 1 < order.size() && (got < want || i < 2); i++) {
-    const size_t k = (size_t)order[i];
-    held[k] = 1, got += text.sentences[(size_t)cuts[k + 1]] - text.sentences[(size_t)cuts[k]];
-  }
-  Corpus dev, rest;
-  size_t document = 1;
-  for (size_t k = 0; k < held.size(); k++) {
-    Corpus& to = held[k] ? dev : rest;
-    for (int64_t s = cuts[k]; s < cuts[k + 1]; s++) {
-      to.ids.insert(to.ids.end(), text.ids.begin() + text.sentences[s], text.ids.begin() + text.sentences[(size_t)s + 1]);
-      to.end_sentence();
+// ---- shards
+static constexpr int64_t kBlock = 1 << 15, kWindow = 1 << 20, kMostHeldOut = 100000;  // tokens
+
+template <class T>
+static std::string_view bytes_of(std::span<const T> list) {
+  return {reinterpret_cast<const char*>(list.data()), list.size_bytes()};
+}
+static uint64_t fingerprint_of(std::span<const int64_t> documents, std::span<const int64_t> sentences, std::span<const int32_t> ids) {
+  Fingerprint f;
+  f.bytes(bytes_of(documents)), f.bytes(bytes_of(sentences)), f.bytes(bytes_of(ids));
+  return f.state;
+}
+// From 0 up, each more than the one before, to `last`.
+static bool ascends(std::span<const int64_t> bounds, int64_t last) {
+  return bounds.front() == 0 && bounds.back() == last &&
+         std::adjacent_find(bounds.begin(), bounds.end(), std::greater_equal<>()) == bounds.end();
+}
+
+Shards::Shards(std::string folder, std::optional<uint64_t> key, int64_t pieces)
+    : folder_(std::move(folder)), key_(key), counts_((size_t)pieces) {
+  while (!whole() && open_next()) continue;
+}
+
+std::string Shards::name(int64_t number) const {
+  const std::string digits = std::to_string(number);
+  return folder_ + "/" + std::string(5 - std::min<size_t>(5, digits.size()), '0') + digits + ".ids";
+}
+
+// Maps a shard; nothing where there is none, or one of another version. What it says of itself is checked, not yet what it holds.
+std::optional<Shards::View> Shards::open(int64_t number, Header& h) const {
+  static_assert(sizeof(Header) == 96);
+  const std::string path = name(number);
+  const Header ours;
+  if (!exists(path)) return {};
+  const Mapped file = map_file(path);
+  auto damaged = [&] { return Error(path + ": not a whole shard of ids, or damaged; remove it, and it is made again"); };
+  if (file.bytes.size() < sizeof h || std::memcmp(file.bytes.data(), ours.magic, sizeof ours.magic)) throw damaged();
+  std::memcpy(&h, file.bytes.data(), sizeof h);
+  if (h.version != ours.version) return {};  // its header may be another
+  Fingerprint header;
+  header.bytes(file.bytes.substr(0, offsetof(Header, header)));
+  uint64_t words = 0;  // what follows the header, in halves of int64
+  for (const int64_t n : {h.documents, h.documents, h.sentences, h.sentences, h.tokens})
+    words += std::min<uint64_t>((uint64_t)n, 1ull << 48);
+  if (header.state != h.header || file.bytes.size() != sizeof h + (words + 4) * 4) throw damaged();
+  const auto* const lists = reinterpret_cast<const int64_t*>(file.bytes.data() + sizeof h);
+  const std::span documents(lists, (size_t)h.documents + 1), sentences(lists + h.documents + 1, (size_t)h.sentences + 1);
+  return View{documents, sentences, reinterpret_cast<const int32_t*>(sentences.data() + sentences.size()), file.owner};
+}
+
+// Reads the next shard once, to see that it holds what was written, to count its pieces and to lay out its blocks.
+bool Shards::open_next() {
+  const auto number = (int64_t)shards_.size();
+  Header h;
+  const std::optional<View> shard = open(number, h);
+  if (!shard || h.key != key_ || h.number != number) return stale_ |= exists(name(number)), false;
+  const auto& [documents, sentences, ids, owner] = *shard;
+  const std::span all(ids, (size_t)h.tokens);
+  const bool sound = h.data == fingerprint_of(documents, sentences, all) && ascends(documents, h.sentences) &&
+                     ascends(sentences, h.tokens) &&
+                     std::all_of(all.begin(), all.end(), [&](int32_t id) { return (uint32_t)id < counts_.size(); });
+  if (!sound) throw Error(name(number) + ": damaged: not what was written; remove it, and it is made again");
+  for (const int32_t id : all) counts_[(size_t)id]++;
+  const bool goes_on = number && h.documents && shards_.back().header.open;  // its first document began in the shard before
+  shards_.push_back({h, size_.documents - goes_on, size_.sentences});
+  tokens_ += h.tokens, size_.tokens += h.tokens, size_.sentences += h.sentences, size_.documents += h.documents - goes_on;
+  // A block ends with a document, or inside of one that would make it twice as long.
+  Block block{number, 0, 0, 0};
+  for (int64_t d = 0; d < h.documents; d++)
+    for (int64_t s = documents[(size_t)d]; s < documents[(size_t)d + 1]; s++) {
+      block.tokens += sentences[(size_t)s + 1] - sentences[(size_t)s], block.end = s + 1;
+      if (block.end != h.sentences && block.tokens < (block.end == documents[(size_t)d + 1] ? kBlock : 2 * kBlock)) continue;
+      blocks_.push_back(block), block = {number, block.end, block.end, 0};
     }
-    if (held[k]) dev.end_document();
-    if (cuts[k + 1] == text.documents[document]) rest.end_document(), document++;
+  return true;
+}
+
+void Shards::add(const Corpus& text, int64_t rows, bool last) {
+  std::error_code ignored;
+  fs::create_directories(folder_, ignored);  // or the lock says that it cannot be written
+  if (!lock_) lock_ = std::make_shared<FolderLock>(folder_);
+  const auto number = (int64_t)shards_.size();
+  const TextSize size = text.size();
+  std::vector<int64_t> documents = text.documents;
+  if (documents.back() < size.sentences) documents.push_back(size.sentences);
+  Header h{.key = key_.value_or(0),
+           .data = fingerprint_of(documents, text.sentences, text.ids),
+           .number = number,
+           .rows = rows,
+           .tokens = size.tokens,
+           .sentences = size.sentences,
+           .documents = (int64_t)documents.size() - 1,
+           .open = documents.size() > text.documents.size(),
+           .last = last};
+  Fingerprint header;
+  header.bytes({reinterpret_cast<const char*>(&h), offsetof(Header, header)});
+  h.header = header.state;
+  AtomicFile file(name(number));
+  file.write({reinterpret_cast<const char*>(&h), sizeof h});
+  file.write(bytes_of<int64_t>(documents)), file.write(bytes_of<int64_t>(text.sentences)), file.write(bytes_of<int32_t>(text.ids));
+  file.commit();
+  key_ = h.key;  // without a key those that stood here did not fit; our own do
+  if (!open_next()) throw Error(name(number) + ": changed since it was written; is another run making shards here?");
+  if (!last) return;
+  lock_.reset();
+  for (int64_t more = number + 1; fs::remove(name(more), ignored); more++) continue;  // of a longer text that stood here
+}
+
+Shards::View Shards::view(int64_t shard) const {
+  Header now;
+  std::optional<View> found = open(shard, now);
+  if (!found || now.header != shards_[(size_t)shard].header.header)
+    throw Error(name(shard) + ": gone, or another than when the run began; begin again, with a folder of shards for each text");
+  return *found;
+}
+
+// The block's sentences behind `to`, without what is held out.
+void Shards::append(const Block& block, const View& shard, Corpus& to) const {
+  const Shard& at = shards_[(size_t)block.shard];
+  auto held = std::lower_bound(held_.begin(), held_.end(), at.first_sentence + block.begin,
+                               [](const Stretch& stretch, int64_t sentence) { return stretch.end <= sentence; });
+  auto d = std::upper_bound(shard.documents.begin(), shard.documents.end(), block.begin) - 1;
+  for (int64_t s = block.begin; s < block.end; d++) {
+    for (const int64_t end = std::min(d[1], block.end); s < end;) {
+      const bool out = held != held_.end() && held->begin <= at.first_sentence + s;
+      const int64_t to_here = held == held_.end() ? end : std::min(end, (out ? held->end : held->begin) - at.first_sentence);
+      if (!out) to.add_sentences(shard.sentences.subspan((size_t)s, (size_t)(to_here - s) + 1), shard.ids);
+      if (out && held->end <= at.first_sentence + to_here) held++;
+      s = to_here;
+    }
+    if (to.documents.back() < to.size().sentences)
+      to.end_document(), to.sources.push_back(at.first_document + (d - shard.documents.begin()));
   }
-  text = std::move(rest);
+}
+
+// What a block can give away as held-out text: its whole documents, or with a length its documents cut into stretches.
+std::vector<Shards::Stretch> Shards::units(const Block& block, int64_t stretch) const {
+  const View shard = view(block.shard);
+  const Shard& at = shards_[(size_t)block.shard];
+  std::vector<Stretch> units;
+  for (size_t d = 0; d + 1 < shard.documents.size(); d++) {
+    const bool began_before = !d && block.shard && shards_[(size_t)block.shard - 1].header.open;
+    const bool cut = began_before || (d + 2 == shard.documents.size() && at.header.open);
+    int64_t s = std::max(shard.documents[d], block.begin), end = std::min(shard.documents[d + 1], block.end);
+    if (!stretch && (cut || s != shard.documents[d] || end != shard.documents[d + 1])) continue;
+    for (int64_t next; s < end; s = next) {
+      next = stretch ? std::min(s + stretch, end) : end;
+      units.push_back({at.first_sentence + s, at.first_sentence + next, shard.sentences[(size_t)next] - shard.sentences[(size_t)s]});
+    }
+  }
+  return units;
+}
+
+// Chooses what is held out, of blocks in this order: whole documents, or stretches. Returns its tokens.
+int64_t Shards::choose(const std::vector<int64_t>& order, int64_t stretch, int64_t want, int64_t most, Random& random) {
+  held_.clear();
+  const int64_t from_each = want / std::max<int64_t>(1, std::min<int64_t>(64, (int64_t)order.size()));  // from many places
+  int64_t got = 0;
+  auto enough = [&] { return got + got / 19 >= want && held_.size() >= 2; };  // 95 %: not the few words that just fit, from all over
+  for (size_t b = 0; b < order.size() && !enough(); b++) {
+    std::vector<Stretch> list = units(blocks_[(size_t)order[b]], stretch);
+    random.shuffle(list);
+    const int64_t stop = b + 1 == order.size() ? want : got + from_each;
+    for (size_t i = 0; i < list.size() && !enough() && (got < stop || held_.size() < 2); i++) {
+      const auto held = (int64_t)held_.size();
+      if (stretch ? order.size() == 1 && held + 1 == (int64_t)list.size() : held + 2 >= size_.documents) continue;  // some text stays
+      if (got + list[i].tokens > most && (!stretch || held >= 2)) continue;
+      held_.push_back(list[i]), got += list[i].tokens;
+    }
+  }
+  return got;
+}
+
+Corpus Shards::hold_out(double share, uint64_t seed) {
+  const auto want = std::min(kMostHeldOut, (int64_t)((double)size_.tokens * share));
+  const int64_t most = std::max(want, std::min(kMostHeldOut, size_.tokens / 20));  // two documents may be more than their share
+  std::vector<int64_t> order = count_up(blocks_.size());
+  Random random({seed, 0, 0, kSplitStream});
+  random.shuffle(order);
+  in_stretches_ = choose(order, 0, want, most, random) < want / 2 || held_.size() < 2;
+  if (in_stretches_)
+    choose(order, std::clamp<int64_t>((int64_t)((double)size_.sentences * share / 8), 2, 50), want, most, random);
+  else
+    size_.documents -= (int64_t)held_.size();
+  std::sort(held_.begin(), held_.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+  Corpus dev;
+  for (const Stretch& s : held_) {
+    const auto at =
+        std::upper_bound(shards_.begin(), shards_.end(), s.begin, [](int64_t b, const Shard& x) { return b < x.first_sentence; }) - 1;
+    const View shard = view(at - shards_.begin());
+    dev.add_sentences(shard.sentences.subspan((size_t)(s.begin - at->first_sentence), (size_t)(s.end - s.begin) + 1), shard.ids);
+    dev.end_document();
+  }
+  for (const int32_t id : dev.ids) counts_[(size_t)id]--;
+  size_.tokens -= dev.size().tokens, size_.sentences -= dev.size().sentences;
   return dev;
 }
 
-PretrainSampler::PretrainSampler(const Corpus& corpus, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed)
-    : corpus_(&corpus), settings_(settings), vocabulary_(vocabulary), seed_(seed) {
-  const size_t documents = corpus.documents.size() - 1;
-  if (!documents) throw Error("pretraining text: no token in it");
-  if (settings.next_sentence && documents < 2)
+int64_t Shards::windows() const { return std::max<int64_t>(1, (tokens_ + kWindow - 1) / kWindow); }
+
+Corpus Shards::window(int64_t number, const PhiloxKey& key) const {
+  std::vector<int64_t> order = count_up(blocks_.size()), mine;
+  Random(key).shuffle(order);
+  int64_t before = 0, size = 0;  // tokens
+  for (const int64_t i : order) {
+    const int64_t tokens = blocks_[(size_t)i].tokens;
+    if (before * windows() / tokens_ == number) mine.push_back(i), size += tokens;
+    before += tokens;
+  }
+  std::sort(mine.begin(), mine.end());  // each shard is mapped once; rows are shuffled later
+  Corpus text;
+  text.ids.reserve((size_t)size);
+  int64_t mapped = -1;
+  View shard;
+  for (const int64_t i : mine) {
+    const Block& block = blocks_[(size_t)i];
+    if (block.shard != mapped) shard = view(mapped = block.shard);
+    append(block, shard, text);
+  }
+  return text;
+}
+
+uint64_t Shards::fingerprint() const {
+  Fingerprint all;
+  for (const Shard& shard : shards_) all.number(shard.header.data);
+  return all.state;
+}
+
+// ---- rows
+PretrainSampler::PretrainSampler(const Corpus* corpus, const Shards* shards, const PretrainSettings& settings,
+                                 const MaskVocabulary& vocabulary, uint64_t seed)
+    : corpus_(corpus), shards_(shards), settings_(settings), vocabulary_(vocabulary), seed_(seed) {
+  if (settings.max_length < 5) throw Error("max-length " + std::to_string(settings.max_length) + ": a pretraining row needs at least 5");
+  const TextSize size = corpus ? corpus->size() : shards->size();
+  if (!size.documents) throw Error("pretraining text: no token in it");
+  plan_window();
+  if (settings.next_sentence && std::min(size.documents, text().size().documents) < 2)  // parts of one document are none
     throw Error(
         "pretraining text: next-sentence pairs need at least two documents (a blank line between them), there is one; or pass --no-nsp");
-  if (settings.max_length < 5) throw Error("max-length " + std::to_string(settings.max_length) + ": a pretraining row needs at least 5");
-  plan_epoch();
 }
+PretrainSampler::PretrainSampler(const Corpus& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed)
+    : PretrainSampler(&text, nullptr, settings, vocabulary, seed) {}
+PretrainSampler::PretrainSampler(const Shards& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed)
+    : PretrainSampler(nullptr, &text, settings, vocabulary, seed) {}
 
 // Drops tokens from the longer side, at random from its front or back, until both fit (create_pretraining_data.py, truncate_seq_pair).
 static void fit_pair(int64_t& a_begin, int64_t& a_end, int64_t& b_begin, int64_t& b_end, int64_t most, Random& random) {
@@ -1225,71 +1438,99 @@ static void fit_pair(int64_t& a_begin, int64_t& a_end, int64_t& b_begin, int64_t
   }
 }
 
-// One epoch: every document once, in an order of its own, cut into pairs as create_pretraining_data.py does: sentences are gathered
-// until a target length is reached; A is the first of them; B is the rest, or, half of the time, a part of another document, and
-// then the unused sentences are put back.
-void PretrainSampler::plan_epoch() {
-  const auto& [ids, sentences, documents] = *corpus_;
-  const auto D = (int64_t)documents.size() - 1;
-  const auto epoch = (uint32_t)place_.epoch;
-  const int64_t most = settings_.max_length - (settings_.next_sentence ? 3 : 2);
-  examples_.clear();
-  for (int64_t d = 0; d < D; d++) {
-    Random random({seed_, epoch, (uint32_t)d, kOrderStream + 1});
-    const int64_t target = random.uniform() < 0.1 ? 2 + random.below(most - 1) : most;
-    const int64_t end = documents[(size_t)d + 1];
-    for (int64_t first = documents[(size_t)d], s = first; s < end; s++) {
-      if (s + 1 < end && sentences[(size_t)s + 1] - sentences[(size_t)first] < target) continue;  // gather on
-      const int64_t count = s + 1 - first, a_sentences = count > 1 && settings_.next_sentence ? 1 + random.below(count - 1) : count;
-      Example e{sentences[(size_t)first], sentences[(size_t)(first + a_sentences)], 0, 0, false};
-      if (settings_.next_sentence) {
-        e.random = count == 1 || random.uniform() < 0.5;
-        if (e.random) {
-          const int64_t other = (d + 1 + random.below(D - 1)) % D;  // any document but this one
-          const int64_t from = documents[(size_t)other] + random.below(documents[(size_t)other + 1] - documents[(size_t)other]);
-          int64_t to = from;
-          do to++;
-          while (to < documents[(size_t)other + 1] && sentences[(size_t)to] - sentences[(size_t)from] < target - (e.a_end - e.a_begin));
-          e.b_begin = sentences[(size_t)from], e.b_end = sentences[(size_t)to];
-          s = first + a_sentences - 1;  // the rest is put back
-        } else {
-          e.b_begin = e.a_end, e.b_end = sentences[(size_t)s + 1];
-        }
-      }
-      fit_pair(e.a_begin, e.a_end, e.b_begin, e.b_end, most, random);
-      examples_.push_back(e);
-      first = s + 1;
+// Rows as create_pretraining_data.py makes them: sentences of the document are gathered until a target length is reached; A is the
+// first of them; B is the rest, or, half of the time, a part of another document, and then the unused sentences are put back.
+void PretrainSampler::plan_pairs(int64_t d, Random& random) {
+  const auto& [ids, sentences, documents, sources] = text();
+  const int64_t D = text().size().documents, most = settings_.max_length - 3;
+  const int64_t target = random.uniform() < 0.1 ? 2 + random.below(most - 1) : most;
+  const int64_t end = documents[(size_t)d + 1];
+  for (int64_t first = documents[(size_t)d], s = first; s < end; s++) {
+    if (s + 1 < end && sentences[(size_t)s + 1] - sentences[(size_t)first] < target) continue;  // gather on
+    const int64_t count = s + 1 - first, a_sentences = count > 1 ? 1 + random.below(count - 1) : count;
+    Example e{sentences[(size_t)first], sentences[(size_t)(first + a_sentences)], 0, 0, count == 1 || random.uniform() < 0.5};
+    if (e.random) {
+      int64_t other = d;  // any document but this one, also no other part of it as long as one is found
+      for (int tries = 0; other == d || (!sources.empty() && sources[(size_t)other] == sources[(size_t)d] && tries < 100); tries++)
+        other = (d + 1 + random.below(D - 1)) % D;
+      const int64_t from = documents[(size_t)other] + random.below(documents[(size_t)other + 1] - documents[(size_t)other]);
+      int64_t to = from;
+      do to++;
+      while (to < documents[(size_t)other + 1] && sentences[(size_t)to] - sentences[(size_t)from] < target - (e.a_end - e.a_begin));
+      e.b_begin = sentences[(size_t)from], e.b_end = sentences[(size_t)to];
+      s = first + a_sentences - 1;  // the rest is put back
+    } else {
+      e.b_begin = e.a_end, e.b_end = sentences[(size_t)s + 1];
     }
+    fit_pair(e.a_begin, e.a_end, e.b_begin, e.b_end, most, random);
+    examples_.push_back(e);
+    first = s + 1;
   }
-  // Similar lengths come together within a window of some 64 batches; then the batches are shuffled.
-  Random random({seed_, epoch, 0, kOrderStream});
+}
+
+void PretrainSampler::plan_spans(int64_t d) {
+  const auto& [ids, sentences, documents, sources] = text();
+  const auto last = sentences.begin() + documents[(size_t)d + 1];
+  auto whole = sentences.begin() + documents[(size_t)d];
+  for (int64_t begin = *whole, end; begin < *last; begin = end) {
+    whole = std::upper_bound(whole, last + 1, begin + settings_.max_length - 2) - 1;  // the last end of a sentence that fits
+    end = *whole > begin ? *whole : begin + settings_.max_length - 2;
+    examples_.push_back({begin, end, 0, 0, false});
+  }
+}
+
+// One window: every document once.
+void PretrainSampler::plan_window() {
+  const auto epoch = (uint32_t)place_.epoch, window = (uint32_t)place_.window;
+  if (shards_) window_ = Corpus(), window_ = shards_->window(place_.window, {seed_, epoch, 0, kOrderStream});
+  Random random({seed_, epoch, window, kOrderStream + 1});
+  examples_.clear(), batches_.clear();
+  const int64_t documents = text().size().documents;
+  if (settings_.next_sentence && documents < 2) return;  // nothing to pair with
+  auto length = [&](const Example& e) { return e.a_end - e.a_begin + e.b_end - e.b_begin + (settings_.next_sentence ? 3 : 2); };
+  for (int64_t d = 0; d < documents; d++) settings_.next_sentence ? plan_pairs(d, random) : plan_spans(d);
+  // Similar lengths come together among the rows of some 64 batches; the last of these is not full and waits for the next 64. Then the
+  // batches are shuffled.
   random.shuffle(examples_);
-  batches_.clear();
+  std::vector<int64_t> rows;
   for (size_t i = 0; i < examples_.size();) {
+    for (int64_t tokens = 0; i < examples_.size() && tokens < 64 * settings_.batch_tokens; i++)
+      rows.push_back((int64_t)i), tokens += length(examples_[i]);
     std::vector<int64_t> lengths;
-    const size_t begin = i;
-    for (int64_t tokens = 0; i < examples_.size() && tokens < 64 * settings_.batch_tokens; i++) {
-      const Example& e = examples_[i];
-      lengths.push_back(e.a_end - e.a_begin + e.b_end - e.b_begin + (settings_.next_sentence ? 3 : 2));
-      tokens += lengths.back();
-    }
-    for (auto& batch : batches_by_tokens(lengths, settings_.batch_tokens)) {
-      for (int64_t& row : batch) row += (int64_t)begin;
-      batches_.push_back(std::move(batch));
-    }
+    for (const int64_t row : rows) lengths.push_back(length(examples_[(size_t)row]));
+    auto made = batches_by_tokens(lengths, settings_.batch_tokens);
+    for (auto& batch : made)
+      for (int64_t& row : batch) row = rows[(size_t)row];
+    rows.clear();
+    if (i < examples_.size() && made.size() > 1) rows = std::move(made.back()), made.pop_back();
+    std::move(made.begin(), made.end(), std::back_inserter(batches_));
   }
   random.shuffle(batches_);
 }
 
-void PretrainSampler::go_to(Place place) {
-  if (place.epoch < 0 || place.epoch > UINT32_MAX) throw Error("pretraining: there is no epoch " + std::to_string(place.epoch));
-  if (place.epoch != place_.epoch) place_ = {place.epoch, 0}, plan_epoch();
-  if (place.batch < 0 || place.batch > epoch_batches())
-    throw Error("pretraining: there is no batch " + std::to_string(place.batch) + " in epoch " + std::to_string(place.epoch) +
-                ", which has " + std::to_string(epoch_batches()));
-  place_ = place;
+void PretrainSampler::next_window() {
+  const bool last = place_.window + 1 >= (shards_ ? shards_->windows() : 1);
+  place_ = {place_.epoch + last, last ? 0 : place_.window + 1};
+  plan_window();
 }
-int64_t PretrainSampler::epoch_batches() const { return (int64_t)batches_.size(); }
+
+void PretrainSampler::set_max_length(int64_t max_length) {
+  if (max_length != std::exchange(settings_.max_length, max_length)) place_.batch ? next_window() : plan_window();
+}
+
+void PretrainSampler::go_to(Place place) {
+  const int64_t windows = shards_ ? shards_->windows() : 1, length = place.max_length ? place.max_length : settings_.max_length;
+  if (place.epoch < 0 || place.epoch > UINT32_MAX || place.window < 0 || place.window >= windows || length < 5)
+    throw Error("pretraining: there is no window " + std::to_string(place.window) + " in epoch " + std::to_string(place.epoch) +
+                ", which has " + std::to_string(windows));
+  settings_.max_length = length;
+  place_ = {place.epoch, place.window};
+  plan_window();
+  if (place.batch < 0 || place.batch > window_batches())
+    throw Error("pretraining: there is no batch " + std::to_string(place.batch) + " in epoch " + std::to_string(place.epoch) + ", window " +
+                std::to_string(place.window) + ", which has " + std::to_string(window_batches()));
+  place_.batch = place.batch;
+}
 
 MaskVocabulary mask_vocabulary(const WordPiece& tokenizer) {
   MaskVocabulary v{tokenizer.cls, tokenizer.sep, tokenizer.mask, std::vector<uint8_t>((size_t)tokenizer.size())};
@@ -1343,21 +1584,18 @@ void mask_tokens(Batch& batch, const MaskVocabulary& vocabulary, double share, b
 }
 
 Batch PretrainSampler::next(int64_t step, int64_t micro) {
-  if (place_.batch >= (int64_t)batches_.size()) {
-    place_ = {place_.epoch + 1, 0};
-    plan_epoch();
-  }
+  while (place_.batch >= window_batches()) next_window();
   Batch batch;
   std::vector<int32_t> ids, segments;
-  auto text = [&](int64_t begin, int64_t end) {
-    ids.insert(ids.end(), corpus_->ids.begin() + begin, corpus_->ids.begin() + end), ids.push_back(vocabulary_.sep);
+  auto add = [&, from = text().ids.begin()](int64_t begin, int64_t end) {
+    ids.insert(ids.end(), from + begin, from + end), ids.push_back(vocabulary_.sep);
   };
   for (const int64_t i : batches_[(size_t)place_.batch++]) {
     const Example& e = examples_[(size_t)i];
     ids.assign(1, vocabulary_.cls);
-    text(e.a_begin, e.a_end);
+    add(e.a_begin, e.a_end);
     segments.assign(ids.size(), 0);
-    if (settings_.next_sentence) text(e.b_begin, e.b_end), segments.resize(ids.size(), 1);
+    if (settings_.next_sentence) add(e.b_begin, e.b_end), segments.resize(ids.size(), 1);
     batch.add_row(ids, segments);
     if (settings_.next_sentence) batch.labels.push_back(e.random);
   }
@@ -1365,23 +1603,45 @@ Batch PretrainSampler::next(int64_t step, int64_t micro) {
   return batch;
 }
 
-std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size) {
-  std::vector<int64_t> counts((size_t)vocab_size);
-  for (const int32_t id : corpus.ids) counts[(size_t)id]++;
-  return counts;
+int64_t max_length_at(std::span<const Phase> phases, int64_t step, int64_t steps) {
+  double until = 0;
+  for (const Phase& phase : phases)
+    if (until += phase.share; step < std::llround(until * (double)steps)) return phase.max_length;
+  return phases.back().max_length;
+}
+
+StepBatches::StepBatches(PretrainSampler sampler, const std::vector<Phase>& phases, int64_t accumulate, int64_t first, int64_t steps)
+    : sampler_(std::move(sampler)), phases_(phases), accumulate_(accumulate), step_(first), steps_(steps) {
+  begin();
+}
+void StepBatches::begin() {
+  if (step_ >= steps_) return;
+  ahead_ = std::async(std::launch::async, [this, step = step_++] {
+    Step made;
+    sampler_.set_max_length(max_length_at(phases_, step, steps_));
+    for (int64_t i = 0; i < accumulate_; i++) made.micro.push_back(sampler_.next(step, i));
+    made.after = sampler_.place();
+    return made;
+  });
+}
+StepBatches::Step StepBatches::next() {
+  if (!ahead_.valid()) throw Error("pretraining: there is no step " + std::to_string(step_ + 1) + " of " + std::to_string(steps_));
+  Step made = ahead_.get();
+  begin();
+  return made;
 }
 
 PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, const PretrainSettings& settings,
                                     const MaskVocabulary& vocabulary, uint64_t seed, const std::vector<int64_t>& unigram) {
   PretrainSettings used = settings;
   used.batch_tokens = 2048;  // not the training's: scores of two runs on one text are to be of the same pairs and masks
-  used.next_sentence = settings.next_sentence && head_kind(model.task).next_sentence && heldout.documents.size() > 2;
+  used.next_sentence = settings.next_sentence && head_kind(model.task).next_sentence && heldout.size().documents > 1;
   PretrainSampler sampler(heldout, used, vocabulary, seed);
   const double seen = std::accumulate(unigram.begin(), unigram.end(), (double)unigram.size());
   PretrainScores s;
   Losses sums;
   Dropout none;
-  const int64_t batches = sampler.epoch_batches();
+  const int64_t batches = sampler.window_batches();
   for (int64_t b = 0; b < batches; b++) {
     const Batch batch = sampler.next(b, 0);
     const Tensor hidden = model.forward(batch);
@@ -2160,10 +2420,6 @@ std::vector<float> probabilities(Task task, std::span<const float> outputs, int6
 
 // ==== model folders ===============================================================================================
 
-static bool exists(const std::string& path) {
-  struct stat s {};
-  return stat(path.c_str(), &s) == 0;
-}
 static void make_folders(const std::string& path) {
   std::error_code failed;
   fs::create_directories(path, failed);
@@ -3269,6 +3525,15 @@ void Fingerprint::add(const Example& e) {
   for (const Example& other : e.others) add(other.ids);
 }
 
+bool Fingerprint::file(const std::string& path) {
+  std::FILE* const f = std::fopen(path.c_str(), "rb");
+  if (!f) return false;
+  std::string part(1 << 20, 0);
+  for (size_t n; (n = std::fread(part.data(), 1, part.size(), f)) > 0;) bytes(std::string_view(part).substr(0, n));
+  std::fclose(f);
+  return true;
+}
+
 uint64_t folder_fingerprint(const std::string& folder) {
   std::set<std::string> files;
   for (const char* name : carried_files) files.insert(name);
@@ -3278,13 +3543,8 @@ uint64_t folder_fingerprint(const std::string& folder) {
     if (name == "config.json" || starts_with_any(file, {"model", "pytorch_model"})) files.insert(name);
   }
   Fingerprint all;
-  std::string part(1 << 20, 0);
   for (const std::string& name : files)
-    if (std::FILE* f = std::fopen((folder + "/" + name).c_str(), "rb")) {
-      all.bytes(name);
-      for (size_t n; (n = std::fread(part.data(), 1, part.size(), f)) > 0;) all.bytes(std::string_view(part).substr(0, n));
-      std::fclose(f);
-    }
+    if (all.file(folder + "/" + name)) all.bytes(name);
   return all.state;
 }
 

@@ -18,6 +18,7 @@
 //               9 model folders and Model  10 fingerprints
 #pragma once
 #include <bit>
+#include <future>
 
 #include "tensor.h"
 
@@ -372,17 +373,80 @@ class TrainingStates {
 // The sentences of a line: cut after . ! ? and what closes quotes and brackets, where white space follows, and after their full-width
 // forms. Nothing is lost: the rest of the line is a sentence too.
 std::vector<std::string_view> split_sentences(std::string_view line);
+struct TextSize { int64_t tokens = 0, sentences = 0, documents = 0; };
 // A text as ids: sentences in documents.
 struct Corpus {
   std::vector<int32_t> ids;
   std::vector<int64_t> sentences{0};               // sentence s is ids[sentences[s] .. sentences[s+1])
   std::vector<int64_t> documents{0};               // document d is sentences documents[d] .. documents[d+1]
+  std::vector<int64_t> sources;                    // of a window: the document of the whole text that each is, or is a part of; else empty
+  TextSize size() const { return {(int64_t)ids.size(), (int64_t)sentences.size() - 1, (int64_t)documents.size() - 1}; }
   void end_sentence();                             // closes what was appended to ids; an empty one is dropped
   void end_document();
+  void add_sentences(std::span<const int64_t> bounds, const int32_t* ids);   // sentence i is ids[bounds[i] .. bounds[i+1])
 };
-// Takes about `share` of the sentences out as held-out text: stretches of up to 50 sentences of one document, some eight at least,
-// chosen by the seed, each a document there. At most 100,000 tokens, so that an evaluation stays cheap however large the text is.
-Corpus hold_out(Corpus& text, double share, uint64_t seed);
+
+// A text's ids in files of about a million tokens, FOLDER/00000.ids and on, made once, mapped where they are read. Of the text itself
+// nothing is held in memory but a table of its blocks: runs of documents of some 2^15 tokens (a longer document's parts lie in several).
+// An epoch goes through the blocks in an order of its own, in windows of at most some 2^20 tokens: as many blocks from anywhere.
+// A file is 96 bytes of header, then documents and sentences as Corpus has them, int64, then the ids, int32.
+class Shards {
+ public:
+  static constexpr int64_t kTokens = 1 << 20;      // of a shard: whoever adds closes one when it has so many
+  // Opens the shards of this key (of text, vocabulary and settings; unset: none fits), as far as they go without a gap. Throws Error
+  // for a file that is damaged, cut short or something else; `pieces`: the vocabulary's size.
+  Shards(std::string folder, std::optional<uint64_t> key, int64_t pieces);
+  bool whole() const { return !shards_.empty() && shards_.back().header.last; }
+  bool stale() const { return stale_; }            // there was a shard for another key or of another version, which will be replaced
+  int64_t rows() const { return shards_.empty() ? 0 : shards_.back().header.rows; }   // rows of the input that stand in them
+  // The next shard: what follows in the text, up to this row of the input. On the disk when it returns. A document that is not ended
+  // goes on in the next shard.
+  void add(const Corpus& text, int64_t rows, bool last);
+  // Takes text out as held-out text, about `share` of it and at most 100,000 tokens: whole documents chosen by the seed, two or more.
+  // Where the text is too short for that or its documents are too long, stretches of up to 50 sentences, each a document there.
+  Corpus hold_out(double share, uint64_t seed);
+  bool in_stretches() const { return in_stretches_; }
+  // Without what is held out:
+  TextSize size() const { return size_; }
+  const std::vector<int64_t>& counts() const { return counts_; }   // [pieces] how often each stands in it
+  int64_t windows() const;                         // of an epoch
+  Corpus window(int64_t number, const PhiloxKey& order) const;     // throws Error when a shard has changed since
+  uint64_t fingerprint() const;                    // of all ids, sentences and documents
+
+ private:
+  struct Header {
+    char magic[8] = {'b', 'e', 'r', 't', ' ', 'i', 'd', 's'};
+    uint64_t version = 1, key = 0, data = 0;       // version: also of how text is cut into sentences; data: fingerprint of what follows
+    int64_t number = 0, rows = 0, tokens = 0, sentences = 0, documents = 0;
+    uint64_t open = 0, last = 0;                   // open: the last document goes on in the next shard
+    uint64_t header = 0;                           // fingerprint of the above
+  };
+  struct View {                                    // a shard, mapped
+    std::span<const int64_t> documents, sentences;
+    const int32_t* ids;
+    std::shared_ptr<const void> owner;
+  };
+  struct Shard { Header header; int64_t first_document, first_sentence; };   // numbers in the whole text
+  struct Block { int64_t shard, begin, end, tokens; };   // sentences of the shard
+  struct Stretch { int64_t begin, end, tokens; };        // sentences of the whole text
+  std::string name(int64_t number) const;
+  std::optional<View> open(int64_t number, Header& header) const;
+  bool open_next();
+  View view(int64_t shard) const;
+  void append(const Block& block, const View& shard, Corpus& to) const;
+  std::vector<Stretch> units(const Block& block, int64_t stretch) const;
+  int64_t choose(const std::vector<int64_t>& order, int64_t stretch, int64_t want, int64_t most, Random& random);
+  std::string folder_;
+  std::optional<uint64_t> key_;
+  bool stale_ = false, in_stretches_ = false;
+  TextSize size_;
+  int64_t tokens_ = 0;                             // with what is held out
+  std::vector<int64_t> counts_;
+  std::vector<Shard> shards_;
+  std::vector<Block> blocks_;
+  std::vector<Stretch> held_;                      // what is held out, ascending
+  std::shared_ptr<FolderLock> lock_;               // while they are made
+};
 // What masking needs to know of a vocabulary.
 struct MaskVocabulary {
   int32_t cls, sep, mask;
@@ -390,7 +454,7 @@ struct MaskVocabulary {
 };
 MaskVocabulary mask_vocabulary(const WordPiece& tokenizer);
 struct PretrainSettings {
-  int64_t batch_tokens = 8192, max_length = 128;
+  int64_t batch_tokens = 8192, max_length = 128;   // max_length: of the first rows, where phases follow
   double mask = 0.15;
   bool whole_word = false, next_sentence = true;
 };
@@ -398,27 +462,63 @@ struct PretrainSettings {
 // Devlin et al. 2019, section 3.1; counts as google-research/bert create_pretraining_data.py. whole_word: a word's pieces together.
 void mask_tokens(Batch& batch, const MaskVocabulary& vocabulary, double share, bool whole_word, const PhiloxKey& key);
 
-// Batches without end: epoch after epoch, pairs sampled anew, order from the seed.
+// Batches without end: epoch after epoch, rows sampled anew, order from the seed. With next_sentence a row is a pair. Without it a row is a
+// span: as many whole sentences of one document as max_length has room for (RoBERTa's DOC-SENTENCES, Liu et al. 2019, section 4.2).
+// A longer sentence goes on in the next row, and nothing is lost. Since rows are packed there is nothing to fill up: each span is a row of
+// its own, sees itself only, counts its positions from 0, and a batch takes rows to its budget of tokens.
 class PretrainSampler {
  public:
-  PretrainSampler(const Corpus& corpus, const PretrainSettings& settings, const MaskVocabulary& vocabulary,
-                  uint64_t seed);                  // keeps a reference to the corpus
+  // Keeps a reference to the text, which is one window or many.
+  PretrainSampler(const Corpus& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed);
+  PretrainSampler(const Shards& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed);
   Batch next(int64_t step, int64_t micro);         // masked by (step, micro)
-  struct Place { int64_t epoch = 0, batch = 0; };
-  Place place() const { return place_; }
+  struct Place { int64_t epoch = 0, window = 0, batch = 0, max_length = 0; };   // max_length: of the window's rows; 0: the settings'
+  Place place() const { return {place_.epoch, place_.window, place_.batch, settings_.max_length}; }
   void go_to(Place place);                         // throws Error for a place that the text does not have
-  int64_t epoch_batches() const;                   // in the epoch begun
+  void set_max_length(int64_t max_length);         // where it is another one: of the rows from the next window on, which begins here
+  int64_t window_batches() const { return (int64_t)batches_.size(); }   // in the window begun
 
  private:
-  struct Example { int64_t a_begin, a_end, b_begin, b_end; bool random; };   // token ranges in corpus.ids
-  void plan_epoch();
-  const Corpus* corpus_;
+  struct Example { int64_t a_begin, a_end, b_begin, b_end; bool random; };   // token ranges in the window's ids
+  PretrainSampler(const Corpus* corpus, const Shards* shards, const PretrainSettings& settings, const MaskVocabulary& vocabulary,
+                  uint64_t seed);
+  const Corpus& text() const { return corpus_ ? *corpus_ : window_; }
+  void plan_window();
+  void next_window();
+  void plan_pairs(int64_t document, Random& random);
+  void plan_spans(int64_t document);
+  const Corpus* corpus_;                           // one of them is null
+  const Shards* shards_;
   PretrainSettings settings_;
   MaskVocabulary vocabulary_;
   uint64_t seed_;
   Place place_;
+  Corpus window_;
   std::vector<Example> examples_;
   std::vector<std::vector<int64_t>> batches_;
+};
+// BERT's phases: short rows first, long ones last, each with its share of the steps (Devlin et al. 2019, appendix A.2).
+struct Phase { int64_t max_length; double share; };
+int64_t max_length_at(std::span<const Phase> phases, int64_t step, int64_t steps);   // of the rows of this step, from 0
+// The batches of one step after the other. A thread samples and masks the next step's while this one's are computed with: the same
+// bytes as without it, since they depend on nothing but their place.
+class StepBatches {
+ public:
+  struct Step {
+    std::vector<Batch> micro;                      // `accumulate` of them
+    PretrainSampler::Place after;                  // where a run goes on that has made this step
+  };
+  StepBatches(PretrainSampler sampler, const std::vector<Phase>& phases, int64_t accumulate, int64_t first, int64_t steps);
+  StepBatches(const StepBatches&) = delete;
+  StepBatches& operator=(const StepBatches&) = delete;
+  Step next();                                     // of step `first`, then the following ones, up to steps - 1; throws what sampling threw
+
+ private:
+  void begin();
+  PretrainSampler sampler_;
+  std::vector<Phase> phases_;
+  int64_t accumulate_, step_, steps_;
+  std::future<Step> ahead_;                        // the last member: the thread uses the others
 };
 struct PretrainScores {   // on held-out text, masked once from the seed
   double masked_loss = 0, next_loss = 0, masked_accuracy = 0, next_accuracy = 0;
@@ -427,7 +527,6 @@ struct PretrainScores {   // on held-out text, masked once from the seed
 };
 PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, const PretrainSettings& settings,
                                     const MaskVocabulary& vocabulary, uint64_t seed, const std::vector<int64_t>& unigram_counts);
-std::vector<int64_t> unigram_counts(const Corpus& corpus, int64_t vocab_size);
 
 // ==== 7 tasks ====================================================================================================
 // A row of data, in the user's own words.
@@ -728,6 +827,7 @@ struct Fingerprint {
   uint64_t state = 14695981039346656037ull;        // FNV-1a's numbers; the shift takes the upper bits into account
   void number(uint64_t v) { state = (state ^ v) * 1099511628211ull, state ^= state >> 32; }
   void bytes(std::string_view s);                  // their number, too
+  bool file(const std::string& path);              // its bytes; false when it cannot be opened
   void add(const Example& e);
   template <class List>
   void add(const List& list) {

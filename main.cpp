@@ -835,29 +835,42 @@ std::string json_numbers(const Numbers& numbers) {
 }
 
 // ==== 5 text into ids =============================================================================================
-// Raw text as ids: a line is a paragraph, a blank line ends a document; in the other formats a row is a document.
-Corpus read_corpus(Source source, const WordPiece& tokenizer) {
+// Raw text as ids, put behind those of `corpus`: a line is a paragraph, a blank line ends a document; in the other formats a row is a
+// document. The first `skip` rows are passed over; before_row(its number) is called for each row of text that follows. Returns their
+// number.
+template <class F>
+int64_t read_text(Source source, const WordPiece& tokenizer, int64_t skip, Corpus& corpus, F&& before_row) {
   source.raw = true;
-  Corpus corpus;
   Rows rows(source);
   std::vector<Row> chunk;
-  while (read_chunk(rows, chunk, 1 << 16)) {
-    std::vector<std::vector<std::vector<int32_t>>> sentences(chunk.size());  // of each row
-    parallel_each((int64_t)chunk.size(), 16, [&](int64_t i) {
-      for (const std::string& line : split(chunk[i].pair ? chunk[i].text + "\n" + *chunk[i].pair : chunk[i].text, '\n'))
-        for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, sentences[i].emplace_back());
+  int64_t number = 0;
+  for (; read_chunk(rows, chunk, 1 << 14); number += (int64_t)chunk.size()) {
+    const auto first = std::clamp<int64_t>(skip - number, 0, (int64_t)chunk.size());
+    std::vector<Corpus> parts(chunk.size());
+    parallel_each((int64_t)chunk.size() - first, 16, [&](int64_t i) {
+      const Row& row = chunk[first + i];
+      Corpus& part = parts[first + i];
+      for (const std::string& line : split(row.pair ? row.text + "\n" + *row.pair : row.text, '\n'))
+        for (const std::string_view sentence : split_sentences(line)) tokenizer.append_ids(sentence, part.ids), part.end_sentence();
     });
-    for (size_t i = 0; i < chunk.size(); i++) {
-      for (const std::vector<int32_t>& ids : sentences[i]) {
-        corpus.ids.insert(corpus.ids.end(), ids.begin(), ids.end());
-        corpus.end_sentence();
-      }
+    for (size_t i = (size_t)first; i < chunk.size(); i++) {
+      if (!parts[i].ids.empty()) before_row(number + (int64_t)i), corpus.add_sentences(parts[i].sentences, parts[i].ids.data());
       if (named(chunk[i].format) || blank(chunk[i].text)) corpus.end_document();
     }
   }
   corpus.end_document();
   rows.report();
-  if (corpus.ids.empty()) throw Error(join(source.files, ", ") + ": no text; give a file with a paragraph a line");
+  return number;
+}
+
+[[noreturn]] void no_text(const Source& source) {
+  throw Error(join(source.files, ", ") + ": no text; give a file with a paragraph a line");
+}
+
+Corpus read_corpus(const Source& source, const WordPiece& tokenizer) {
+  Corpus corpus;
+  read_text(source, tokenizer, 0, corpus, [](int64_t) {});
+  if (corpus.ids.empty()) no_text(source);
   return corpus;
 }
 
@@ -1006,10 +1019,9 @@ class Progress {
 };
 
 // Settings that a resumed run may change, or that are checked by the data they name.
-const Strings kFreeSettings = {"threads", "quiet",   "device",       "resume",     "overwrite", "output",    "save-every",
-                               "keep",    "input",   "train",        "dev",        "test",      "model",     "vocab",
-                               "config",  "init",    "dump-batches", "format",     "columns",   "no-header", "skip-bad",
-                               "tsv",     "dry-run", "recompute",    "skip-spikes"};
+const Strings kFreeSettings = {"threads", "quiet",   "device",    "resume",   "overwrite", "output",  "save-every", "keep",         "input",
+                               "train",   "dev",     "test",      "model",    "vocab",     "config",  "init",       "dump-batches", "cache",
+                               "format",  "columns", "no-header", "skip-bad", "tsv",       "dry-run", "recompute",  "skip-spikes"};
 
 // A model that is written over itself while it is read from would be lost with the first failure.
 void refuse_same_folder(const std::string& model, const std::string& output) {
@@ -1681,6 +1693,30 @@ TrainSettings take_training(Args& a, const Common& common, double lr, int64_t st
   return t;
 }
 
+std::string shards_beside(std::string output) {
+  while (output.size() > 1 && output.ends_with('/')) output.pop_back();
+  return output + ".shards";
+}
+
+// --phases 128:0.9,512:0.1: lengths that rise, and shares of the steps. Empty when it is not given.
+std::vector<Phase> take_phases(Args& a) {
+  const std::string text = a.take("phases");
+  std::vector<Phase> phases;
+  double all = 0;
+  for (const std::string& part : a.given("phases") ? split(text, ',') : Strings()) {
+    const size_t colon = std::min(part.find(':'), part.size());
+    const auto length = parse_number<int64_t>(part.substr(0, colon));
+    const auto share = parse_number<double>(part.substr(std::min(colon + 1, part.size())));
+    if (!length || !share || *length < 8 || *length > 1 << 20 || !(*share > 0))
+      a.fail("--phases " + text + ": '" + part + "' is no phase; a length from 8 on, a colon and a share of the steps are wanted");
+    if (!phases.empty() && *length <= phases.back().max_length)
+      a.fail("--phases " + text + ": the short rows come first, the long ones last");
+    phases.push_back({*length, *share}), all += *share;
+  }
+  if (!phases.empty() && std::fabs(all - 1) > 1e-6) a.fail("--phases " + text + ": the shares make " + exact(all) + ", not 1");
+  return phases;
+}
+
 // A pretraining run: its options, taken in this order, and what is made from them.
 struct Pretraining {
   Args& a;
@@ -1692,6 +1728,8 @@ struct Pretraining {
   const bool dry_run = a.take_switch("dry-run"), skip_spikes = a.take_switch("skip-spikes");
   const RunSettings run = take_run(a, true);
   const TrainSettings train = take_training(a, common, 1e-4, a.take_int("steps", 0, 1, INT32_MAX));
+  const std::string cache = a.take("cache", shards_beside(run.output));
+  std::vector<Phase> phases = take_phases(a);
   PretrainSettings data = {.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30),
                            .max_length = a.take_int("max-length", 0, 8, 1 << 20),
                            .mask = a.take_number("mask", 0.15, 0.001, 0.9),
@@ -1700,13 +1738,14 @@ struct Pretraining {
 
   WordPiece tokenizer = {};
   Config config = {};
-  Corpus text = {}, dev = {};
-  std::vector<int64_t> unigrams = {};
+  std::optional<Shards> text = {};
+  Corpus dev = {};
 
   void check() const {
     if (vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
     if (config_name.empty() && init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
-    a.exclude("config", "init"), a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite");
+    a.exclude("config", "init"), a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite"), a.exclude("max-length", "phases");
+    if (cache.empty()) a.fail("--cache is empty: a folder is wanted");
     if ((train.steps > 0) == (minutes > 0)) a.fail("--steps or --minutes is wanted, one of them");
   }
   void read();
@@ -1714,18 +1753,50 @@ struct Pretraining {
     const Task task = data.next_sentence ? Task::pretrain : Task::mlm;
     return init.empty() ? Bert::random(config, task, train.seed) : load_folder_for(init, task, {}, train.seed).bert;
   }
-  PretrainSampler sampler() const { return PretrainSampler(text, data, mask_vocabulary(tokenizer), train.seed); }
-  Numbers scores(const Bert& bert) const {
-    const PretrainScores s = evaluate_pretraining(bert, dev, data, mask_vocabulary(tokenizer), train.seed, unigrams);
+  PretrainSampler sampler() const { return PretrainSampler(*text, data, mask_vocabulary(tokenizer), train.seed); }
+  Numbers scores(const Bert& bert, int64_t max_length) const {
+    PretrainSettings now = data;
+    now.max_length = max_length;
+    const PretrainScores s = evaluate_pretraining(bert, dev, now, mask_vocabulary(tokenizer), train.seed, text->counts());
     Numbers list = {{"mlm_loss", s.masked_loss}, {"unigram_loss", s.unigram_loss}, {"mlm_accuracy", s.masked_accuracy}};
     if (data.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
     return list;
   }
 };
 
-std::string corpus_size(const Corpus& c) {
-  return counted((int64_t)c.ids.size(), "token") + ", " + counted((int64_t)c.sentences.size() - 1, "sentence") + ", " +
-         counted((int64_t)c.documents.size() - 1, "document");
+std::string corpus_size(const TextSize& s) {
+  return counted(s.tokens, "token") + ", " + counted(s.sentences, "sentence") + ", " + counted(s.documents, "document");
+}
+
+// What the ids of a text depend on. Nothing for a pipe: it cannot be read twice, so the shards of one are made anew each time.
+std::optional<uint64_t> text_key(const Source& source, const std::map<std::string, std::string>& tokenizer) {
+  Fingerprint key;
+  for (const auto& [name, bytes] : tokenizer) key.bytes(name), key.bytes(bytes);
+  key.bytes(source.columns), key.number(source.header), key.number(source.skip_bad);
+  for (const std::string& file : source.files) {
+    key.number(source.format ? source.format : format_of(file));
+    if (!fs::is_regular_file(file) || !key.file(file)) return {};
+  }
+  return key.state;
+}
+
+// The text in shards: those that stand there, and what is missing behind them. Closed ones outlive whatever stops us.
+Shards make_shards(const Source& source, const WordPiece& tokenizer, const std::string& folder, std::optional<uint64_t> key,
+                   int64_t pieces) {
+  Shards shards(folder, key, pieces);
+  if (shards.whole()) return shards;
+  if (shards.stale()) note("bert: " + folder + ": shards of another text, vocabulary, settings or version; they are made again");
+  if (shards.rows()) note(folder + ": going on after " + counted(shards.size().tokens, "token"));
+  Corpus part;
+  Progress progress;
+  const int64_t rows = read_text(source, tokenizer, shards.rows(), part, [&](int64_t row) {
+    if (part.size().tokens < Shards::kTokens) return;
+    shards.add(part, row, false), part = Corpus();
+    progress.show(folder + ": " + counted(shards.size().tokens, "token"));
+  });
+  if (part.ids.empty() && !shards.rows()) no_text(source);
+  shards.add(part, rows, true);
+  return shards;
 }
 
 // Another vocabulary's ids would mean other words than the rows of the model that --init names.
@@ -1750,24 +1821,22 @@ void Pretraining::read() {
   if (config.vocab_size < t.size())
     throw Error(vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(config.vocab_size) +
                 "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
-  data.max_length = length_limit(data.max_length, config);
+  if (phases.empty()) phases = {{length_limit(data.max_length, config), 1}};
+  if (const int64_t longest = phases.back().max_length; longest > config.max_position_embeddings)
+    throw Error("--phases: rows of " + to_string(longest) + ", but the model has only " + to_string(config.max_position_embeddings) +
+                " positions; give less");
+  data.max_length = phases[0].max_length;
   const double began = now();
-  text = read_corpus(input, t);
+  text.emplace(make_shards(input, t, cache, text_key(input, tokenizer_files(vocab, t, 0)), config.vocab_size));
   if (dev_input)
     dev = read_corpus(*dev_input, t);
   else if (dev_split > 0)
-    dev = hold_out(text, dev_split, train.seed);
-  if (data.next_sentence && dev.documents.size() == 2)
+    dev = text->hold_out(dev_split, train.seed);
+  if (data.next_sentence && dev.size().documents == 1)
     throw Error((dev_input ? dev_input->files[0] : "--dev-split") +
                 ": next-sentence pairs need at least two held-out documents (a blank line between them), there is one; or pass --no-nsp");
-  unigrams = unigram_counts(text, config.vocab_size);
-  note("text: " + corpus_size(text) + "; held out: " + corpus_size(dev) + "; read in " + duration(now() - began));
-}
-
-std::vector<Batch> step_batches(const Pretraining& p, PretrainSampler& sampler, int64_t step) {
-  std::vector<Batch> micro;
-  for (int64_t i = 0; i < p.train.accumulate; i++) micro.push_back(sampler.next(step, i));
-  return micro;
+  if (text->in_stretches()) note("held out are stretches of sentences: the documents are too few or too long to take whole ones");
+  note("text: " + corpus_size(text->size()) + "; held out: " + corpus_size(dev.size()) + "; read in " + duration(now() - began));
 }
 
 // Evaluations of so many steps: as many as cost some 5 % of the training (forward alone is a third of a step), between 1 and 20.
@@ -1780,17 +1849,22 @@ int64_t evaluations(const Pretraining& p, double steps) {
 int64_t steps_in_minutes(const Pretraining& p) {
   const double began = now(), seconds = p.minutes * 60;
   TrainSettings settings = p.train;
-  settings.steps = 1000;
+  settings.steps = 100 * (int64_t)p.phases.size();
   Trainer trainer(p.model(), settings);
-  PretrainSampler sampler = p.sampler();
-  std::vector<double> took;
-  while (took.size() < 4 || (now() - began < std::min(20.0, seconds * 0.03) && took.size() < 100)) {
-    const double t = now();
-    trainer.step(step_batches(p, sampler, trainer.done()));
-    took.push_back(now() - t);
+  double step_seconds = 0;
+  for (const Phase& phase : p.phases) {
+    StepBatches batches(p.sampler(), {phase}, p.train.accumulate, 0, 100);
+    std::vector<double> took;
+    const double enough = now() + std::min(20.0, seconds * 0.03) / (double)p.phases.size();
+    while (took.size() < 4 || (now() < enough && took.size() < 100)) {
+      const double t = now();
+      trainer.step(batches.next().micro);
+      took.push_back(now() - t);
+    }
+    took.erase(took.begin());  // the first one also takes its memory from the system
+    step_seconds += phase.share * median(took);
   }
-  took.erase(took.begin());  // the first one also takes its memory from the system
-  const double steps = (seconds - (now() - began)) / median(took), tokens = (double)(p.data.batch_tokens * p.train.accumulate);
+  const double steps = (seconds - (now() - began)) / step_seconds, tokens = (double)(p.data.batch_tokens * p.train.accumulate);
   const double evaluated = (double)evaluations(p, steps) * (double)p.dev.ids.size() / 3 / tokens;  // in steps
   return std::max<int64_t>(1, (int64_t)(0.98 * steps * steps / (steps + evaluated)));              // 2 %: saves
 }
@@ -1809,7 +1883,7 @@ std::string batch_json(const Batch& b, int64_t step, size_t micro) {
 void dry_run(const Pretraining& p) {
   const int64_t parameters = p.model().parameter_count(), gradients = (int64_t)std::bit_width((uint64_t)p.train.accumulate);
   print({{"parameters", (double)parameters},
-         {"tokens", (double)p.text.ids.size()},
+         {"tokens", (double)p.text->size().tokens},
          {"tokens_dev", (double)p.dev.ids.size()},
          {"pieces", (double)p.tokenizer.size()},
          {"steps", (double)p.train.steps},
@@ -1818,23 +1892,28 @@ void dry_run(const Pretraining& p) {
 }
 
 // The steps from where the trainer stands to the end; false when a signal came first.
-bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler& sampler, Run& run) {
+bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler::Place& place, Run& run) {
   const int64_t steps = trainer.settings().steps;
   const int64_t evaluate_every = std::max<int64_t>(1, steps / evaluations(p, (double)steps));
   std::ofstream dump;
   if (!p.dump.empty()) dump.open(p.dump, trainer.done() ? std::ios::app : std::ios::trunc);
   Numbers last;  // evaluation
+  auto scores = [&] { return p.scores(trainer.model(), max_length_at(p.phases, std::max<int64_t>(0, trainer.done() - 1), steps)); };
+  PretrainSampler sampler = p.sampler();
+  sampler.go_to(place);
+  StepBatches batches(std::move(sampler), p.phases, p.train.accumulate, trainer.done(), steps);
   while (trainer.done() < steps && !stop_signal) {
-    const std::vector<Batch> micro = step_batches(p, sampler, trainer.done());
+    const auto [micro, after] = batches.next();
     for (size_t i = 0; i < micro.size() && !p.dump.empty(); i++)
       if (!(dump << batch_json(micro[i], trainer.done() + 1, i) << std::endl)) throw Error(p.dump + ": cannot write");
     run.after_step(trainer.step(micro));
+    place = after;
     const int64_t done = trainer.done();
-    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) last = p.scores(trainer.model()), run.evaluated(done, last);
+    if (!p.dev.ids.empty() && (done % evaluate_every == 0 || done == steps)) last = scores(), run.evaluated(done, last);
     if (done < steps && run.save_due(done)) run.save(trainer);
   }
   if (trainer.done() < steps) return false;
-  if (last.empty() && !p.dev.ids.empty()) last = p.scores(trainer.model());  // the run was complete already
+  if (last.empty() && !p.dev.ids.empty()) last = scores();  // the run was complete already
   for (const auto& [name, value] : last)
     run.results.emplace_back((name.starts_with("mlm_") ? name.substr(4) : name) + "_dev", value);  // as evaluate names them
   return true;
@@ -1845,9 +1924,12 @@ void cmd_pretrain(Args& a) {
   Pretraining p{a, common};
   p.check();
   a.done();
+  const bool cached = a.given("cache") || fs::exists(p.cache);
   p.read();
-  if (p.dry_run) return dry_run(p);
-  PretrainSampler sampler = p.sampler();  // here, so that text that does not do is refused before anything is written
+  if (p.dry_run) dry_run(p);
+  if (p.dry_run && !cached) fs::remove_all(p.cache);
+  if (p.dry_run) return;
+  p.sampler();  // so that text that does not do is refused before anything is written
   Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
   TrainSettings settings = p.train;
   settings.skip_spikes = p.skip_spikes;
@@ -1855,18 +1937,25 @@ void cmd_pretrain(Args& a) {
   Trainer trainer(p.model(), settings);
 
   Fingerprint fingerprint;
-  for (const Corpus* c : {&p.text, &p.dev}) fingerprint.add(c->ids), fingerprint.add(c->sentences), fingerprint.add(c->documents);
+  fingerprint.number(p.text->fingerprint()), fingerprint.add(p.dev.ids), fingerprint.add(p.dev.sentences), fingerprint.add(p.dev.documents);
   const About stored = run.take_up(trainer, a.taken(), fingerprint);
-  if (!stored.empty()) sampler.go_to({stored_number(stored, "epoch"), stored_number(stored, "batch")});
-  run.place = [&] { return About{{"epoch", to_string(sampler.place().epoch)}, {"batch", to_string(sampler.place().batch)}}; };
+  PretrainSampler::Place place;  // behind the last step made
+  const std::pair<const char*, int64_t&> places[] = {
+      {"epoch", place.epoch}, {"window", place.window}, {"batch", place.batch}, {"max_length", place.max_length}};
+  for (const auto& [name, number] : places) number = stored.empty() ? 0 : stored_number(stored, name);
+  run.place = [&] {
+    About about;
+    for (const auto& [name, number] : places) about[name] = to_string(number);
+    return about;
+  };
   const auto carried = tokenizer_files(p.vocab, p.tokenizer, p.config.max_position_embeddings);
   run.save_model = [&] { save_folder(p.run.output, trainer.model(), carried); };
-  run.data = {{"training text", corpus_size(p.text)},
-              {"held-out text", corpus_size(p.dev)},
+  run.data = {{"training text", corpus_size(p.text->size())},
+              {"held-out text", corpus_size(p.dev.size())},
               {"vocabulary", grouped(p.tokenizer.size()) + " pieces"},
               {"model", model_size(trainer.model())}};
 
-  run.guarded(trainer, [&] { return pretrain_steps(p, trainer, sampler, run); });
+  run.guarded(trainer, [&] { return pretrain_steps(p, trainer, place, run); });
   print(run.results);
   note(p.run.output + ": the model; curves in " + p.run.output + "/report.html");
 }
@@ -3185,13 +3274,14 @@ const Command kCommands[] = {
   --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
   --steps N        or --minutes M: as many steps as fit
   --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
-  --max-length N   tokens of a row (default 128)
+  --max-length N   tokens of a row (default 128), or --phases 128:0.9,512:0.1: of each length so large a share of the steps
   --lr X           peak rate (default 1e-4)              --warmup X         share of the steps (default 0.1)
   --schedule linear|cosine|constant                      --optimizer adamw|google
   --weight-decay X (default 0.01)                        --clip X           global norm (default 1; 0: none)
   --dropout P      default: the config's                 --mask X           share of tokens (default 0.15)
-  --whole-word     mask whole words                      --no-nsp           no next-sentence task
-  --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens)
+  --whole-word     mask whole words                      --no-nsp           no next-sentence task: rows of whole sentences
+  --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens, in whole documents if that can be)
+  --cache DIR      where the text's ids are kept, one text at a time (default: OUTPUT.shards): made once, however often it is trained on
   --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
   --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files

@@ -2200,12 +2200,7 @@ static SafeTensors::Entry read_entry(const std::string& name, const Json& v, uin
   return e;
 }
 
-// The bytes of a file, and what keeps them mapped.
-struct Mapped {
-  std::string_view bytes;
-  std::shared_ptr<const void> owner;
-};
-static Mapped map_file(const std::string& path) {
+Mapped map_file(const std::string& path) {
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer would wait
   if (file < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
   struct stat s;

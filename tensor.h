@@ -661,6 +661,13 @@ class AtomicFile {
 };
 void write_file(const std::string& path, std::string_view bytes);   // the same in one call
 
+// The bytes of a file, and what keeps them mapped, read-only.
+struct Mapped {
+  std::string_view bytes;
+  std::shared_ptr<const void> owner;
+};
+Mapped map_file(const std::string& path);   // throws Error naming it: a folder, a pipe, a Git LFS pointer ...
+
 // A file of named tensors: names, types and places, checked against the file's size before anything is touched. A safetensors file,
 // or a pytorch_model.bin under the same interface, zipped or from before torch 1.6: by a reader that knows tensors and runs nothing.
 class SafeTensors {

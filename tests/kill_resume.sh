@@ -10,14 +10,14 @@ cd "$folder"
 head -c 200000 "$here/../data/english.txt" > text
 case "$bert" in /*) ;; *) bert="$here/../$bert" ;; esac
 "$bert" vocab --input text --size 1000 --output vocab --quiet
-run() { exec "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --max-length 64 --save-every 7 --quiet "${@:2}"; }
+run() { exec "$bert" pretrain --input text --vocab vocab --config tiny --output "$1" --steps 60 --batch-tokens 512 --phases 32:0.6,64:0.4 --save-every 7 --quiet "${@:2}"; }
 train() { (run "$@") > /dev/null; }
 began=$(date +%s.%N)
 train whole
 took=$(awk -v a="$began" -v b="$(date +%s.%N)" 'BEGIN { print b - a }')
 saved=0 nothing=0
 for i in $(seq "$times"); do
-  rm -rf cut
+  rm -rf cut cut.shards
   run cut > /dev/null 2>&1 &   # in the background `run` is bert itself: the pid to kill
   pid=$!
   sleep "$(awk -v seed="$RANDOM" -v took="$took" 'BEGIN { srand(seed); print rand() * took }')"

@@ -342,7 +342,7 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
   const Corpus corpus = tiny_corpus();
   const PretrainSettings settings = tiny_settings();
   PretrainSampler sampler(corpus, settings, kSpecial, 1);
-  const int64_t batches = sampler.epoch_batches();
+  const int64_t batches = sampler.window_batches();
   int64_t rows = 0, random = 0, masked = 0, kept = 0, replaced = 0;
   for (int64_t b = 0; b < batches; b++) {
     const Batch batch = sampler.next(b, 0);
@@ -377,9 +377,10 @@ TEST_CASE("sampling: rows fit, specials in place, segments and labels, about hal
   CHECK(sampler.place().epoch == 1);
   PretrainSampler again(corpus, settings, kSpecial, 1);
   CHECK(again.next(0, 0).ids != next.ids);
-  again.go_to({1, 0});
+  again.go_to({1, 0, 0});
   CHECK(again.next(0, 0).ids == next.ids);
-  for (const PretrainSampler::Place place : {PretrainSampler::Place{0, -1}, {-1, 0}, {0, batches + 1}})
+  for (const PretrainSampler::Place place :
+       {PretrainSampler::Place{0, 0, -1}, {-1, 0, 0}, {0, 1, 0}, {0, -1, 0}, {0, 0, batches + 1}, {0, 0, 0, 4}})
     CHECK_THROWS_AS(again.go_to(place), Error);
 }
 
@@ -391,7 +392,7 @@ TEST_CASE("sampling: labels tell the truth") {
     corpus.end_document();
   }
   PretrainSampler sampler(corpus, tiny_settings(), kSpecial, 1);
-  const int64_t batches = sampler.epoch_batches();
+  const int64_t batches = sampler.window_batches();
   for (int64_t b = 0; b < batches; b++) {
     Batch batch = sampler.next(b, 0);
     for (size_t m = 0; m < batch.masked.size(); m++) batch.ids[(size_t)batch.masked[m]] = batch.masked_labels[m];
@@ -413,6 +414,340 @@ TEST_CASE("sampling: one document alone needs --no-nsp, and an empty text is ref
   const Batch batch = sampler.next(0, 0);
   CHECK(batch.tokens() == 5);
   CHECK(batch.labels.empty());
+}
+
+TEST_CASE("sampling: without next sentences a row is as many whole sentences as fit, and no token is lost or used twice") {
+  PretrainSettings settings = tiny_settings();
+  settings.next_sentence = false;
+  Corpus corpus;  // token i of the text is the id 10 + i, so a row shows where it comes from
+  std::vector<int64_t> document_of;
+  Random random({3, 0, 0, 0});
+  for (int d = 0; d < 12; d++) {
+    for (int s = 0; s < 15; s++) {
+      const int64_t n = s == 7 ? 75 : 1 + random.below(12);  // one sentence is longer than two rows
+      for (int64_t i = 0; i < n; i++) corpus.ids.push_back(10 + (int32_t)corpus.ids.size()), document_of.push_back(d);
+      corpus.end_sentence();
+    }
+    corpus.end_document();
+  }
+  const auto tokens = (int64_t)corpus.ids.size();
+  PretrainSampler sampler(corpus, settings, {2, 3, 4, std::vector<uint8_t>((size_t)tokens + 10)}, 1);
+  std::vector<int> seen((size_t)tokens);
+  const int64_t batches = sampler.window_batches(), most = settings.max_length - 2;
+  CHECK(batches <= tokens / settings.batch_tokens + 3);  // they are full
+  for (int64_t b = 0; b < batches; b++) {
+    Batch batch = sampler.next(b, 0);
+    for (size_t m = 0; m < batch.masked.size(); m++) batch.ids[(size_t)batch.masked[m]] = batch.masked_labels[m];
+    CHECK(batch.tokens() <= settings.batch_tokens);
+    CHECK(batch.labels.empty());
+    for (int64_t r = 0; r < batch.rows(); r++) {
+      const int64_t begin = batch.offsets[(size_t)r], n = batch.offsets[(size_t)r + 1] - begin - 2;
+      REQUIRE(n >= 1);
+      CHECK(n <= most);
+      CHECK(batch.ids[(size_t)begin] == kSpecial.cls);
+      CHECK(batch.ids[(size_t)(begin + n) + 1] == kSpecial.sep);
+      const int64_t first = batch.ids[(size_t)begin + 1] - 10, end = first + n;
+      for (int64_t i = 0; i < n + 2; i++) CHECK(batch.positions[(size_t)(begin + i)] == i);
+      for (int64_t i = 0; i < n; i++) {
+        CHECK(batch.ids[(size_t)(begin + i) + 1] - 10 == first + i);
+        seen[(size_t)(first + i)]++;
+      }
+      CHECK(document_of[(size_t)first] == document_of[(size_t)end - 1]);
+      if (end == tokens || document_of[(size_t)end] != document_of[(size_t)first]) continue;  // the document ends
+      // Nothing more would have fitted: the next sentence is too long, or this one was cut where the row was full.
+      const auto next = std::upper_bound(corpus.sentences.begin(), corpus.sentences.end(), end);
+      CHECK(*next - first > most);
+      CHECK((*(next - 1) == end || n == most));
+    }
+  }
+  CHECK(std::count(seen.begin(), seen.end(), 1) == tokens);
+}
+
+namespace {
+constexpr int64_t kPieces = 30000;
+// A text whose sentences are all different and say where they stand: document d, sentence s are the ids 10 + d / 1000, 10 + d % 1000,
+// 2000 + s / 1000, 2000 + s % 1000, then as many 5000 + d % 1000 as make `length` tokens.
+void add_document(Corpus& to, int64_t d, int64_t sentences, int64_t length) {
+  for (int64_t s = 0; s < sentences; s++) {
+    for (const int64_t id : {10 + d / 1000, 10 + d % 1000, 2000 + s / 1000, 2000 + s % 1000}) to.ids.push_back((int32_t)id);
+    to.ids.insert(to.ids.end(), (size_t)length - 4, (int32_t)(5000 + d % 1000));
+    to.end_sentence();
+  }
+  to.end_document();
+}
+using Sentence = std::pair<int64_t, int64_t>;  // document and number
+std::vector<Sentence> sentences_of(const Corpus& text) {
+  std::vector<Sentence> all;
+  for (int64_t s = 0; s < text.size().sentences; s++) {
+    const int32_t* at = &text.ids[(size_t)text.sentences[(size_t)s]];
+    all.emplace_back((at[0] - 10) * 1000 + at[1] - 10, (at[2] - 2000) * 1000 + at[3] - 2000);
+  }
+  return all;
+}
+// The text in shards, closed after so many sentences: also inside of documents.
+Shards shards_of(const Corpus& text, const std::string& folder, int64_t sentences, std::optional<uint64_t> key = 7) {
+  Shards shards(folder, key, kPieces);
+  Corpus part;
+  for (int64_t s = 0, d = 0, n = text.size().sentences; s < n && !shards.whole(); s++) {
+    const bool passed_over = s < shards.rows();  // here a row is a sentence
+    if (!passed_over) part.add_sentences({&text.sentences[(size_t)s], 2}, text.ids.data());
+    if (s + 1 == text.documents[(size_t)d + 1]) part.end_document(), d++;
+    if (part.size().sentences == sentences || s + 1 == n) shards.add(part, s + 1, s + 1 == n), part = Corpus();
+  }
+  return shards;
+}
+Corpus window(const Shards& shards, int64_t number, uint32_t epoch = 0) { return shards.window(number, {1, epoch, 0, kOrderStream}); }
+// 60 documents of 10 sentences of 8 tokens.
+Corpus numbered_corpus() {
+  Corpus text;
+  for (int64_t d = 0; d < 60; d++) add_document(text, d, 10, 8);
+  return text;
+}
+}  // namespace
+
+TEST_CASE("shards: what was put in comes out; whole ones are kept, and the run goes on to the same bytes") {
+  const testing::TemporaryFolder folder;
+  const Corpus text = numbered_corpus();
+  const std::string path = folder / "shards";
+  const Shards made = shards_of(text, path, 64);
+  CHECK(made.whole());
+  CHECK(!made.stale());
+  CHECK(made.size().tokens == 4800);
+  CHECK(made.size().sentences == 600);
+  CHECK(made.size().documents == 60);  // although shards end inside of some
+  CHECK(!std::filesystem::exists(path + "/.lock"));
+  const Corpus all = window(made, 0);
+  CHECK(all.ids == text.ids);
+  CHECK(all.sentences == text.sentences);
+  CHECK(all.size().documents > 60);  // their parts, which know it
+  for (int64_t d = 0; d < all.size().documents; d++)
+    CHECK(all.sources[(size_t)d] == sentences_of(all)[(size_t)all.documents[(size_t)d]].first);
+  CHECK(std::accumulate(made.counts().begin(), made.counts().end(), int64_t{0}) == 4800);
+  CHECK(made.counts()[5003] == 40);
+
+  std::vector<std::string> files;
+  for (int i = 0; i < 10; i++) files.push_back(read_file(path + "/0000" + std::to_string(i) + ".ids"));
+  CHECK(!std::filesystem::exists(path + "/00010.ids"));
+  for (int i = 4; i < 10; i++) std::filesystem::remove(path + "/0000" + std::to_string(i) + ".ids");
+  std::ofstream(path + "/00004.ids.tmp-1-1") << "half a shard of a killed run";
+  const Shards part(path, 7, kPieces);
+  CHECK(!part.whole());
+  CHECK(part.rows() == 256);
+  const Shards gone_on = shards_of(text, path, 64);
+  CHECK(gone_on.fingerprint() == made.fingerprint());
+  CHECK(!std::filesystem::exists(path + "/00004.ids.tmp-1-1"));
+  for (int i = 0; i < 10; i++) CHECK(read_file(path + "/0000" + std::to_string(i) + ".ids") == files[(size_t)i]);
+  const Shards again(path, 7, kPieces);
+  CHECK(again.whole());
+  CHECK(again.fingerprint() == made.fingerprint());
+
+  // Another text, and one of which nothing is known, take their place, and what is left of the longer one goes.
+  Corpus other;
+  for (int64_t d = 0; d < 3; d++) add_document(other, d, 40, 8);
+  CHECK(Shards(path, 8, kPieces).stale());
+  const Shards second = shards_of(other, path, 64, 8);
+  CHECK(second.size().documents == 3);
+  CHECK(second.fingerprint() != made.fingerprint());
+  CHECK(!std::filesystem::exists(path + "/00002.ids"));
+  CHECK(Shards(path, {}, kPieces).stale());
+  CHECK(shards_of(other, path, 64, {}).fingerprint() == second.fingerprint());
+  CHECK_THROWS_WITH_AS(window(second, 0), doctest::Contains("00000.ids: gone, or another than when the run began"), Error);
+}
+
+TEST_CASE("shards: damaged, cut short, too long, of another version, no shard at all") {
+  const testing::TemporaryFolder folder;
+  const std::string path = folder / "shards", file = path + "/00001.ids";
+  shards_of(numbered_corpus(), path, 64);
+  const std::string bytes = read_file(file);
+  auto says = [&](const std::string& now, int64_t pieces = kPieces) -> std::string {
+    std::ofstream(file, std::ios::binary | std::ios::trunc) << now;
+    try {
+      const Shards shards(path, 7, pieces);
+      return shards.stale() ? "stale" : "fits";
+    } catch (const Error& e) { return e.what(); }
+  };
+  CHECK(says(bytes) == "fits");
+  for (size_t at = 0; at < bytes.size(); at += at < 200 ? 1 : 97) {  // every byte of the header, and some of the rest
+    CAPTURE(at);
+    std::string changed = bytes;
+    changed[at] ^= 0x10;
+    const std::string said = says(changed);
+    const bool version = at >= 8 && at < 16;
+    CHECK_MESSAGE((version ? said == "stale" : said.find("00001.ids: ") != said.npos && said.find("remove it") != said.npos), said);
+  }
+  for (const size_t length : {size_t{0}, size_t{7}, size_t{95}, size_t{96}, size_t{200}, bytes.size() - 1})
+    CHECK(says(bytes.substr(0, length)).find("remove it") != std::string::npos);
+  CHECK(says(bytes + "x").find("remove it") != std::string::npos);
+  CHECK(says("a user's own file, which happens to have this name").find("not a whole shard") != std::string::npos);
+  CHECK(says(bytes, 1000).find("damaged") != std::string::npos);  // ids that the vocabulary does not have
+  CHECK(says(read_file(path + "/00002.ids")) == "stale");         // another number
+  std::filesystem::remove(file);
+  CHECK(Shards(path, 7, kPieces).rows() == 64);  // as far as they go without a gap
+  std::filesystem::remove_all(path);
+  std::ofstream(path) << "a file where the folder should be";
+  CHECK_THROWS_AS(shards_of(numbered_corpus(), path, 64), Error);
+}
+
+TEST_CASE("held-out text: whole documents, which training does not see; stretches where documents are too few or too long") {
+  const testing::TemporaryFolder folder;
+  struct Case {
+    int64_t documents, sentences, length;
+    double share;
+    bool whole;
+    int64_t least, most;  // tokens held out
+  };
+  for (const Case& c : {Case{60, 10, 8, 0.1, true, 400, 480}, Case{60, 10, 8, 0.01, true, 160, 160},  // 1 % is less than two documents
+                        Case{4, 500, 8, 0.1, false, 1500, 1700}, Case{1, 300, 8, 0.05, false, 100, 140},
+                        Case{300, 200, 20, 0.01, true, 8000, 12000}, Case{800, 250, 10, 0.5, true, 95000, 100000}}) {
+    CAPTURE(c.documents);
+    std::filesystem::remove_all(folder.path + "/shards");
+    Corpus text;
+    for (int64_t d = 0; d < c.documents; d++) add_document(text, d, c.sentences, c.length);
+    Shards shards = shards_of(text, folder / "shards", 40000), same = shards_of(text, folder / "shards", 40000);
+    const Corpus dev = shards.hold_out(c.share, 5);
+    CHECK(dev.ids == same.hold_out(c.share, 5).ids);
+    CHECK(dev.ids != shards_of(text, folder / "shards", 40000).hold_out(c.share, 6).ids);
+    CHECK(dev.size().tokens >= c.least);
+    CHECK(dev.size().tokens <= c.most);
+    CHECK(dev.size().documents >= 2);
+    CHECK(shards.size().tokens + dev.size().tokens == c.documents * c.sentences * c.length);
+    // Each sentence is in one of the two.
+    std::set<Sentence> held, all;
+    for (const Sentence& s : sentences_of(dev)) held.insert(s);
+    all = held;
+    for (int64_t w = 0; w < shards.windows(); w++)
+      for (const Sentence& s : sentences_of(window(shards, w))) all.insert(s);
+    CHECK((int64_t)all.size() == c.documents * c.sentences);
+    CHECK(dev.size().sentences + shards.size().sentences == (int64_t)all.size());
+    std::map<int64_t, int64_t> of_document;
+    for (const Sentence& s : held) of_document[s.first]++;
+    if (c.whole) {
+      for (const auto& [d, n] : of_document) CHECK(n == c.sentences);
+      CHECK(shards.size().documents == c.documents - dev.size().documents);
+    } else {
+      CHECK(of_document.size() <= (size_t)c.documents);
+      for (int64_t d = 0; d < dev.size().documents; d++) CHECK(dev.documents[(size_t)d + 1] - dev.documents[(size_t)d] <= 50);
+    }
+    std::vector<int64_t> counts((size_t)kPieces);
+    for (int64_t w = 0; w < shards.windows(); w++)
+      for (const int32_t id : window(shards, w).ids) counts[(size_t)id]++;
+    CHECK(counts == shards.counts());
+  }
+}
+
+TEST_CASE("windows: each sentence once an epoch, from all over the text, in another order each time; any place can be gone to") {
+  const testing::TemporaryFolder folder;
+  Corpus text;
+  for (int64_t d = 0; d < 500; d++) add_document(text, d, d == 250 ? 9000 : 60, 50);  // one is longer than a dozen blocks
+  const Shards shards = shards_of(text, folder / "shards", 20000);
+  REQUIRE(shards.windows() == 2);
+  std::set<Sentence> seen;
+  for (int64_t w = 0; w < 2; w++) {
+    const Corpus part = window(shards, w), next = window(shards, w, 1);
+    CHECK(part.ids != next.ids);
+    CHECK(std::abs(part.size().tokens - text.size().tokens / 2) <= 1 << 16);
+    int64_t early = 0, again = 0;
+    for (const Sentence& s : sentences_of(part)) early += s.first < 250, again += !seen.insert(s).second;
+    CHECK(again == 0);
+    CHECK((double)early / (double)part.size().sentences > 0.2);  // of 0.38, not all or nothing
+    for (int64_t d = 0; d < part.size().documents; d++) {
+      const int32_t* at = &part.ids[(size_t)part.sentences[(size_t)part.documents[(size_t)d]]];
+      CHECK(part.sources[(size_t)d] == (at[0] - 10) * 1000 + at[1] - 10);
+    }
+  }
+  CHECK((int64_t)seen.size() == text.size().sentences);
+
+  PretrainSettings settings;
+  settings.batch_tokens = 4000, settings.max_length = 203;  // pairs of four sentences
+  const MaskVocabulary vocabulary{2, 3, 4, std::vector<uint8_t>((size_t)kPieces)};
+  PretrainSampler sampler(shards, settings, vocabulary, 1), other(shards, settings, vocabulary, 1);
+  int64_t rows = 0, random = 0, wrong = 0, not_full = 0;
+  for (int64_t step = 0; sampler.place().epoch < 1 || sampler.place().window < 1; step++) {
+    const PretrainSampler::Place place = sampler.place();
+    Batch batch = sampler.next(step, 0);
+    if (place.epoch == 0 && place.window == 0) not_full += batch.tokens() < settings.batch_tokens - settings.max_length;
+    if (step % 200 == 0 || place.batch == 0) {
+      other.go_to(place);
+      CHECK(other.next(step, 0).ids == batch.ids);
+    }
+    for (size_t m = 0; m < batch.masked.size(); m++) batch.ids[(size_t)batch.masked[m]] = batch.masked_labels[m];
+    for (int64_t r = 0; r < batch.rows(); r++) {  // the last id of a half names its document
+      int64_t sep = batch.offsets[(size_t)r];
+      while (batch.segments[(size_t)sep + 1] == 0) sep++;
+      const int32_t a = batch.ids[(size_t)sep - 1], b = batch.ids[(size_t)batch.offsets[(size_t)r + 1] - 2];
+      const bool is_random = batch.labels[(size_t)r] == 1;
+      if (a >= 5000 && b >= 5000) rows++, random += is_random, wrong += is_random != (a != b);
+    }
+  }
+  CHECK(rows > 10000);
+  CHECK(wrong == 0);
+  CHECK(not_full <= 1);  // the last one of a window
+  CHECK((double)random / (double)rows == doctest::Approx(0.5).epsilon(0.15));
+  CHECK_THROWS_AS(sampler.go_to({0, 2, 0}), Error);
+
+  Corpus one;
+  add_document(one, 0, 9000, 20);  // in several blocks, but one document
+  const Shards single = shards_of(one, folder / "one", 4000);
+  CHECK(single.size().documents == 1);
+  CHECK(window(single, 0).size().documents > 2);
+  CHECK_THROWS_WITH_AS(PretrainSampler(single, settings, vocabulary, 1), doctest::Contains("there is one; or pass --no-nsp"), Error);
+}
+
+TEST_CASE("phases: each length has its share of the steps; batches made ahead are the same, from any step on; their errors arrive") {
+  const std::vector<Phase> phases = {{16, 0.7}, {24, 0.2}, {32, 0.1}};
+  std::string lengths;
+  for (int64_t step = 0; step < 20; step++) lengths += std::to_string(max_length_at(phases, step, 20)) + " ";
+  CHECK(lengths == "16 16 16 16 16 16 16 16 16 16 16 16 16 16 24 24 24 24 32 32 ");
+  CHECK(max_length_at(phases, 0, 1) == 16);
+  CHECK(max_length_at({{{16, 0.5}, {32, 0.5}}}, 1, 1) == 32);
+
+  const testing::TemporaryFolder folder;
+  Corpus text;
+  for (int64_t d = 0; d < 60; d++) add_document(text, d, 10, 6);
+  const Shards shards = shards_of(text, folder / "shards", 64);
+  PretrainSettings settings = tiny_settings();
+  settings.max_length = 16;
+  const MaskVocabulary vocabulary{2, 3, 4, std::vector<uint8_t>((size_t)kPieces)};
+  PretrainSampler plain(shards, settings, vocabulary, 1);
+  StepBatches ahead(plain, phases, 2, 0, 20);
+  std::vector<std::vector<int32_t>> ids;
+  std::vector<PretrainSampler::Place> places = {plain.place()};
+  for (int64_t step = 0; step < 20; step++) {
+    plain.set_max_length(max_length_at(phases, step, 20));
+    const StepBatches::Step made = ahead.next();
+    REQUIRE(made.micro.size() == 2);
+    int64_t longest = 0;
+    for (int64_t i = 0; i < 2; i++) {
+      const Batch want = plain.next(step, i), &got = made.micro[(size_t)i];
+      CHECK(got.ids == want.ids);
+      CHECK(got.masked == want.masked);
+      CHECK(got.labels == want.labels);
+      CHECK(got.tokens() <= settings.batch_tokens);
+      for (int64_t r = 0; r < got.rows(); r++) longest = std::max(longest, got.offsets[(size_t)r + 1] - got.offsets[(size_t)r]);
+      ids.push_back(got.ids);
+    }
+    const int64_t limit = max_length_at(phases, step, 20);
+    CHECK(longest <= limit);
+    CHECK(longest > limit - 8);
+    CHECK(made.after.batch == plain.place().batch);  // of this step, not of the one made ahead
+    CHECK(made.after.max_length == limit);
+    places.push_back(made.after);
+  }
+  CHECK_THROWS_WITH_AS(ahead.next(), doctest::Contains("no step 21 of 20"), Error);
+  for (int64_t step = 0; step < 20; step++) {
+    PretrainSampler sampler(shards, settings, vocabulary, 1);
+    sampler.go_to(places[(size_t)step]);
+    StepBatches resumed(sampler, phases, 2, step, 20);
+    CHECK(resumed.next().micro[1].ids == ids[(size_t)step * 2 + 1]);
+    if (step < 19) CHECK(resumed.next().micro[0].ids == ids[(size_t)step * 2 + 2]);
+  }
+  StepBatches broken(PretrainSampler(shards, settings, vocabulary, 1), {{16, 1}}, 1, 0, 1000);
+  std::filesystem::remove(folder / "shards/00003.ids");
+  CHECK_THROWS_WITH_AS(
+      [&] {
+        for (;;) broken.next();
+      }(),
+      doctest::Contains("00003.ids: gone"), Error);
 }
 
 TEST_CASE("masking: halves round to even, whole words stay together") {
@@ -454,7 +789,7 @@ std::string train_bytes(int threads, int64_t accumulate, int64_t stop_at, Precis
       trainer = std::make_unique<Trainer>(Bert::random(c, Task::pretrain, 99), settings);
       const int64_t batch = std::stoll(trainer->load(folder / "state").at("batch"));
       sampler = PretrainSampler(corpus, tiny_settings(), kSpecial, 1);
-      sampler.go_to({0, batch});
+      sampler.go_to({0, 0, batch});
     }
     std::vector<Batch> micro;
     for (int64_t g = 0; g < accumulate; g++) micro.push_back(sampler.next(s, g));
