@@ -184,29 +184,27 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
   const Shape& s = x.shape();
   Tensor y(s.rank() == 4 ? Shape{s[0], s[1], s[2], O} : s.rank() == 3 ? Shape{s[0], s[1], O} : Shape{N, O});
   Tensor z = training && act != Activation::none ? Tensor(y.shape()) : Tensor();
-  const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
   // Inference keeps to the own kernels, whose answer for a row does not depend on the batch around it.
-  const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = epilogue};
-  if (packed)
-    gemm(N, x.data(), I, *packed, y.data(), O, epilogue);
-  else
-    gemm(how, N, O, I, x.data(), I, w.data(), I, y.data(), O);
+  gemm({.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = {.activation = act}}, x, w, y, b, z);
 
   // dz = dy * act'(z)      dx += dz W      dW += dz^T x      db += sum over rows of dz
   record("linear", y, {x, w, b}, [=] {
-    float* dz = y.grad();  // overwritten: nobody reads dy after this
-    const Kernels& k = kernels();
-    if (z) parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) { k.activate_grad(act, z.data() + i, dz + i, dz + i, end - i); });
+    const Tensor& dz = y.gradient();  // overwritten: nobody reads dy after this
+    if (z) {
+      const float* const from = z.data();
+      float* const to = dz.data();
+      parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) { kernels().activate_grad(act, from + i, to + i, to + i, end - i); });
+    }
     bool add;
     if (x.needs_grad()) {
-      float* dx = x.grad_to_add(add);
-      gemm({.add = add}, N, I, O, dz, O, w.data(), I, dx, I);
+      const Tensor& dx = x.grad_to_add(add);
+      gemm({.add = add}, dz, w, dx);
     }
     if (w.needs_grad()) {
-      float* dw = w.grad_to_add(add);
-      gemm({.a_transposed = true, .add = add}, O, I, N, dz, O, x.data(), I, dw, I);
+      const Tensor& dw = w.grad_to_add(add);
+      gemm({.a_transposed = true, .add = add}, dz, x, dw);
     }
-    if (b && b.needs_grad()) add_column_sums(dz, N, O, b);
+    if (b && b.needs_grad()) add_column_sums(dz.data(), N, O, b);
   });
   return y;
 }
@@ -315,7 +313,7 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
 
   record("attention", y, {qkv}, [=, rows = offsets] {
     bool add;
-    float* dqkv = qkv.grad_to_add(add);
+    float* dqkv = qkv.grad_to_add(add).data();
     const float* dy = y.grad();
     parallel_for(R * heads, [&](int64_t task) {
       attend_backward(view(qkv, rows, task), scale, mask, y.data(), lse.data() + task % heads * N, dy, dqkv, add);
@@ -362,7 +360,7 @@ Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, cons
   //   dgamma += sum over rows of dy * xhat            dbeta += sum over rows of dy, both in blocks of 64 rows, then pairwise
   record("residual_norm", y, {x, f, gamma, beta}, [=] {
     bool add_x = false, add_f = false;
-    float *dx = x.needs_grad() ? x.grad_to_add(add_x) : nullptr, *df = f.needs_grad() ? f.grad_to_add(add_f) : nullptr;
+    float *dx = x.needs_grad() ? x.grad_to_add(add_x).data() : nullptr, *df = f.needs_grad() ? f.grad_to_add(add_f).data() : nullptr;
     const float* dy = y.grad();
     Tensor sums(Shape{row_blocks(N), 2 * H}, 0.f);  // of a block: dgamma, dbeta
     parallel_for(row_blocks(N), [&](int64_t b) {
@@ -617,7 +615,7 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
   // dx += (softmax(x) ((1 - e) w_label + e/C sum_c w_c) - (1 - e) w_label onehot(label) - e/C w) * dy / divisor
   record("cross_entropy", y, {x}, [=] {
     bool add;
-    float* dx = x.grad_to_add(add);
+    float* dx = x.grad_to_add(add).data();
     const float scale = (float)((double)y.grad()[0] / divisor);
     parallel_for(M, [&](int64_t r) {
       const int32_t label = labels[(size_t)r];

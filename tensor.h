@@ -374,14 +374,17 @@ class Tensor {
   int64_t cols() const { return shape().back(); }                          // the last dimension
   int64_t rows() const { return cols() ? size() / cols() : 0; }            // all the others
   static Tensor narrow(NarrowMatrix matrix);                               // [n,k]: has no data(); pack() and embedding_norm take it
-  float* data() const;      // throws Error for an empty or narrow Tensor, and for weights that pack() has taken
+  // Throws Error for an empty or narrow Tensor, and for weights that pack() has taken. Where a device is in use, who writes asks for
+  // it after the last product, not before: what the device holds stands for the numbers until someone asks.
+  float* data() const;
   float item() const;       // the one element; throws Error when there are more
 
   bool needs_grad() const;
   void set_needs_grad(bool needs = true);
   bool has_grad() const;
   float* grad() const;                     // made, and filled with zeros, on first use
-  float* grad_to_add(bool& add) const;     // the same, but not filled on first use: then add is false, and the caller stores
+  const Tensor& gradient() const;          // the same as a Tensor
+  const Tensor& grad_to_add(bool& add) const;   // the same, but not filled on first use: then add is false, and the caller stores
   Tensor take_grad();                      // the gradient as a Tensor of its own; this one has none any more
   void drop_grad();
   // Weights [N,K] that will not change are laid out for gemm once and their plain form is let go; linear takes either. A narrow matrix
@@ -392,7 +395,10 @@ class Tensor {
 
  private:
   struct Impl;
+  friend class Device;
   Impl& impl() const;   // throws Error for an empty Tensor
+  void bring_home() const;      // section 9, devices
+  void keep_on_device() const;
   std::shared_ptr<Impl> impl_;
 };
 
@@ -851,6 +857,30 @@ class PackedWeights {
   std::vector<int32_t> zeros_;
 };
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
+
+// The same of whole tensors: c [m,n] = act(op(a) op(b) + bias [n]), before act copied to `pre` [m,n]; how.epilogue holds the activation
+// alone. b may be packed, then it is b_transposed. On a device in use it computes large products, and c and `pre` stay there till asked for.
+void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, const Tensor& pre = {});
+
+// Devices that OpenCL 1.2 offers: libOpenCL.so.1 is opened when first asked for, no header or flag is needed. Throws Error where there is
+// none, where there is no device, or where a driver fails.
+struct DeviceInfo {
+  std::string name, platform, driver;
+  int64_t memory;            // bytes
+  uint32_t compute_units;
+};
+std::vector<DeviceInfo> opencl_devices();        // GPUs first
+struct DeviceOptions {
+  bool half = false;         // weights lie there in f16
+  std::string cache;         // the folder that remembers which kernel is the fastest on which device; empty: found out each time, seconds
+  int64_t least = 1 << 22;   // products of fewer multiply-adds stay on the CPU: a trip takes longer
+};
+// Which device computes the large products of linear and its backward, from now on in the whole process: cpu, opencl (the first),
+// opencl:1, or opencl:NAME, a part of its name. Choose before weights are packed: what was packed before stays on the CPU, and so do bf16
+// and int8. One product at a time; any thread may ask. A device that fails throws Error from the product, or from data().
+void use_device(const std::string& which, const DeviceOptions& options = {});
+std::optional<DeviceInfo> device_in_use();       // empty: the CPU
+double device_peak();                            // GFLOP/s of the device in use, in a short product of numbers that are there
 
 // Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
 struct Match { float score; int64_t a, b; };
