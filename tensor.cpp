@@ -1850,10 +1850,9 @@ void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, co
 }
 
 // ==== OpenCL ======================================================================================================
-// Products on any OpenCL 1.2 device. Its library is looked for when a device is first asked for: there is no header and nothing to link.
-// A product is one trip: the sides that are not there yet are sent, the kernels run, and the result stays there until Tensor::data() asks
-// for it. One lock is held for the whole of it. The kernels sum as gemm promises of the own ones: no choice that a search makes shows in
-// the bytes, and where a device computes float, fma and division as IEEE 754 says (most do), they are the CPU's bytes.
+// Products on any OpenCL 1.2 device. A product is one trip: the sides that are not there yet are sent, the kernels run, and the result
+// stays there until Tensor::data() asks for it. One lock is held meanwhile. The kernels sum as gemm promises of the own ones: no choice
+// that a search makes shows in the bytes, and where a device computes float and fma as IEEE 754 says (most do), they are the CPU's bytes.
 namespace {
 using Handle = void*;  // any object of OpenCL
 
@@ -1902,23 +1901,13 @@ const OpenCL& opencl() {
 // Throws what `code`, a call's result, means.
 void opencl_check(const std::string& device, const char* call, int32_t code) {
   if (!code) return;
-  static const std::map<int32_t, const char*> names = {
-      {-2, "the device is not available"},
-      {-3, "the driver has no compiler"},
-      {-4, "out of device memory"},
-      {-5, "out of device memory, or the device is lost"},
-      {-6, "out of memory"},
-      {-9, "the device is lost"},
-      {-14, "a kernel failed: the device is lost"},
-      {-36, "the device is lost"},
-      {-54, "the work-group is too large for the kernel"},
-      {-61, "the matrix is too large for the device"},
-      {-1001, "no driver is installed (a GPU's maker has one; for CPUs, Debian: pocl-opencl-icd)"}};
-  const auto known = names.find(code);
-  const bool memory = code == -4 || code == -5 || code == -6 || code == -61;
-  throw Error("opencl" + (device.empty() ? "" : " " + device) + ": " + call + " says " + std::to_string(code) + ": " +
-              (known == names.end() ? "the driver is broken, or the device lost" : known->second) + "; " +
-              (memory ? "take smaller batches, or --device cpu" : "try again, or --device cpu"));
+  const char* const why = code == -4 || code == -5 || code == -6 || code == -61
+                              ? "out of device memory, or the device is lost; smaller batches"
+                          : code == -9 || code == -14 || code == -36 ? "the device is lost; start again"
+                          : code == -1001 ? "no driver is installed; a GPU's maker has one, for CPUs Debian has pocl-opencl-icd"
+                                          : "the driver is broken; install another";
+  throw Error("opencl" + (device.empty() ? "" : " " + device) + ": " + call + " says " + std::to_string(code) + ": " + why +
+              ", or --device cpu");
 }
 
 std::string opencl_text(auto&& info) {  // info(size, to, &size needed)
@@ -1928,7 +1917,6 @@ std::string opencl_text(auto&& info) {  // info(size, to, &size needed)
   if (size && info(size, text.data(), nullptr)) return "";
   return text.substr(0, text.find('\0'));
 }
-
 struct Found {
   Handle platform, device;
   uint64_t type;
@@ -1943,7 +1931,7 @@ T opencl_number(Handle device, uint32_t what) {
 // GPUs first, else as the drivers list them.
 std::vector<Found> find_devices() {
   const OpenCL& cl = opencl();
-  Handle platforms[64], devices[64];
+  Handle platforms[64] = {}, devices[64] = {};
   uint32_t count = 0, in_it = 0;
   opencl_check("", "clGetPlatformIDs", cl.clGetPlatformIDs(64, platforms, &count));
   std::vector<Found> found;
@@ -1954,11 +1942,9 @@ std::vector<Found> find_devices() {
     opencl_check(text(0x0902), "clGetDeviceIDs", code);
     for (Handle device : std::span(devices, std::min(in_it, 64u))) {
       auto of = [&](uint32_t what) { return opencl_text([&](auto... to) { return cl.clGetDeviceInfo(device, what, to...); }); };
-      found.push_back(
-          {platform,
-           device,
-           opencl_number<uint64_t>(device, 0x1000),
-           {of(0x102B), text(0x0902), of(0x102D), opencl_number<int64_t>(device, 0x101F), opencl_number<uint32_t>(device, 0x1002)}});
+      const auto type = opencl_number<uint64_t>(device, 0x1000);
+      const auto memory = opencl_number<int64_t>(device, 0x101F);
+      found.push_back({platform, device, type, {of(0x102B), text(0x0902), of(0x102D), memory, opencl_number<uint32_t>(device, 0x1002)}});
     }
   }
   if (found.empty()) throw Error("opencl: there is no device; --device cpu computes here");
@@ -1970,13 +1956,9 @@ size_t find_device(const std::vector<Found>& all, const std::string& which) {
   const std::string name = which.size() > 7 ? which.substr(7) : "0";
   std::string list;
   std::vector<size_t> hits;
-  auto lower = [](std::string s) {
-    for (char& c : s) c = (char)(c >= 'A' && c <= 'Z' ? c + 32 : c);
-    return s;
-  };
   for (size_t i = 0; i < all.size(); i++) {
     list += (i ? ", " : "") + std::to_string(i) + " (" + all[i].info.name + ")";
-    if (lower(all[i].info.name).find(lower(name)) != std::string::npos) hits.push_back(i);
+    if (strcasestr(all[i].info.name.c_str(), name.c_str())) hits.push_back(i);
   }
   if (const auto number = parse_number<size_t>(name)) hits.assign(*number < all.size(), *number);
   if (hits.size() == 1) return hits[0];
@@ -1991,24 +1973,21 @@ struct Cut {
 };
 constexpr Cut kCuts[] = {{4, 4, 1, 16, 16, 16}, {4, 8, 2, 16, 16, 8},  {4, 8, 2, 8, 8, 16},   {4, 4, 2, 8, 16, 16}, {4, 8, 1, 16, 8, 16},
                          {4, 4, 1, 8, 8, 16},   {16, 8, 2, 4, 16, 64}, {16, 8, 2, 1, 16, 64}, {8, 6, 2, 4, 16, 64}};
-
 const char* const kDeviceText = R"(
 #pragma OPENCL FP_CONTRACT OFF
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define VEC JOIN(float, V)
-#define LOAD JOIN(vload, V)
-#define STORE JOIN(vstore, V)
 #define TM (ROWS * WM)
 #define TN (COLS * WN * V)
-#ifdef HALF
-#define B_TYPE half
+#if HALF
 #define B_AT(i) vload_half(i, b)
 #else
-#define B_TYPE float
 #define B_AT(i) b[i]
 #endif
-#define EACH for (int i = 0; i < WM; i++) for (int j = 0; j < WN; j++)
+#if V > 4
+#define UNROLL  // PoCL's registers spill
+#else
+#define UNROLL _Pragma("unroll")  // or a GPU's would not be registers
+#endif
+#define EACH UNROLL for (int i = 0; i < WM; i++) UNROLL for (int j = 0; j < WN; j++)
 
 // c [m,n] = a b, or c += a b: element (i, q) of a is a[i * a_row + q * a_step], (q, j) of b is b[q * b_row + j * b_step]; one step is 1.
 __kernel __attribute__((reqd_work_group_size(COLS, ROWS, 1)))
@@ -2021,7 +2000,7 @@ void product(int m, int n, int k, __global const float* a, int a_row, int a_step
   EACH {
     const int row = i0 + i * ROWS + y, col = j0 + (j * COLS + x) * V;
     float part[V];
-    for (int e = 0; e < V; e++) part[e] = add && row < m && col + e < n ? c[(size_t)row * n + col + e] : 0;
+    UNROLL for (int e = 0; e < V; e++) part[e] = add && row < m && col + e < n ? c[(size_t)row * n + col + e] : 0;
     sum[i][j] = LOAD(0, part), acc[i][j] = 0;
   }
   for (int k0 = 0; k0 < k; k0 += DEPTH) {
@@ -2036,7 +2015,7 @@ void product(int m, int n, int k, __global const float* a, int a_row, int a_step
     barrier(CLK_LOCAL_MEM_FENCE);
     for (int q = 0; q < DEPTH; q++) {
       VEC bv[WN];
-      for (int j = 0; j < WN; j++) bv[j] = LOAD(0, bs + q * (TN + V) + (j * COLS + x) * V);
+      UNROLL for (int j = 0; j < WN; j++) bv[j] = LOAD(0, bs + q * (TN + V) + (j * COLS + x) * V);
       EACH acc[i][j] = fma((VEC)as[q * (TM + V) + i * ROWS + y], bv[j], acc[i][j]);
     }
     if ((k0 + DEPTH) % K_BLOCK == 0 || k0 + DEPTH >= k) EACH sum[i][j] += acc[i][j], acc[i][j] = 0;
@@ -2046,30 +2025,17 @@ void product(int m, int n, int k, __global const float* a, int a_row, int a_step
     const int row = i0 + i * ROWS + y, col = j0 + (j * COLS + x) * V;
     float part[V];
     STORE(sum[i][j], 0, part);
-    for (int e = 0; e < V; e++) if (row < m && col + e < n) c[(size_t)row * n + col + e] = part[e];
+    UNROLL for (int e = 0; e < V; e++) if (row < m && col + e < n) c[(size_t)row * n + col + e] = part[e];
   }
 }
 
-// exp_f32, normal_tail, gelu_gate and tanh_f32 of tensor.cpp
-float exp_(float x) {
-  const float t = fma(x, kLog2e, kRounder), n = t - kRounder, r = fma(n, -kLn2Low, fma(n, -kLn2High, x));
-  float y = kExp[6];
-  for (int i = 5; i >= 0; i--) y = fma(y, r, kExp[i]);
-  return x != x ? x : x < kExpLow ? 0 : x > kExpHigh ? INFINITY : as_float(as_uint(y) + (as_uint(t) << 23));
-}
+// normal_tail of tensor.cpp
 float tail_(float t) {
   const float n = fma(t, kPhiSteps, kRounder), r = fma(n - kRounder, -kPhiStep, t);
   const uint i = as_uint(n) & 15;
-  float y = kPhi[80 + i];
-  for (int d = 4; d >= 0; d--) y = fma(y, r, kPhi[16 * d + i]);
+  float y = as_float(kPhi[80 + i]);
+  for (int d = 4; d >= 0; d--) y = fma(y, r, as_float(kPhi[16 * d + i]));
   return t < kPhiEnd ? y : t != t ? t : 0;
-}
-float tanh_(float x) {
-  const float t = fabs(x), square = x * x;
-  if (!(t < kTanhSmall)) return copysign(1 - 2 / (exp_(2 * t) + 1), x);
-  float y = kTanh[4];
-  for (int i = 3; i >= 0; i--) y = fma(y, square, kTanh[i]);
-  return fma(square * x, y, x);
 }
 // z = c + bias; pre = z; c = act(z). What there is none of is c itself.
 __kernel void finish(int n, __global float* c, __global const float* bias, int biased, __global float* pre, int kept, int act) {
@@ -2079,40 +2045,21 @@ __kernel void finish(int n, __global float* c, __global const float* bias, int b
   if (kept) pre[at] = z;
   float y = z;
   if (act == 1) y = (z < 0 ? 0 : z) - (kPhiEnd < t ? kPhiEnd : t) * tail_(t);
-  if (act == 2) y = z * (1 / (1 + exp_(kGeluScale * (z * fma(kGeluCube * z, z, 1.f)))));
-  if (act == 3) y = tanh_(z);
   if (act == 4) y = z < 0 ? 0 : z;
   c[at] = y;
 }
 )";
-static_assert((int)Activation::gelu == 1 && (int)Activation::gelu_tanh == 2 && (int)Activation::tanh == 3 && (int)Activation::relu == 4);
+static_assert((int)Activation::gelu == 1 && (int)Activation::relu == 4);
 
 // The text with the scalar kernels' numbers in front, to the last bit.
 std::string device_text() {
-  auto hex = [](float x) {
-    char s[40];
-    return std::string(x < 0 ? "-0x" : "0x") + std::string(s, std::to_chars(s, s + 40, std::fabs(x), std::chars_format::hex).ptr) + "f";
-  };
-  std::string text;
-  for (const auto& [name, x] : {std::pair("kLog2e", kLog2e),
-                                {"kRounder", kRounder},
-                                {"kLn2High", kLn2High},
-                                {"kLn2Low", kLn2Low},
-                                {"kExpLow", kExpLow},
-                                {"kExpHigh", kExpHigh},
-                                {"kPhiStep", kPhiStep},
-                                {"kPhiSteps", kPhiSteps},
-                                {"kPhiEnd", kPhiEnd},
-                                {"kTanhSmall", kTanhSmall},
-                                {"kGeluScale", kGeluScale},
-                                {"kGeluCube", kGeluCube}})
-    text += "#define " + std::string(name) + " (" + hex(x) + ")\n";
-  for (const auto& [name, list] : {std::pair("kExp", std::span<const float>(kExp)), {"kTanh", kTanh}, {"kPhi", {kPhi[0], 96}}}) {
-    text += "__constant float " + std::string(name) + "[] = {";
-    for (const float x : list) text += hex(x) + ",";
-    text += "};\n";
-  }
-  return text + "#define K_BLOCK " + std::to_string(kDepth) + kDeviceText;
+  auto bits = [](float x) { return std::to_string(std::bit_cast<uint32_t>(x)) + "u"; };
+  std::string text = "#define K_BLOCK " + std::to_string(kDepth) + "\n__constant uint kPhi[] = {";
+  for (const float x : std::span(kPhi[0], 96)) text += bits(x) + ",";
+  text += "};\n";
+#define NUMBER(x) std::string("#define " #x " as_float(") + bits(x) + ")\n"
+  return text + NUMBER(kRounder) + NUMBER(kPhiStep) + NUMBER(kPhiSteps) + NUMBER(kPhiEnd) + kDeviceText;
+#undef NUMBER
 }
 }  // namespace
 
@@ -2131,24 +2078,35 @@ struct DeviceMatrix {
 class Device {
  public:
   using Matrix = std::shared_ptr<DeviceMatrix>;
-  Device(const Found& found, const DeviceOptions& options);
+  const Found found;
+  const DeviceOptions options;
+  Device(const Found& f, const DeviceOptions& o) : found(f), options(o) {
+    int32_t code = 0;
+    const intptr_t properties[] = {0x1084, (intptr_t)found.platform, 0};
+    context_ = opencl().clCreateContext(properties, 1, &found.device, nullptr, nullptr, &code);
+    check("clCreateContext", code);
+    queue_ = opencl().clCreateCommandQueue(context_, found.device, 0, &code);
+    check("clCreateCommandQueue", code);
+    choose();
+  }
 
   static inline std::mutex lock;  // held by whoever computes on a device, sends or fetches
   static inline std::atomic<Device*> in_use = nullptr;
-  static bool takes(int64_t m, int64_t n, int64_t k, const Tensor& b);
-  static void bring_home(Tensor::Impl& tensor);
-  Matrix keep(const Tensor& t, bool half);
+  // A product is a device's by its form alone, so that what is computed where does not depend on the day. Its
+  // activations are GELU and ReLU. b that is packed must have been packed for this device.
+  bool takes(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& b) const {
+    return std::max({m, n, k}) < 1 << 30 && (double)m * (double)n * (double)k >= std::max(1., (double)options.least) &&
+           how.epilogue.activation != Activation::tanh && how.epilogue.activation != Activation::gelu_tanh &&
+           (!b.packed() || (b.impl().there && &b.impl().there->device == this));
+  }
   void multiply(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias,
                 const Tensor& pre);
+  static void bring_home(Tensor::Impl& tensor);
+  Matrix keep(const Tensor& t, bool half);
   double speed();
-  void take_back(Handle memory, size_t bytes) {
-    std::lock_guard<std::mutex> hold(idle_lock_);
-    idle_.emplace(bytes, memory);
-  }
-  const Found found;
-  const DeviceOptions options;
 
  private:
+  friend DeviceMatrix;
   struct Compiled {
     Cut cut;
     Handle product, finish;
@@ -2166,45 +2124,34 @@ class Device {
   std::multimap<size_t, Handle> idle_;
   size_t held_ = 0;  // bytes, idle ones too
 };
-
-DeviceMatrix::~DeviceMatrix() { device.take_back(memory, bytes); }
-
-Device::Device(const Found& found_, const DeviceOptions& options_) : found(found_), options(options_) {
-  int32_t code = 0;
-  const intptr_t properties[] = {0x1084, (intptr_t)found.platform, 0};
-  context_ = opencl().clCreateContext(properties, 1, &found.device, nullptr, nullptr, &code);
-  check("clCreateContext", code);
-  queue_ = opencl().clCreateCommandQueue(context_, found.device, 0, &code);
-  check("clCreateCommandQueue", code);
-  choose();
+DeviceMatrix::~DeviceMatrix() {
+  std::lock_guard<std::mutex> hold(device.idle_lock_);
+  device.idle_.emplace(bytes, memory);
 }
 
-// Memory for so many numbers, in steps of 4 KiB: an idle block up to a quarter larger, or a new one.
+// Memory for so many numbers: an idle block up to a quarter larger, or a new one.
 Device::Matrix Device::room(int64_t size, bool half) {
   const size_t bytes = ((size_t)size * (half ? 2 : 4) + 4095) / 4096 * 4096;
-  std::lock_guard hold(idle_lock_);
-  auto idle = idle_.lower_bound(bytes);
-  if (idle == idle_.end() || idle->first > bytes + bytes / 4) {
-    auto release = [&] {
-      for (const auto& [size, memory] : idle_) opencl().clReleaseMemObject(memory), held_ -= size;
-      idle_.clear();
-    };
-    if (held_ + bytes > (size_t)found.info.memory / 8 * 7) release();  // drivers promise more than there is, and fail later
-    int32_t code = 0;
-    auto create = [&] { return opencl().clCreateBuffer(context_, 1, bytes, nullptr, &code); };
-    Handle memory = create();
-    if (code && !idle_.empty()) release(), memory = create();
-    if (code)
-      throw Error("opencl " + found.info.name + ": out of device memory: " + std::to_string(bytes >> 20) + " MiB are needed, and " +
-                  std::to_string(held_ >> 20) + " MiB are in use; take smaller batches, or --device cpu");
-    held_ += bytes;
-    return Matrix(new DeviceMatrix{*this, memory, bytes, half});
+  std::lock_guard<std::mutex> hold(idle_lock_);
+  if (const auto idle = idle_.lower_bound(bytes); idle != idle_.end() && idle->first <= bytes + bytes / 4) {
+    const auto node = idle_.extract(idle);
+    return Matrix(new DeviceMatrix{*this, node.mapped(), node.key(), half});
   }
-  const Matrix reused(new DeviceMatrix{*this, idle->second, idle->first, half});
-  idle_.erase(idle);
-  return reused;
+  Handle memory = nullptr;
+  for (int32_t attempt = 0, code = 0; attempt < 2; attempt++) {
+    // Drivers promise more than there is, and fail later.
+    if (attempt || held_ + bytes > (size_t)found.info.memory / 8 * 7) {
+      for (const auto& [idle, block] : idle_) opencl().clReleaseMemObject(block), held_ -= idle;
+      idle_.clear();
+    }
+    if (memory = opencl().clCreateBuffer(context_, 1, bytes, nullptr, &code); !code) break;
+    if (attempt)
+      throw Error("opencl " + found.info.name + ": out of device memory: " + std::to_string(bytes >> 10) + " KiB are needed, and " +
+                  std::to_string(held_ >> 10) + " KiB are in use; smaller batches, or --device cpu");
+  }
+  held_ += bytes;
+  return Matrix(new DeviceMatrix{*this, memory, bytes, half});
 }
-
 // The newest numbers are in the tensor's own memory, and no copy on a device stands for them.
 void Device::bring_home(Tensor::Impl& i) {
   if (i.newest == Tensor::Impl::device)
@@ -2281,21 +2228,22 @@ void Device::test() {
                         format_number(right[i]) + " is right; take another driver, or --device cpu");
     }
 }
-// The speed in GFLOP/s where the sides are there already: the best of a few products, which are larger where the device is fast.
+// The speed in GFLOP/s where the sides are there already: of a product that is larger where the device is fast.
 double Device::speed() {
-  double best = 0;
-  for (const int64_t m : {64, 2048, 2048}) {
-    if (m > 64 && best < 200) break;
+  std::chrono::duration<double> took{0};
+  for (const int64_t m : {128, 128, 2048, 2048}) {
+    if (m > 128 && took.count() > 1e-3) return 2e-9 * 128 * 1024 * 1024 / took.count();
     const Tensor a({m, 1024}, 0.5f), b({1024, 1024}, 0.25f), c({m, 1024});
-    multiply({.b_transposed = true}, m, 1024, 1024, a, b, c, {}, {});
+    {
+      std::lock_guard<std::mutex> hold(lock);
+      keep(a, false), keep(b, options.half);
+    }
     const auto begin = std::chrono::steady_clock::now();
     multiply({.b_transposed = true}, m, 1024, 1024, a, b, c, {}, {});
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    best = std::max(best, 2e-9 * (double)m * 1024 * 1024 / took.count());
+    took = std::chrono::steady_clock::now() - begin;
   }
-  return best;
+  return 2e-9 * 2048 * 1024 * 1024 / took.count();
 }
-
 Device::Compiled Device::build(const Cut& cut) const {
   const OpenCL& cl = opencl();
   const std::string text = device_text();
@@ -2303,15 +2251,15 @@ Device::Compiled Device::build(const Cut& cut) const {
   int32_t code = 0;
   const Handle program = cl.clCreateProgramWithSource(context_, 1, &source, nullptr, &code);
   check("clCreateProgramWithSource", code);
-  std::string flags = "-cl-std=CL1.2";
+  const std::string v = std::to_string(cut.v);
+  std::string flags = "-cl-std=CL1.2 -D VEC=float" + v + " -D LOAD=vload" + v + " -D STORE=vstore" + v + " -D V=" + v;
   if (opencl_number<uint64_t>(found.device, 0x101B) & 1 << 7) flags += " -cl-fp32-correctly-rounded-divide-sqrt";
-  if (options.half) flags += " -D HALF";
-  for (const auto& [name, value] :
-       {std::pair("V", cut.v), {"WM", cut.wm}, {"WN", cut.wn}, {"COLS", cut.cols}, {"ROWS", cut.rows}, {"DEPTH", cut.depth}})
+  flags += options.half ? " -D HALF=1 -D B_TYPE=half" : " -D HALF=0 -D B_TYPE=float";
+  for (const auto& [name, value] : {std::pair("WM", cut.wm), {"WN", cut.wn}, {"COLS", cut.cols}, {"ROWS", cut.rows}, {"DEPTH", cut.depth}})
     flags += std::string(" -D ") + name + "=" + std::to_string(value);
   if (const int32_t failed = cl.clBuildProgram(program, 1, &found.device, flags.c_str(), nullptr, nullptr)) {
-    std::string log = opencl_text([&](auto... to) { return cl.clGetProgramBuildInfo(program, found.device, 0x1183, to...); });
-    log = log.substr(0, 300);
+    std::string log =
+        opencl_text([&](auto... to) { return cl.clGetProgramBuildInfo(program, found.device, 0x1183, to...); }).substr(0, 300);
     for (char& c : log) c = (unsigned char)c < ' ' ? ' ' : c;
     throw Error("opencl " + found.info.name + ": the kernels do not build (" + std::to_string(failed) + "): " + log +
                 "; take another driver, or --device cpu");
@@ -2324,61 +2272,45 @@ Device::Compiled Device::build(const Cut& cut) const {
 
 // The cut that the cache names for this device, driver and text; else the fastest, which is noted there.
 void Device::choose() {
-  const std::string key = found.info.name + "\t" + found.info.platform + "\t" + found.info.driver + "\t" +
-                          std::to_string(std::hash<std::string>()(device_text())) + (options.half ? "\tf16\t" : "\tf32\t");
-  const std::string path = options.cache + "/opencl.tsv";
-  std::string others, trouble;
-  std::ifstream notes(options.cache.empty() ? "" : path);
-  for (std::string line; std::getline(notes, line);) {
-    if (!line.starts_with(key)) {
-      others += line + "\n";
-    } else if (const auto number = parse_number<size_t>(line.substr(key.size())); number && *number < std::size(kCuts)) {
-      try {
-        compiled_ = build(kCuts[*number]);
-        return test();
-      } catch (const Error&) {}  // all are tried
-    }
-  }
-  std::optional<Compiled> fastest;
-  double best = 0;
+  const std::string device = found.info.name + "\t" + found.info.platform + "\t" + found.info.driver + "\n";
+  const std::string path = options.cache + "/opencl-" + std::to_string(std::hash<std::string>()(device + device_text()));
   size_t number = 0;
-  for (size_t i = 0; i < std::size(kCuts); i++) {
+  try {
+    if (!options.cache.empty() && std::ifstream(path) >> number && number < std::size(kCuts)) {
+      compiled_ = build(kCuts[number]);
+      return test();
+    }
+  } catch (const Error&) {}  // all are tried
+  double best = 0;
+  std::string trouble = "opencl " + found.info.name + ": its work-groups are too small; --device cpu computes here";
+  std::optional<Compiled> fastest;
+  for (size_t i = std::size(kCuts); i-- > 0;) {
     const Cut& cut = kCuts[i];
-    const bool for_cpu = cut.v > 4, cpu = found.type & 2;
-    if (for_cpu != cpu || (uint64_t)(cut.rows * cut.cols) > opencl_number<size_t>(found.device, 0x1004) ||
+    if ((cut.v > 4) != ((found.type & 2) > 0) || (uint64_t)(cut.rows * cut.cols) > opencl_number<size_t>(found.device, 0x1004) ||
         cut.local_bytes() > opencl_number<int64_t>(found.device, 0x1023))
       continue;
     try {
       compiled_ = build(cut);
       test();
       if (const double now = speed(); now > best) best = now, fastest = compiled_, number = i;
-    } catch (const Error& e) {
-      if (trouble.empty()) trouble = e.what();
-    }
+    } catch (const Error& e) { trouble = e.what(); }
   }
-  if (!fastest) throw Error(trouble.empty() ? "opencl " + found.info.name + ": its work-groups are too small; --device cpu" : trouble);
+  if (!fastest) throw Error(trouble);
   compiled_ = *fastest;
   if (options.cache.empty()) return;
   try {
     std::filesystem::create_directories(options.cache);
-    write_file(path, others + key + std::to_string(number) + "\n");
+    write_file(path, std::to_string(number) + "\t" + device);
   } catch (const std::exception&) {}  // the next start searches again
 }
 
-// A product is the device's by its size alone, so that what is computed where does not depend on the day. b that is packed must have
-// been packed for this device.
-bool Device::takes(int64_t m, int64_t n, int64_t k, const Tensor& b) {
-  const Device* const d = in_use.load();
-  if (!d || (double)m * (double)n * (double)k < std::max(1., (double)d->options.least) || std::max({m, n, k}) > INT32_MAX) return false;
-  return !b.packed() || (b.impl().there && &b.impl().there->device == d);
-}
 static bool multiply_on_device(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c,
                                const Tensor& bias, const Tensor& pre) {
-  if (!Device::takes(m, n, k, b)) return false;
-  Device::in_use.load()->multiply(how, m, n, k, a, b, c, bias, pre);
+  Device* const d = Device::in_use.load();
+  if (!d || !d->takes(how, m, n, k, b)) return false;
+  d->multiply(how, m, n, k, a, b, c, bias, pre);
   return true;
 }
-
 void Tensor::bring_home() const {
   std::lock_guard<std::mutex> hold(Device::lock);
   Device::bring_home(*impl_);
@@ -2402,10 +2334,9 @@ void use_device(const std::string& which, const DeviceOptions& options) {
     throw Error("device " + which + ": it may be cpu, opencl, opencl:NUMBER or opencl:NAME");
   const std::vector<Found> all = find_devices();
   const Found& found = all[find_device(all, which)];
-  auto same = [&](const Device* d) {
+  auto it = std::find_if(open.begin(), open.end(), [&](const Device* d) {
     return d->found.device == found.device && d->options.half == options.half && d->options.least == options.least;
-  };
-  auto it = std::find_if(open.begin(), open.end(), same);
+  });
   if (it == open.end()) it = open.insert(it, new Device(found, options));
   Device::in_use.store(*it);
 }
@@ -2415,8 +2346,7 @@ std::optional<DeviceInfo> device_in_use() {
 }
 double device_peak() {
   Device* const d = Device::in_use.load();
-  if (!d) throw Error("device_peak: no device is in use");
-  return d->speed();
+  return d ? d->speed() : 0;
 }
 
 // ==== nearest rows ================================================================================================

@@ -1,6 +1,6 @@
 // tensor.h -- tensors, reverse-mode autograd, AdamW and safetensors in three files: tensor.h, tensor.cpp, autograd.cpp.
 //
-//   To use:     copy the three, compile as C++20 with -ffp-contract=off -pthread, link -lopenblas (or define BERT_NO_BLAS).
+//   To use:     copy the three, compile as C++20 with -ffp-contract=off -pthread, link -ldl -lopenblas (or define BERT_NO_BLAS).
 //   Threads:    a Tensor may be read from many threads and written from one; a Tape belongs to its thread.
 //   Errors:     every function may throw bert::Error; nothing prints, exits or aborts. Three variables of the environment are
 //               read: BERT_KERNELS (a kernel table's name), BERT_GEMM (own, openblas), BERT_TRACE (Tape::trace lists each op).
@@ -18,7 +18,7 @@
 //     }
 //
 //   Contents:   1 errors  2 JSON  3 shapes and tensors  4 threads and random numbers  5 tape  6 differentiable ops
-//               7 optimiser  8 files  9 kernels, products, this machine
+//               7 optimiser  8 files  9 kernels, products, devices, this machine
 //
 //   Letters in shape comments, here and in every file:
 //     N tokens in a packed batch, R rows (texts or pairs), T tokens of one row, H hidden, A heads, D = H/A, F feed-forward,
@@ -745,7 +745,7 @@ class VectorIndex {
   Tensor vectors_;
 };
 
-// ==== 9 kernels, products, this machine ===========================================================================
+// ==== 9 kernels, products, devices, this machine ==================================================================
 // One table of kernels for each instruction set; all give the same bytes (design: sums along a row in 16 lanes, element i in lane
 // i mod 16, the lanes added in the tree 8-4-2-1; every multiply-add that is fused is written as one). A kernel never threads,
 // allocates or throws. n may be 0 unless said; pointers need no alignment; y may be x.
@@ -859,7 +859,7 @@ class PackedWeights {
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue);
 
 // The same of whole tensors: c [m,n] = act(op(a) op(b) + bias [n]), before act copied to `pre` [m,n]; how.epilogue holds the activation
-// alone. b may be packed, then it is b_transposed. On a device in use it computes large products, and c and `pre` stay there till asked for.
+// alone. b may be packed, then it is b_transposed. A device in use computes it where it is large; c and `pre` stay there till asked for.
 void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, const Tensor& pre = {});
 
 // Devices that OpenCL 1.2 offers: libOpenCL.so.1 is opened when first asked for, no header or flag is needed. Throws Error where there is
@@ -880,7 +880,7 @@ struct DeviceOptions {
 // and int8. One product at a time; any thread may ask. A device that fails throws Error from the product, or from data().
 void use_device(const std::string& which, const DeviceOptions& options = {});
 std::optional<DeviceInfo> device_in_use();       // empty: the CPU
-double device_peak();                            // GFLOP/s of the device in use, in a short product of numbers that are there
+double device_peak();                            // GFLOP/s of the device in use, in a short product of what is there; 0 without one
 
 // Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
 struct Match { float score; int64_t a, b; };

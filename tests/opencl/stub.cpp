@@ -1,5 +1,5 @@
-// An OpenCL library that computes on the CPU by plain loops, knows only the engine's two kernels, and can be told to fail. tests/test_opencl.cpp
-// builds it, with one of these or none:
+// An OpenCL library that computes on the CPU by plain loops, knows only the engine's two kernels, and can be told to fail.
+// tests/test_opencl.cpp builds it, with one of these or none:
 //   -DEMPTY         no function is there           -DREFUSES          every call fails
 //   -DNO_BUILD      kernels do not build           -DGARBAGE          kernels compute nothing
 //   -DLAUNCHES=n    the device is lost after n kernels   -DBYTES=n    memory for so many bytes
@@ -18,7 +18,8 @@
 #ifdef EMPTY
 extern "C" int nothing_of_use() { return 0; }
 #elif defined(REFUSES)
-#define REFUSE(name) extern "C" int name() { return -30; }
+#define REFUSE(name) \
+  extern "C" int name() { return -30; }
 #define REFUSE_ALL(a, b, c, d) REFUSE(a) REFUSE(b) REFUSE(c) REFUSE(d)
 REFUSE_ALL(clGetPlatformIDs, clGetPlatformInfo, clGetDeviceIDs, clGetDeviceInfo)
 REFUSE_ALL(clCreateContext, clCreateCommandQueue, clCreateBuffer, clReleaseMemObject)
@@ -44,7 +45,7 @@ struct Kernel {
   float* floats(int i) const { return (float*)arg<Buffer*>(i)->bytes; }
 };
 Kernel product{true, {}}, finish{false, {}};
-int something;   // what handles of no interest point to
+int something;  // what handles of no interest point to
 int64_t launches = 0, bytes = 0;
 
 int give(const void* value, size_t size, size_t room, void* to, size_t* needed) {
@@ -72,7 +73,7 @@ void complete(const Kernel& k, int64_t rows) {
   for (int64_t at = 0; at < rows * n; at++) {
     const float z = c[at] + (k.arg<int>(3) ? bias[at % n] : 0);
     if (k.arg<int>(5)) pre[at] = z;
-    c[at] = act == 1 ? z * std::erfc(-z / std::sqrt(2.f)) / 2 : act == 3 ? std::tanh(z) : act == 4 ? std::fmax(z, 0.f) : z;
+    c[at] = act == 1 ? z * std::erfc(-z / std::sqrt(2.f)) / 2 : act == 4 ? std::fmax(z, 0.f) : z;
   }
 }
 }  // namespace
@@ -83,7 +84,7 @@ int clGetPlatformInfo(Handle, uint32_t, size_t room, void* to, size_t* needed) {
 int clGetDeviceIDs(Handle, uint64_t, uint32_t, Handle* to, uint32_t* count) { return *to = &something, *count = 1, 0; }
 int clGetDeviceInfo(Handle, uint32_t what, size_t room, void* to, size_t* needed) {
   if (what == 0x102B || what == 0x102D) return give(what == 0x102B ? "Stub device" : "7", room, to, needed);
-  const int64_t number = what == 0x1000 ? 4 : what == 0x101B ? 0 : what == 0x1004 ? 64 : 1 << 20;   // a GPU, groups of 64; 1 MiB of all else
+  const int64_t number = what == 0x1000 ? 4 : what == 0x101B ? 0 : what == 0x1004 ? 64 : 1 << 20;  // a GPU, groups of 64; 1 MiB of all else
   return give(&number, room, room, to, needed);
 }
 Handle clCreateContext(const intptr_t*, uint32_t, const Handle*, void*, void*, int32_t* code) { return *code = 0, &something; }
