@@ -20,7 +20,7 @@ struct OnDevice {
       use_device("opencl", {.half = half, .cache = testing::device_cache(), .least = least});
     } catch (const Error& e) {
       here = false, testing::skipped++;
-      MESSAGE("skipped: " << e.what());
+      MESSAGE("skipped: " << std::string(e.what()));
     }
   }
   ~OnDevice() { use_device("cpu"); }
