@@ -1988,7 +1988,6 @@ const char* const kDeviceText = R"(
 #define UNROLL _Pragma("unroll")  // or a GPU's would not be registers
 #endif
 #define EACH UNROLL for (int i = 0; i < WM; i++) UNROLL for (int j = 0; j < WN; j++)
-
 // c [m,n] = a b, or c += a b: element (i, q) of a is a[i * a_row + q * a_step], (q, j) of b is b[q * b_row + j * b_step]; one step is 1.
 __kernel __attribute__((reqd_work_group_size(COLS, ROWS, 1)))
 void product(int m, int n, int k, __global const float* a, int a_row, int a_step, __global const B_TYPE* b, int b_row, int b_step,
@@ -2028,7 +2027,6 @@ void product(int m, int n, int k, __global const float* a, int a_row, int a_step
     UNROLL for (int e = 0; e < V; e++) if (row < m && col + e < n) c[(size_t)row * n + col + e] = part[e];
   }
 }
-
 // normal_tail of tensor.cpp
 float tail_(float t) {
   const float n = fma(t, kPhiSteps, kRounder), r = fma(n - kRounder, -kPhiStep, t);
@@ -2064,7 +2062,6 @@ std::string device_text() {
 }  // namespace
 
 static uint16_t to_half(float x);
-
 class Device;
 // Numbers on a device, in f32 or f16. The memory goes back to the device's idle one.
 struct DeviceMatrix {
@@ -2087,7 +2084,12 @@ class Device {
     check("clCreateContext", code);
     queue_ = opencl().clCreateCommandQueue(context_, found.device, 0, &code);
     check("clCreateCommandQueue", code);
-    choose();
+    try {
+      choose();
+    } catch (...) {
+      for (const auto& [size, block] : idle_) opencl().clReleaseMemObject(block);
+      throw;
+    }
   }
 
   static inline std::mutex lock;  // held by whoever computes on a device, sends or fetches
@@ -2104,7 +2106,6 @@ class Device {
   static void bring_home(Tensor::Impl& tensor);
   Matrix keep(const Tensor& t, bool half);
   double speed();
-
  private:
   friend DeviceMatrix;
   struct Compiled {
@@ -2175,7 +2176,6 @@ Device::Matrix Device::keep(const Tensor& t, bool half) {
   i.there = to, i.newest = Tensor::Impl::both;
   return to;
 }
-
 void Device::launch(Handle kernel, std::array<size_t, 2> groups, std::array<size_t, 2> local, const auto&... arguments) const {
   uint32_t index = 0;
   (check("clSetKernelArg", opencl().clSetKernelArg(kernel, index++, sizeof arguments, &arguments)), ...);
