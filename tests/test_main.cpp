@@ -27,7 +27,8 @@ REGISTER_LISTENER("counter", 1, Counter);
 // The same test cases on a device; where there is none a line says so.
 static int run_on_device(int argc, char** argv) {
   doctest::Context context(argc, argv);
-  if (argc == 1) context.addFilter("test-case", "golden: *,*gradients*,linear*,training: the same bytes*,training: micro*,training: a step*,one *");
+  if (argc == 1)
+    context.addFilter("test-case", "golden: *,*gradients*,linear*,training: the same bytes*,training: micro*,training: a step*,one *");
   try {
     bert::use_device("opencl", {.half = false, .cache = testing::device_cache(), .least = 0});
   } catch (const bert::Error& e) {
