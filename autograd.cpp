@@ -214,47 +214,48 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
   const Shape& s = x.shape();
   Tensor y(s.rank() == 4 ? Shape{s[0], s[1], s[2], O} : s.rank() == 3 ? Shape{s[0], s[1], O} : Shape{N, O});
   Tensor z = training && act != Activation::none ? Tensor(y.shape()) : Tensor();
-  const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
   // Inference keeps to the own kernels, whose answer for a row does not depend on the batch around it.
-  const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = epilogue};
+  const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = {.activation = act}};
   NarrowMatrix x16, w16, z16;
-  if (narrow) x16 = narrowed(x, Precision::bf16), w16 = narrowed(w, Precision::bf16);
-  if (packed)
-    gemm(N, x.data(), I, *packed, y.data(), O, epilogue);
-  else if (narrow)
-    gemm(how, N, x16, PackedWeights(w16), y.data(), O);
-  else
-    gemm(how, N, O, I, x.data(), I, w.data(), I, y.data(), O);
-  if (narrow && z) z16 = narrowed(z, Precision::bf16);
+  if (narrow) {
+    x16 = narrowed(x, Precision::bf16), w16 = narrowed(w, Precision::bf16);
+    const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
+    gemm({.b_transposed = true, .epilogue = epilogue}, N, x16, PackedWeights(w16), y.data(), O);
+    if (z) z16 = narrowed(z, Precision::bf16);
+  } else {
+    gemm(how, x, w, y, b, z);
+  }
 
   // dz = dy * act'(z)      dx += dz W      dW += dz^T x      db += sum over rows of dz
   record("linear", y, {x, w, b}, [=, y = y.grad_only(), x = narrow ? x.grad_only() : x, z = narrow ? Tensor() : z] {
-    const Tensor slope = y.take_grad();  // becomes dz: nobody reads dy after this
-    float* const dz = slope.data();
-    const Kernels& k = kernels();
-    if (act != Activation::none)
+    const Tensor dz = y.take_grad();  // dy so far, then overwritten: nobody reads dy after this
+    if (act != Activation::none) {
+      const Kernels& k = kernels();
+      float* const to = dz.data();
+      const float* const from = narrow ? nullptr : z.data();
       parallel_ranges(N * O, 1 << 14, [&](int64_t i, int64_t end) {
         float* const room = narrow ? scratch(0, end - i) : nullptr;
         if (narrow) k.from_bf16(z16.data + 2 * i, room, end - i);
-        k.activate_grad(act, narrow ? room : z.data() + i, dz + i, dz + i, end - i);
+        k.activate_grad(act, narrow ? room : from + i, to + i, to + i, end - i);
       });
-    const NarrowMatrix dz16 = narrow ? narrowed(slope, Precision::bf16) : NarrowMatrix();
+    }
+    const NarrowMatrix dz16 = narrow ? narrowed(dz, Precision::bf16) : NarrowMatrix();
     bool add;
     if (x.needs_grad()) {
-      float* dx = x.grad_to_add(add);
+      const Tensor& dx = x.grad_to_add(add);
       if (narrow)
-        gemm({.b_transposed = true, .add = add}, N, dz16, PackedWeights(w16, true), dx, I);
+        gemm({.b_transposed = true, .add = add}, N, dz16, PackedWeights(w16, true), dx.data(), I);
       else
-        gemm({.add = add}, N, I, O, dz, O, w.data(), I, dx, I);
+        gemm({.add = add}, dz, w, dx);
     }
     if (w.needs_grad()) {
-      float* dw = w.grad_to_add(add);
+      const Tensor& dw = w.grad_to_add(add);
       if (narrow)
-        gemm({.a_transposed = true, .b_transposed = true, .add = add}, O, dz16, PackedWeights(x16, true), dw, I);
+        gemm({.a_transposed = true, .b_transposed = true, .add = add}, O, dz16, PackedWeights(x16, true), dw.data(), I);
       else
-        gemm({.a_transposed = true, .add = add}, O, I, N, dz, O, x.data(), I, dw, I);
+        gemm({.a_transposed = true, .add = add}, dz, x, dw);
     }
-    if (b && b.needs_grad()) add_column_sums(dz, N, O, b);
+    if (b && b.needs_grad()) add_column_sums(dz.data(), N, O, b);
   });
   return y;
 }
@@ -363,7 +364,7 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
 
   record("attention", y, {qkv}, [=, rows = offsets] {
     bool add;
-    float* dqkv = qkv.grad_to_add(add);
+    float* dqkv = qkv.grad_to_add(add).data();
     const float* dy = y.grad();
     parallel_for(R * heads, [&](int64_t task) {
       attend_backward(view(qkv, rows, task), scale, mask, y.data(), lse.data() + task % heads * N, dy, dqkv, add);
@@ -410,7 +411,7 @@ Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, cons
   //   dgamma += sum over rows of dy * xhat            dbeta += sum over rows of dy, both in blocks of 64 rows, then pairwise
   record("residual_norm", y, {x, f, gamma, beta}, [=, x = x.grad_only(), f = f.grad_only(), y = y.grad_only()] {
     bool add_x = false, add_f = false;
-    float *dx = x.needs_grad() ? x.grad_to_add(add_x) : nullptr, *df = f.needs_grad() ? f.grad_to_add(add_f) : nullptr;
+    float *dx = x.needs_grad() ? x.grad_to_add(add_x).data() : nullptr, *df = f.needs_grad() ? f.grad_to_add(add_f).data() : nullptr;
     const float* dy = y.grad();
     Tensor sums(Shape{row_blocks(N), 2 * H}, 0.f);  // of a block: dgamma, dbeta
     parallel_for(row_blocks(N), [&](int64_t b) {
@@ -665,7 +666,7 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
   // dx += (softmax(x) ((1 - e) w_label + e/C sum_c w_c) - (1 - e) w_label onehot(label) - e/C w) * dy / divisor
   record("cross_entropy", y, {x}, [=] {
     bool add;
-    float* dx = x.grad_to_add(add);
+    float* dx = x.grad_to_add(add).data();
     const float scale = (float)((double)y.grad()[0] / divisor);
     parallel_for(M, [&](int64_t r) {
       const int32_t label = labels[(size_t)r];
@@ -702,25 +703,28 @@ struct HeadProducts {
   NarrowMatrix part(int64_t first, int64_t m) const {
     return {.precision = Precision::bf16, .n = m, .k = x16.k, .data = x16.row(first), .owner = {}, .scales = {}};
   }
+  Tensor rows(int64_t first, int64_t m) const { return Tensor::borrowed({m, x.cols()}, x.data() + first * x.cols(), {}); }
   // z [m,V] = x W^T + b
-  void forward(int64_t first, int64_t m, float* z) const {
-    const int64_t E = x.cols(), V = w.rows();
-    const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = {.bias = b.data()}};
+  void forward(int64_t first, const Tensor& z) const {
+    const int64_t m = z.rows();
     if (narrow)
-      gemm(how, m, part(first, m), *w16, z, V);
+      gemm({.b_transposed = true, .epilogue = {.bias = b.data()}}, m, part(first, m), *w16, z.data(), z.cols());
     else
-      gemm(how, m, V, E, x.data() + first * E, E, w.data(), E, z, V);
+      gemm({.b_transposed = true, .backend = training ? Backend::automatic : Backend::own}, rows(first, m), w, z, b);
   }
-  // dx = dz W of these rows;  dW += dz^T x, for the first ones dW = dz^T x
-  void backward(int64_t first, int64_t m, const Tensor& dz, float* dx, float* dw) const {
-    const int64_t E = x.cols(), V = w.rows();
+  // Rows of dx = dz W;  dW += dz^T x, for the first rows dW = dz^T x
+  void backward(int64_t first, const Tensor& dz, const Tensor& dx, const Tensor& dw) const {
+    const int64_t m = dz.rows(), E = x.cols();
+    const Gemm up{.a_transposed = true, .b_transposed = narrow, .add = first > 0};
     if (narrow) {
       const NarrowMatrix dz16 = narrowed(dz, Precision::bf16);
-      gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx + first * E, E);
-      gemm({.a_transposed = true, .b_transposed = true, .add = first > 0}, V, dz16, PackedWeights(part(first, m), true), dw, E);
+      gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx.data() + first * E, E);
+      gemm(up, w.rows(), dz16, PackedWeights(part(first, m), true), dw.data(), E);
     } else {
-      gemm({}, m, E, V, dz.data(), V, w.data(), E, dx + first * E, E);
-      gemm({.a_transposed = true, .add = first > 0}, V, E, m, dz.data(), V, x.data() + first * E, E, dw, E);
+      const Tensor own({m, E});
+      gemm({}, dz, w, own);
+      std::copy_n(own.data(), m * E, dx.data() + first * E);
+      gemm(up, dz, rows(first, m), dw);
     }
   }
 };
@@ -750,10 +754,11 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
   for (int64_t first = 0; first < M; first += kAtOnce) {
     const int64_t m = std::min(kAtOnce, M - first);
     Tensor z({m, V});
-    products.forward(first, m, z.data());
+    products.forward(first, z);
+    float* const scores = z.data();
     parallel_for(row_blocks(m), [&](int64_t block) {
       for (int64_t r = block * kRowBlock; r < std::min(m, (block + 1) * kRowBlock); r++) {
-        float* const row = z.data() + r * V;
+        float* const row = scores + r * V;
         const auto i = (size_t)(first + r);
         const float own = row[labels[i]], top = k.max(row, V), lse = top + log_f32(k.exp_sum(row, 1, top, scratch(0, V), V));
         loss[i] = (double)lse - (double)own, best[i] = own == top;
@@ -764,7 +769,7 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
         k.add(row, db.data() + (first / kRowBlock + block) * V, V);
       }
     });
-    if (products.training) products.backward(first, m, z, dx.data(), dw.data());
+    if (products.training) products.backward(first, z, dx, dw);
   }
   double sum = 0;
   for (int64_t r = 0; r < M; r++) {

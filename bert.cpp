@@ -599,7 +599,7 @@ Tensor Bert::forward(const Batch& batch) const {
     if (r == batch.rows() || batch.offsets[(size_t)r + 1] - batch.offsets[(size_t)groups.back()] > kGroupTokens) groups.push_back(r);
   Dropout none;
   const bool packed = !layers.empty() && layers[0].up.weight.packed();  // plain weights would be packed for each group again
-  if (!packed || (int64_t)groups.size() <= 2 * threads()) return finite(forward(batch, none));
+  if (!packed || device_in_use() || (int64_t)groups.size() <= 2 * threads()) return finite(forward(batch, none));
   const int64_t H = config.hidden_size;
   Tensor y({batch.tokens(), H});
   parallel_for((int64_t)groups.size() - 1, [&](int64_t g) {

@@ -255,27 +255,37 @@ class Args {
   }
 };
 
+// Which kernel is the fastest on a device is remembered in the user's folder of such things.
+DeviceOptions device_options(bool half) {
+  const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");
+  return {.half = half, .cache = cache && *cache ? cache + std::string("/bert") : home && *home ? home + std::string("/.cache/bert") : ""};
+}
+
 // What every command takes.
 struct Common {
   UseThreads use;
   uint64_t seed;
   std::optional<Precision> precision;  // of --dtype; unset: the folder's
+  bool half;                           // --dtype f16: a device's weights
 
   // narrowest: what the command can compute in.
   explicit Common(Args& a, Precision narrowest = Precision::f32)
       : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
     quiet = a.take_switch("quiet");
     const std::string device = a.take("device", "cpu");
-    if (device.starts_with("opencl")) throw Error("--device " + device + ": not built yet; this version computes on the cpu");
-    a.choice("device", device, {"cpu", "opencl"});
-    const bool asks_folder = narrowest == Precision::int8;
-    const int dtype = asks_folder ? a.take_choice("dtype", {"the folder's", "f32", "bf16", "int8", "f16"})
-                                  : 1 + a.take_choice("dtype", {"f32", "bf16", "int8", "f16"});
-    if (dtype == 4) throw Error("--dtype f16: goes with --device opencl, which is not built yet; on the cpu f32, bf16 and int8 do");
-    if (dtype - 1 > (int)narrowest)
-      throw Error("--dtype " + std::string(name_of((Precision)(dtype - 1))) + ": this command computes in " +
+    const Strings dtypes = {"the folder's", "f32", "bf16", "int8", "f16"};
+    const bool asks_folder = narrowest == Precision::int8, opencl = device == "opencl" || device.starts_with("opencl:");
+    const int dtype = asks_folder ? a.take_choice("dtype", dtypes) : 1 + a.take_choice("dtype", {dtypes.begin() + 1, dtypes.end()});
+    half = dtype == 4;
+    if (!opencl) a.choice("device", device, {"cpu", "opencl"});
+    if (half && asks_folder && !opencl) throw Error("--dtype f16: goes with --device opencl; on the cpu f32, bf16 and int8 do");
+    if (dtype - 1 > (int)narrowest && !(half && asks_folder))
+      throw Error("--dtype " + dtypes[(size_t)dtype] + ": this command computes in " +
                   (narrowest == Precision::bf16 ? "f32 or bf16" : "f32"));
-    if (dtype) precision = (Precision)(dtype - 1);
+    if (opencl && (dtype == 2 || dtype == 3))
+      throw Error("--dtype " + dtypes[(size_t)dtype] + ": goes with --device cpu; opencl computes in f32 and f16");
+    if (dtype) precision = half ? Precision::f32 : (Precision)(dtype - 1);
+    if (opencl) use_device(device, device_options(half));
   }
 };
 
@@ -2702,7 +2712,10 @@ void cmd_search(Args& a) {
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
   LineFile corpus(path);
-  const uint64_t computed_in = s.common.precision ? (uint64_t)*s.common.precision : s.folder.config.quantized ? 3 : 0;  // 3: as stored
+  const uint64_t computed_in = s.common.half               ? 4
+                               : s.common.precision        ? (uint64_t)*s.common.precision
+                               : s.folder.config.quantized ? 3  // as stored
+                                                           : 0;
   VectorIndex index(index_path, {folder_fingerprint(s.model) + computed_in, corpus.fingerprint.state,
                                  pooling.width(s.folder.config.hidden_size), corpus.size()});
   if (index.stale()) note("bert: " + index_path + ": made with another model or of another text; it is made again");
@@ -2731,9 +2744,28 @@ void cmd_search(Args& a) {
 Named machine_facts() {
   Strings all;
   for (const Kernels* k : usable_kernels()) all.push_back(k->name);
-  return {{"version", kVersion},       {"processor", cpu_name()},          {"threads", to_string(threads())},
-          {"kernels", kernels().name}, {"kernels_usable", join(all, " ")}, {"backend", backend_description()},
-          {"devices", "cpu"}};
+  Named facts = {{"version", kVersion},       {"processor", cpu_name()},          {"threads", to_string(threads())},
+                 {"kernels", kernels().name}, {"kernels_usable", join(all, " ")}, {"backend", backend_description()}};
+  std::string devices = "cpu";
+  std::vector<DeviceInfo> found;
+  try {
+    found = opencl_devices();
+  } catch (const Error& e) { facts.emplace_back("opencl", e.what()); }
+  for (size_t i = 0; i < found.size(); i++) {
+    const std::string name = "opencl:" + to_string(i);
+    const DeviceInfo& d = found[i];
+    std::string peak;
+    try {
+      use_device(name, device_options(false));
+      peak = fixed(device_peak(), 0) + " GFLOP/s";
+    } catch (const Error& e) { peak = e.what(); }
+    devices += " " + name;
+    facts.emplace_back(name, join(Strings{d.name, d.platform, "driver " + d.driver, to_string(d.memory >> 20) + " MiB",
+                                          to_string(d.compute_units) + " compute units", peak},
+                                  "; "));
+  }
+  facts.emplace_back("devices", devices);
+  return facts;
 }
 
 Named model_facts(const std::string& path) {
@@ -3240,9 +3272,9 @@ common options
   --threads N      threads (default: the cores this process may use); results do not depend on it
   --seed N         of everything random (default 1)
   --quiet          no progress, no remarks
-  --dtype f32|bf16|int8    what products are computed in (embed, predict, evaluate, fill-mask, search, bench infer; default: f32, or
-                   what the folder was quantized to)
-  --device cpu     the only one yet
+  --dtype f32|bf16|int8|f16    what products are computed in (embed, predict, evaluate, fill-mask, search, bench infer; default: f32,
+                   or what the folder was quantized to; f16: with --device opencl, weights in 16 bits)
+  --device cpu|opencl|opencl:N|opencl:NAME    what computes large products; bert info lists the devices
 )";
 const char* const kInputHelp = R"(
 reading

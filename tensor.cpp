@@ -1,7 +1,7 @@
 // tensor.cpp -- what the engine stands on: memory, threads, random numbers, kernels, products of matrices, files of tensors.
 //
 //   Contents:   storage and the reuse pool, shapes and tensors, threads, random numbers, kernels scalar (the reference: read this
-//               one), kernels SIMD, gemm, nearest rows, this machine, files
+//               one), kernels SIMD, gemm, OpenCL, nearest rows, this machine, files
 //   Threads:    everything may be called from any thread. Kernels never start threads; gemm and parallel_for do.
 //   This file includes itself once for each instruction set, to compile the SIMD kernels' one text for all of them. BERT_ISA is set
 //   during those passes, and all else is skipped.
@@ -9,6 +9,7 @@
 #ifndef BERT_ISA
 #include "tensor.h"
 
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -191,14 +192,18 @@ struct Tensor::Gradient {
   Tensor sum;
   bool needed = false;
 };
+struct DeviceMatrix;  // see OpenCL
 struct Tensor::Impl {
+  enum Newest { host, both, device };
   Shape shape;
   float* data = nullptr;
   Block block;                        // empty for borrowed memory
   std::shared_ptr<const void> owner;  // of borrowed memory
   std::shared_ptr<const PackedWeights> packed;
   std::shared_ptr<const NarrowMatrix> narrow;
-  std::shared_ptr<Gradient> gradient;  // made when it is first asked for
+  std::shared_ptr<Gradient> gradient;   // made when it is first asked for
+  std::shared_ptr<DeviceMatrix> there;  // its numbers on a device
+  std::atomic<Newest> newest = host;    // where the newest ones are
 
   ~Impl() { Pool::only().give(block); }
 };
@@ -248,6 +253,7 @@ float* Tensor::data() const {
   if (impl().narrow) throw Error("tensor " + to_string(impl_->shape) + ": held in " + name_of(impl_->narrow->precision) + ", not in f32");
   if (!impl_->data)
     throw Error("tensor " + to_string(impl_->shape) + ": its plain numbers are gone: packed for products, or only the gradient kept");
+  if (impl_->newest != Impl::host) bring_home();  // whoever asks may write: what a device holds does not count any more
   return impl_->data;
 }
 float Tensor::item() const {
@@ -255,36 +261,36 @@ float Tensor::item() const {
   return *data();
 }
 
-Tensor::Gradient& Tensor::gradient() const {
+Tensor::Gradient& Tensor::own_gradient() const {
   if (!impl().gradient) impl_->gradient = std::make_shared<Gradient>();
   return *impl_->gradient;
 }
 bool Tensor::needs_grad() const { return impl_ && impl_->gradient && impl_->gradient->needed; }
-void Tensor::set_needs_grad(bool needs) { gradient().needed = needs; }
+void Tensor::set_needs_grad(bool needs) { own_gradient().needed = needs; }
 bool Tensor::has_grad() const { return impl_ && impl_->gradient && impl_->gradient->sum; }
 float* Tensor::grad() const {
-  if (!gradient().sum) gradient().sum = Tensor(shape(), 0.f);
-  return gradient().sum.data();
+  if (!own_gradient().sum) own_gradient().sum = Tensor(shape(), 0.f);
+  return own_gradient().sum.data();
 }
-float* Tensor::grad_to_add(bool& add) const {
-  add = (bool)gradient().sum;
-  if (!add) gradient().sum = Tensor(shape());
-  return gradient().sum.data();
+const Tensor& Tensor::grad_to_add(bool& add) const {
+  add = (bool)own_gradient().sum;
+  if (!add) own_gradient().sum = Tensor(shape());
+  return own_gradient().sum;
 }
 void Tensor::add_grad(const Tensor& d, float factor) const {
   if (!(d.shape() == shape())) throw Error("add_grad: " + to_string(d.shape()) + " to the gradient of " + to_string(shape()));
-  if (!has_grad() && factor == 1) return void(gradient().sum = d);
+  if (!has_grad() && factor == 1) return void(own_gradient().sum = d);
   float* const sum = grad();
   parallel_ranges(size(), 1 << 15, [&](int64_t i, int64_t end) { kernels().axpy(factor, d.data() + i, sum + i, end - i); });
 }
-Tensor Tensor::take_grad() const { return std::exchange(gradient().sum, {}); }
+Tensor Tensor::take_grad() const { return std::exchange(own_gradient().sum, {}); }
 void Tensor::drop_grad() {
-  if (has_grad()) gradient().sum = {};
+  if (has_grad()) own_gradient().sum = {};
 }
 Tensor Tensor::grad_only() const {
   Tensor t;
   if (!impl_) return t;
-  gradient();
+  own_gradient();
   t.impl_ = std::make_shared<Impl>();
   t.impl_->shape = shape(), t.impl_->gradient = impl_->gradient;
   return t;
@@ -293,8 +299,10 @@ Tensor Tensor::grad_only() const {
 void Tensor::pack(Precision precision) {
   if (packed()) return;
   if (shape().rank() != 2) throw Error("pack: weights are [out, in], this is " + to_string(shape()));
+  const bool plain = !impl_->narrow && precision == Precision::f32;
   impl_->packed = impl_->narrow ? std::make_shared<const PackedWeights>(*impl_->narrow)
                                 : std::make_shared<const PackedWeights>(data(), shape()[0], shape()[1], precision);
+  if (plain) keep_on_device();
   impl_->narrow = nullptr;
   impl_->data = nullptr;
   impl_->owner = nullptr;
@@ -1764,7 +1772,9 @@ static Backend automatic_backend() {
 }
 
 std::string backend_description() {
-  return std::string(kernels().name) + " kernels; " + openblas_name() +
+  const std::optional<DeviceInfo> device = device_in_use();
+  return (device ? "OpenCL on " + device->name + ", driver " + device->driver + "; " : "") + std::string(kernels().name) + " kernels; " +
+         openblas_name() +
          (automatic_backend() == Backend::openblas ? " for products"
           : has_openblas()                         ? " on request"
                                                    : "");
@@ -1930,6 +1940,522 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
     if (p.precision() == Precision::int8) p.row_scales = scales;
   }
   run(p, Backend::own);
+}
+
+static bool multiply_on_device(const Gemm&, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c,
+                               const Tensor& bias, const Tensor& pre);
+void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& pre) {
+  const int64_t m = how.a_transposed ? a.cols() : a.rows(), k = how.a_transposed ? a.rows() : a.cols();
+  const int64_t n = how.b_transposed ? b.rows() : b.cols(), b_k = how.b_transposed ? b.cols() : b.rows();
+  if (b_k != k || c.rows() != m || c.cols() != n || (bias && bias.size() != n) || (pre && pre.size() != c.size()))
+    throw Error("gemm: c " + to_string(c.shape()) + " is no product of " + to_string(a.shape()) + " and " + to_string(b.shape()));
+  if (multiply_on_device(how, m, n, k, a, b, c, bias, pre)) return;
+  Gemm here = how;
+  here.epilogue.bias = bias ? bias.data() : nullptr, here.epilogue.pre = pre ? pre.data() : nullptr;
+  if (b.packed())
+    gemm(m, a.data(), a.cols(), *b.packed(), c.data(), n, here.epilogue);
+  else
+    gemm(here, m, n, k, a.data(), a.cols(), b.data(), b.cols(), c.data(), n);
+}
+
+// ==== OpenCL ======================================================================================================
+// Products on any OpenCL 1.2 device. A product is one trip: the sides that are not there yet are sent, the kernels run, and the result
+// stays there until Tensor::data() asks for it. One lock is held meanwhile. The kernels sum as gemm promises of the own ones: no choice
+// that a search makes shows in the bytes, and where a device computes float and fma as IEEE 754 says (most do), they are the CPU's bytes.
+namespace {
+using Handle = void*;  // any object of OpenCL
+
+// What is used of the interface, as its specification (Khronos, version 1.2) has it: result, name, arguments.
+#define BERT_OPENCL(CALL)                                                                                                        \
+  CALL(int32_t, clGetPlatformIDs, (uint32_t, Handle*, uint32_t*))                                                                \
+  CALL(int32_t, clGetPlatformInfo, (Handle, uint32_t, size_t, void*, size_t*))                                                   \
+  CALL(int32_t, clGetDeviceIDs, (Handle, uint64_t, uint32_t, Handle*, uint32_t*))                                                \
+  CALL(int32_t, clGetDeviceInfo, (Handle, uint32_t, size_t, void*, size_t*))                                                     \
+  CALL(Handle, clCreateContext, (const intptr_t*, uint32_t, const Handle*, void*, void*, int32_t*))                              \
+  CALL(Handle, clCreateCommandQueue, (Handle, Handle, uint64_t, int32_t*))                                                       \
+  CALL(Handle, clCreateBuffer, (Handle, uint64_t, size_t, void*, int32_t*))                                                      \
+  CALL(int32_t, clReleaseMemObject, (Handle))                                                                                    \
+  CALL(Handle, clCreateProgramWithSource, (Handle, uint32_t, const char* const*, const size_t*, int32_t*))                       \
+  CALL(int32_t, clBuildProgram, (Handle, uint32_t, const Handle*, const char*, void*, void*))                                    \
+  CALL(int32_t, clGetProgramBuildInfo, (Handle, Handle, uint32_t, size_t, void*, size_t*))                                       \
+  CALL(Handle, clCreateKernel, (Handle, const char*, int32_t*))                                                                  \
+  CALL(int32_t, clSetKernelArg, (Handle, uint32_t, size_t, const void*))                                                         \
+  CALL(int32_t, clEnqueueNDRangeKernel,                                                                                          \
+       (Handle, Handle, uint32_t, const size_t*, const size_t*, const size_t*, uint32_t, const Handle*, Handle*))                \
+  CALL(int32_t, clEnqueueReadBuffer, (Handle, Handle, uint32_t, size_t, size_t, void*, uint32_t, const Handle*, Handle*))        \
+  CALL(int32_t, clEnqueueWriteBuffer, (Handle, Handle, uint32_t, size_t, size_t, const void*, uint32_t, const Handle*, Handle*)) \
+  CALL(int32_t, clFinish, (Handle))
+struct OpenCL {
+#define CALL(result, name, arguments) result(*name) arguments;
+  BERT_OPENCL(CALL)
+#undef CALL
+};
+const OpenCL& opencl() {
+  static const OpenCL calls = [] {
+    OpenCL cl;
+    void* const library = dlopen("libOpenCL.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+      throw Error("opencl: " + std::string(dlerror()) +
+                  "; install OpenCL (Debian: ocl-icd-libopencl1 and the device's driver), or --device cpu");
+#define CALL(result, name, arguments)                          \
+  if (!(cl.name = (result(*) arguments)dlsym(library, #name))) \
+    throw Error("opencl: libOpenCL.so.1 has no " #name ": it is damaged or older than OpenCL 1.2; install another, or --device cpu");
+    BERT_OPENCL(CALL)
+#undef CALL
+    return cl;
+  }();
+  return calls;
+}
+
+// Throws what `code`, a call's result, means.
+void opencl_check(const std::string& device, const char* call, int32_t code) {
+  if (!code) return;
+  const char* const why = code == -4 || code == -5 || code == -6 || code == -61
+                              ? "out of device memory, or the device is lost; smaller batches"
+                          : code == -9 || code == -14 || code == -36 ? "the device is lost; start again"
+                          : code == -1001 ? "no driver is installed; a GPU's maker has one, for CPUs Debian has pocl-opencl-icd"
+                                          : "the driver is broken; install another";
+  throw Error("opencl" + (device.empty() ? "" : " " + device) + ": " + call + " says " + std::to_string(code) + ": " + why +
+              ", or --device cpu");
+}
+
+std::string opencl_text(auto&& info) {  // info(size, to, &size needed)
+  size_t size = 0;
+  if (info(0, nullptr, &size) || size > 1 << 20) return "";
+  std::string text(size, '\0');
+  if (size && info(size, text.data(), nullptr)) return "";
+  return text.substr(0, text.find('\0'));
+}
+struct Found {
+  Handle platform, device;
+  uint64_t type;
+  DeviceInfo info;
+};
+template <class T>
+T opencl_number(Handle device, uint32_t what) {
+  T value{};
+  opencl_check("", "clGetDeviceInfo", opencl().clGetDeviceInfo(device, what, sizeof value, &value, nullptr));
+  return value;
+}
+// GPUs first, else as the drivers list them.
+std::vector<Found> find_devices() {
+  const OpenCL& cl = opencl();
+  Handle platforms[64] = {}, devices[64] = {};
+  uint32_t count = 0, in_it = 0;
+  opencl_check("", "clGetPlatformIDs", cl.clGetPlatformIDs(64, platforms, &count));
+  std::vector<Found> found;
+  for (Handle platform : std::span(platforms, std::min(count, 64u))) {
+    auto text = [&](uint32_t what) { return opencl_text([&](auto... to) { return cl.clGetPlatformInfo(platform, what, to...); }); };
+    const int32_t code = cl.clGetDeviceIDs(platform, 0xFFFFFFFF, 64, devices, &in_it);
+    if (code == -1) continue;  // no device of this driver's here
+    opencl_check(text(0x0902), "clGetDeviceIDs", code);
+    for (Handle device : std::span(devices, std::min(in_it, 64u))) {
+      auto of = [&](uint32_t what) { return opencl_text([&](auto... to) { return cl.clGetDeviceInfo(device, what, to...); }); };
+      const auto type = opencl_number<uint64_t>(device, 0x1000);
+      const auto memory = opencl_number<int64_t>(device, 0x101F);
+      found.push_back({platform, device, type, {of(0x102B), text(0x0902), of(0x102D), memory, opencl_number<uint32_t>(device, 0x1002)}});
+    }
+  }
+  if (found.empty()) throw Error("opencl: there is no device; --device cpu computes here");
+  std::stable_sort(found.begin(), found.end(), [](const Found& a, const Found& b) { return (a.type & 4) > (b.type & 4); });
+  return found;
+}
+// opencl, opencl:1, opencl:NAME
+size_t find_device(const std::vector<Found>& all, const std::string& which) {
+  const std::string name = which.size() > 7 ? which.substr(7) : "0";
+  std::string list;
+  std::vector<size_t> hits;
+  for (size_t i = 0; i < all.size(); i++) {
+    list += (i ? ", " : "") + std::to_string(i) + " (" + all[i].info.name + ")";
+    if (strcasestr(all[i].info.name.c_str(), name.c_str())) hits.push_back(i);
+  }
+  if (const auto number = parse_number<size_t>(name)) hits.assign(*number < all.size(), *number);
+  if (hits.size() == 1) return hits[0];
+  throw Error(which + (hits.empty() ? ": there is no such device" : ": several devices are named so") + "; here are " + list);
+}
+
+// How a product is cut: work-groups of rows x cols work-items, each with wm rows of wn vectors of v numbers; `depth` k at a time are in
+// the group's memory. Those of long vectors are for CPUs.
+struct Cut {
+  int v, wm, wn, cols, rows, depth;
+  int64_t local_bytes() const { return 4 * depth * (rows * wm + v + cols * wn * v + v); }
+};
+constexpr Cut kCuts[] = {{4, 4, 1, 16, 16, 16}, {4, 8, 2, 16, 16, 8},  {4, 8, 2, 8, 8, 16},   {4, 4, 2, 8, 16, 16}, {4, 8, 1, 16, 8, 16},
+                         {4, 4, 1, 8, 8, 16},   {16, 8, 2, 4, 16, 64}, {16, 8, 2, 1, 16, 64}, {8, 6, 2, 4, 16, 64}};
+const char* const kDeviceText = R"(
+#pragma OPENCL FP_CONTRACT OFF
+#define TM (ROWS * WM)
+#define TN (COLS * WN * V)
+#if HALF
+#define B_AT(i) vload_half(i, b)
+#else
+#define B_AT(i) b[i]
+#endif
+#if V > 4
+#define UNROLL  // PoCL's registers spill
+#else
+#define UNROLL _Pragma("unroll")  // or a GPU's would not be registers
+#endif
+#define EACH UNROLL for (int i = 0; i < WM; i++) UNROLL for (int j = 0; j < WN; j++)
+// c [m,n] = a b, or c += a b: element (i, q) of a is a[i * a_row + q * a_step], (q, j) of b is b[q * b_row + j * b_step]; one step is 1.
+__kernel __attribute__((reqd_work_group_size(COLS, ROWS, 1)))
+void product(int m, int n, int k, __global const float* a, int a_row, int a_step, __global const B_TYPE* b, int b_row, int b_step,
+             __global float* c, int add) {
+  __local float as[DEPTH * (TM + V)], bs[DEPTH * (TN + V)];
+  const int x = get_local_id(0), y = get_local_id(1), me = y * COLS + x;
+  const int i0 = get_group_id(1) * TM, j0 = get_group_id(0) * TN;
+  VEC acc[WM][WN], sum[WM][WN];
+  EACH {
+    const int row = i0 + i * ROWS + y, col = j0 + (j * COLS + x) * V;
+    float part[V];
+    UNROLL for (int e = 0; e < V; e++) part[e] = add && row < m && col + e < n ? c[(size_t)row * n + col + e] : 0;
+    sum[i][j] = LOAD(0, part), acc[i][j] = 0;
+  }
+  for (int k0 = 0; k0 < k; k0 += DEPTH) {
+    for (int t = me; t < TM * DEPTH; t += ROWS * COLS) {  // neighbours read neighbours
+      const int i = a_step == 1 ? t / DEPTH : t % TM, q = a_step == 1 ? t % DEPTH : t / TM;
+      as[q * (TM + V) + i] = i0 + i < m && k0 + q < k ? a[(size_t)(i0 + i) * a_row + (size_t)(k0 + q) * a_step] : 0;
+    }
+    for (int t = me; t < TN * DEPTH; t += ROWS * COLS) {
+      const int j = b_row == 1 ? t / DEPTH : t % TN, q = b_row == 1 ? t % DEPTH : t / TN;
+      bs[q * (TN + V) + j] = j0 + j < n && k0 + q < k ? B_AT((size_t)(k0 + q) * b_row + (size_t)(j0 + j) * b_step) : 0;
+    }
+    barrier(CLK_LOCAL_MEM_FENCE);
+    for (int q = 0; q < DEPTH; q++) {
+      VEC bv[WN];
+      UNROLL for (int j = 0; j < WN; j++) bv[j] = LOAD(0, bs + q * (TN + V) + (j * COLS + x) * V);
+      EACH acc[i][j] = fma((VEC)as[q * (TM + V) + i * ROWS + y], bv[j], acc[i][j]);
+    }
+    if ((k0 + DEPTH) % K_BLOCK == 0 || k0 + DEPTH >= k) EACH sum[i][j] += acc[i][j], acc[i][j] = 0;
+    barrier(CLK_LOCAL_MEM_FENCE);
+  }
+  EACH {
+    const int row = i0 + i * ROWS + y, col = j0 + (j * COLS + x) * V;
+    float part[V];
+    STORE(sum[i][j], 0, part);
+    UNROLL for (int e = 0; e < V; e++) if (row < m && col + e < n) c[(size_t)row * n + col + e] = part[e];
+  }
+}
+// normal_tail of tensor.cpp
+float tail_(float t) {
+  const float n = fma(t, kPhiSteps, kRounder), r = fma(n - kRounder, -kPhiStep, t);
+  const uint i = as_uint(n) & 15;
+  float y = as_float(kPhi[80 + i]);
+  for (int d = 4; d >= 0; d--) y = fma(y, r, as_float(kPhi[16 * d + i]));
+  return t < kPhiEnd ? y : t != t ? t : 0;
+}
+// z = c + bias; pre = z; c = act(z). What there is none of is c itself.
+__kernel void finish(int n, __global float* c, __global const float* bias, int biased, __global float* pre, int kept, int act) {
+  const size_t j = get_global_id(0), at = get_global_id(1) * n + j;
+  if (j >= n) return;
+  const float z = biased ? c[at] + bias[j] : c[at], t = fabs(z);
+  if (kept) pre[at] = z;
+  float y = z;
+  if (act == 1) y = (z < 0 ? 0 : z) - (kPhiEnd < t ? kPhiEnd : t) * tail_(t);
+  if (act == 4) y = z < 0 ? 0 : z;
+  c[at] = y;
+}
+)";
+static_assert((int)Activation::gelu == 1 && (int)Activation::relu == 4);
+
+// The text with the scalar kernels' numbers in front, to the last bit.
+std::string device_text() {
+  auto bits = [](float x) { return std::to_string(std::bit_cast<uint32_t>(x)) + "u"; };
+  std::string text = "#define K_BLOCK " + std::to_string(kDepth) + "\n__constant uint kPhi[] = {";
+  for (const float x : std::span(kPhi[0], 96)) text += bits(x) + ",";
+  text += "};\n";
+#define NUMBER(x) std::string("#define " #x " as_float(") + bits(x) + ")\n"
+  return text + NUMBER(kRounder) + NUMBER(kPhiStep) + NUMBER(kPhiSteps) + NUMBER(kPhiEnd) + kDeviceText;
+#undef NUMBER
+}
+}  // namespace
+
+static uint16_t to_half(float x);
+class Device;
+// Numbers on a device, in f32 or f16. The memory goes back to the device's idle one.
+struct DeviceMatrix {
+  Device& device;
+  Handle memory;
+  size_t bytes;
+  bool half;
+  ~DeviceMatrix();
+};
+
+class Device {
+ public:
+  using Matrix = std::shared_ptr<DeviceMatrix>;
+  const Found found;
+  const DeviceOptions options;
+  Device(const Found& f, const DeviceOptions& o) : found(f), options(o) {
+    int32_t code = 0;
+    const intptr_t properties[] = {0x1084, (intptr_t)found.platform, 0};
+    context_ = opencl().clCreateContext(properties, 1, &found.device, nullptr, nullptr, &code);
+    check("clCreateContext", code);
+    queue_ = opencl().clCreateCommandQueue(context_, found.device, 0, &code);
+    check("clCreateCommandQueue", code);
+    try {
+      choose();
+    } catch (...) {
+      for (const auto& [size, block] : idle_) opencl().clReleaseMemObject(block);
+      throw;
+    }
+  }
+
+  static inline std::mutex lock;  // held by whoever computes on a device, sends or fetches
+  static inline std::atomic<Device*> in_use = nullptr;
+  // A product is a device's by its form alone, so that what is computed where does not depend on the day. Its
+  // activations are GELU and ReLU. b that is packed must have been packed for this device.
+  bool takes(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& b) const {
+    return std::max({m, n, k}) < 1 << 30 && (double)m * (double)n * (double)k >= std::max(1., (double)options.least) &&
+           how.epilogue.activation != Activation::tanh && how.epilogue.activation != Activation::gelu_tanh &&
+           (!b.packed() || (b.impl().there && &b.impl().there->device == this));
+  }
+  void multiply(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias,
+                const Tensor& pre);
+  static void bring_home(Tensor::Impl& tensor);
+  Matrix keep(const Tensor& t, bool half);
+  double speed();
+ private:
+  friend DeviceMatrix;
+  struct Compiled {
+    Cut cut;
+    Handle product, finish;
+  };
+  void check(const char* call, int32_t code) const { opencl_check(found.info.name, call, code); }
+  Matrix room(int64_t size, bool half);
+  void launch(Handle kernel, std::array<size_t, 2> groups, std::array<size_t, 2> local, const auto&... arguments) const;
+  void test();
+  Compiled build(const Cut& cut) const;
+  void choose();
+
+  Handle context_, queue_;
+  Compiled compiled_{};
+  std::mutex idle_lock_;
+  std::multimap<size_t, Handle> idle_;
+  size_t held_ = 0;  // bytes, idle ones too
+};
+DeviceMatrix::~DeviceMatrix() {
+  std::lock_guard<std::mutex> hold(device.idle_lock_);
+  device.idle_.emplace(bytes, memory);
+}
+
+// Memory for so many numbers: an idle block up to a quarter larger, or a new one.
+Device::Matrix Device::room(int64_t size, bool half) {
+  const size_t bytes = ((size_t)size * (half ? 2 : 4) + 4095) / 4096 * 4096;
+  std::lock_guard<std::mutex> hold(idle_lock_);
+  if (const auto idle = idle_.lower_bound(bytes); idle != idle_.end() && idle->first <= bytes + bytes / 4) {
+    const auto node = idle_.extract(idle);
+    return Matrix(new DeviceMatrix{*this, node.mapped(), node.key(), half});
+  }
+  Handle memory = nullptr;
+  for (int32_t attempt = 0, code = 0; attempt < 2; attempt++) {
+    // Drivers promise more than there is, and fail later.
+    if (attempt || held_ + bytes > (size_t)found.info.memory / 8 * 7) {
+      for (const auto& [idle, block] : idle_) opencl().clReleaseMemObject(block), held_ -= idle;
+      idle_.clear();
+    }
+    if (memory = opencl().clCreateBuffer(context_, 1, bytes, nullptr, &code); !code) break;
+    if (attempt)
+      throw Error("opencl " + found.info.name + ": out of device memory: " + std::to_string(bytes >> 10) + " KiB are needed, and " +
+                  std::to_string(held_ >> 10) + " KiB are in use; smaller batches, or --device cpu");
+  }
+  held_ += bytes;
+  return Matrix(new DeviceMatrix{*this, memory, bytes, half});
+}
+// The newest numbers are in the tensor's own memory, and no copy on a device stands for them.
+void Device::bring_home(Tensor::Impl& i) {
+  if (i.newest == Tensor::Impl::device)
+    i.there->device.check("clEnqueueReadBuffer",
+                          opencl().clEnqueueReadBuffer(i.there->device.queue_, i.there->memory, 1, 0,
+                                                       (size_t)i.shape.size() * sizeof(float), i.data, 0, nullptr, nullptr));
+  i.newest = Tensor::Impl::host, i.there = nullptr;
+}
+// The tensor's numbers here; sent where they are not.
+Device::Matrix Device::keep(const Tensor& t, bool half) {
+  Tensor::Impl& i = t.impl();
+  if (i.there && (&i.there->device != this || i.there->half != half)) bring_home(i);
+  if (i.there) return i.there;
+  const Matrix to = room(t.size(), half);
+  std::vector<uint16_t> halves(half ? (size_t)t.size() : 0);
+  for (size_t e = 0; e < halves.size(); e++)
+    if (((halves[e] = to_half(i.data[e])) & 0x7FFF) >= 0x7C00)
+      throw Error("opencl: " + format_number(i.data[e]) + " among the weights is too large for f16; take f32");
+  check("clEnqueueWriteBuffer", opencl().clEnqueueWriteBuffer(queue_, to->memory, 1, 0, (size_t)t.size() * (half ? 2 : 4),
+                                                              half ? (const void*)halves.data() : i.data, 0, nullptr, nullptr));
+  i.there = to, i.newest = Tensor::Impl::both;
+  return to;
+}
+void Device::launch(Handle kernel, std::array<size_t, 2> groups, std::array<size_t, 2> local, const auto&... arguments) const {
+  uint32_t index = 0;
+  (check("clSetKernelArg", opencl().clSetKernelArg(kernel, index++, sizeof arguments, &arguments)), ...);
+  const std::array<size_t, 2> global = {groups[0] * local[0], groups[1] * local[1]};
+  check("clEnqueueNDRangeKernel",
+        opencl().clEnqueueNDRangeKernel(queue_, kernel, 2, nullptr, global.data(), local.data(), 0, nullptr, nullptr));
+}
+void Device::multiply(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c,
+                      const Tensor& bias, const Tensor& pre) {
+  std::lock_guard hold(lock);
+  const Matrix left = keep(a, false), right = keep(b, options.half), out = how.add ? keep(c, false) : room(m * n, false);
+  const Matrix z = pre ? room(m * n, false) : out, added = bias ? keep(bias, false) : out;
+  const int32_t rows = (int32_t)m, cols = (int32_t)n, depth = (int32_t)k, lda = (int32_t)a.cols(), ldb = (int32_t)b.cols();
+  const Cut& cut = compiled_.cut;
+  const size_t high = (size_t)(cut.rows * cut.wm), wide = (size_t)(cut.cols * cut.wn * cut.v);
+  launch(compiled_.product, {((size_t)n + wide - 1) / wide, ((size_t)m + high - 1) / high}, {(size_t)cut.cols, (size_t)cut.rows}, rows,
+         cols, depth, left->memory, how.a_transposed ? 1 : lda, how.a_transposed ? lda : 1, right->memory, how.b_transposed ? 1 : ldb,
+         how.b_transposed ? ldb : 1, out->memory, (int32_t)how.add);
+  if (bias || pre || how.epilogue.activation != Activation::none)
+    launch(compiled_.finish, {((size_t)n + 63) / 64, (size_t)m}, {64, 1}, cols, out->memory, added->memory, (int32_t)(bool)bias, z->memory,
+           (int32_t)(bool)pre, (int32_t)how.epilogue.activation);
+  check("clFinish", opencl().clFinish(queue_));  // so that what fails is named where it failed
+  c.impl().there = out, c.impl().newest = Tensor::Impl::device;
+  if (pre) pre.impl().there = z, pre.impl().newest = Tensor::Impl::device;
+}
+
+// Small products of each form against the CPU's: there are drivers that compute wrong.
+void Device::test() {
+  Random random({1, 0, 0, 0});
+  auto numbers = [&](Shape shape) {
+    const Tensor t(shape);
+    for (int64_t i = 0; i < t.size(); i++) t.data()[i] = (float)(2 * random.uniform() - 1);
+    return t;
+  };
+  const int64_t m = 75, n = 131, k = 300;
+  for (const bool a_transposed : {false, true})
+    for (const bool b_transposed : {false, true}) {
+      Gemm how{.a_transposed = a_transposed, .b_transposed = b_transposed, .add = a_transposed, .backend = Backend::own, .epilogue = {}};
+      how.epilogue.activation = b_transposed ? Activation::gelu : Activation::none;
+      const Tensor a = numbers(a_transposed ? Shape{k, m} : Shape{m, k}), b = numbers(b_transposed ? Shape{n, k} : Shape{k, n});
+      const Tensor bias = numbers({n}), c = numbers({m, n}), pre({m, n}, 0.f), want({m, n}, std::span(c.data(), (size_t)(m * n))),
+                   want_pre({m, n});
+      multiply(how, m, n, k, a, b, c, bias, pre);
+      how.epilogue.bias = bias.data(), how.epilogue.pre = want_pre.data();
+      gemm(how, m, n, k, a.data(), a.cols(), b.data(), b.cols(), want.data(), n);
+      for (const auto& [got, right] : {std::pair(c.data(), want.data()), {pre.data(), want_pre.data()}})
+        for (int64_t i = 0; i < m * n; i++)
+          if (!(std::fabs(got[i] - right[i]) <= (options.half ? 0.05f : 1e-4f)))
+            throw Error("opencl " + found.info.name + ": computes wrong: " + format_number(got[i]) + " in a small product, where " +
+                        format_number(right[i]) + " is right; take another driver, or --device cpu");
+    }
+}
+// The speed in GFLOP/s where the sides are there already: of a product that is larger where the device is fast.
+double Device::speed() {
+  std::chrono::duration<double> took{0};
+  for (const int64_t m : {128, 128, 2048, 2048}) {
+    if (m > 128 && took.count() > 1e-3) return 2e-9 * 128 * 1024 * 1024 / took.count();
+    const Tensor a({m, 1024}, 0.5f), b({1024, 1024}, 0.25f), c({m, 1024});
+    {
+      std::lock_guard<std::mutex> hold(lock);
+      keep(a, false), keep(b, options.half);
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    multiply({.b_transposed = true}, m, 1024, 1024, a, b, c, {}, {});
+    took = std::chrono::steady_clock::now() - begin;
+  }
+  return 2e-9 * 2048 * 1024 * 1024 / took.count();
+}
+Device::Compiled Device::build(const Cut& cut) const {
+  const OpenCL& cl = opencl();
+  const std::string text = device_text();
+  const char* const source = text.c_str();
+  int32_t code = 0;
+  const Handle program = cl.clCreateProgramWithSource(context_, 1, &source, nullptr, &code);
+  check("clCreateProgramWithSource", code);
+  const std::string v = std::to_string(cut.v);
+  std::string flags = "-cl-std=CL1.2 -D VEC=float" + v + " -D LOAD=vload" + v + " -D STORE=vstore" + v + " -D V=" + v;
+  if (opencl_number<uint64_t>(found.device, 0x101B) & 1 << 7) flags += " -cl-fp32-correctly-rounded-divide-sqrt";
+  flags += options.half ? " -D HALF=1 -D B_TYPE=half" : " -D HALF=0 -D B_TYPE=float";
+  for (const auto& [name, value] : {std::pair("WM", cut.wm), {"WN", cut.wn}, {"COLS", cut.cols}, {"ROWS", cut.rows}, {"DEPTH", cut.depth}})
+    flags += std::string(" -D ") + name + "=" + std::to_string(value);
+  if (const int32_t failed = cl.clBuildProgram(program, 1, &found.device, flags.c_str(), nullptr, nullptr)) {
+    std::string log =
+        opencl_text([&](auto... to) { return cl.clGetProgramBuildInfo(program, found.device, 0x1183, to...); }).substr(0, 300);
+    for (char& c : log) c = (unsigned char)c < ' ' ? ' ' : c;
+    throw Error("opencl " + found.info.name + ": the kernels do not build (" + std::to_string(failed) + "): " + log +
+                "; take another driver, or --device cpu");
+  }
+  Compiled made{cut, nullptr, nullptr};
+  for (const auto& [name, kernel] : {std::pair("product", &made.product), {"finish", &made.finish}})
+    *kernel = cl.clCreateKernel(program, name, &code), check("clCreateKernel", code);
+  return made;
+}
+
+// The cut that the cache names for this device, driver and text; else the fastest, which is noted there.
+void Device::choose() {
+  const std::string device = found.info.name + "\t" + found.info.platform + "\t" + found.info.driver + "\n";
+  const std::string path = options.cache + "/opencl-" + std::to_string(std::hash<std::string>()(device + device_text()));
+  size_t number = 0;
+  try {
+    if (!options.cache.empty() && std::ifstream(path) >> number && number < std::size(kCuts)) {
+      compiled_ = build(kCuts[number]);
+      return test();
+    }
+  } catch (const Error&) {}  // all are tried
+  double best = 0;
+  std::string trouble = "opencl " + found.info.name + ": its work-groups are too small; --device cpu computes here";
+  std::optional<Compiled> fastest;
+  for (size_t i = std::size(kCuts); i-- > 0;) {
+    const Cut& cut = kCuts[i];
+    if ((cut.v > 4) != ((found.type & 2) > 0) || (uint64_t)(cut.rows * cut.cols) > opencl_number<size_t>(found.device, 0x1004) ||
+        cut.local_bytes() > opencl_number<int64_t>(found.device, 0x1023))
+      continue;
+    try {
+      compiled_ = build(cut);
+      test();
+      if (const double now = speed(); now > best) best = now, fastest = compiled_, number = i;
+    } catch (const Error& e) { trouble = e.what(); }
+  }
+  if (!fastest) throw Error(trouble);
+  compiled_ = *fastest;
+  if (options.cache.empty()) return;
+  try {
+    std::filesystem::create_directories(options.cache);
+    write_file(path, std::to_string(number) + "\t" + device);
+  } catch (const std::exception&) {}  // the next start searches again
+}
+
+static bool multiply_on_device(const Gemm& how, int64_t m, int64_t n, int64_t k, const Tensor& a, const Tensor& b, const Tensor& c,
+                               const Tensor& bias, const Tensor& pre) {
+  Device* const d = Device::in_use.load();
+  if (!d || !d->takes(how, m, n, k, b)) return false;
+  d->multiply(how, m, n, k, a, b, c, bias, pre);
+  return true;
+}
+void Tensor::bring_home() const {
+  std::lock_guard<std::mutex> hold(Device::lock);
+  Device::bring_home(*impl_);
+}
+void Tensor::keep_on_device() const {
+  std::lock_guard<std::mutex> hold(Device::lock);
+  if (Device* const d = Device::in_use.load()) d->keep(*this, d->options.half);
+}
+
+std::vector<DeviceInfo> opencl_devices() {
+  std::vector<DeviceInfo> all;
+  for (const Found& f : find_devices()) all.push_back(f.info);
+  return all;
+}
+void use_device(const std::string& which, const DeviceOptions& options) {
+  static std::mutex opening;
+  static std::vector<Device*> open;  // for good: tensors of a program may outlive any other order
+  std::lock_guard<std::mutex> hold(opening);
+  if (which == "cpu") return Device::in_use.store(nullptr);
+  if (which != "opencl" && !which.starts_with("opencl:"))
+    throw Error("device " + which + ": it may be cpu, opencl, opencl:NUMBER or opencl:NAME");
+  const std::vector<Found> all = find_devices();
+  const Found& found = all[find_device(all, which)];
+  auto it = std::find_if(open.begin(), open.end(), [&](const Device* d) {
+    return d->found.device == found.device && d->options.half == options.half && d->options.least == options.least;
+  });
+  if (it == open.end()) it = open.insert(it, new Device(found, options));
+  Device::in_use.store(*it);
+}
+std::optional<DeviceInfo> device_in_use() {
+  const Device* const d = Device::in_use.load();
+  return d ? std::optional(d->found.info) : std::nullopt;
+}
+double device_peak() {
+  Device* const d = Device::in_use.load();
+  return d ? d->speed() : 0;
 }
 
 // ==== nearest rows ================================================================================================

@@ -1,6 +1,6 @@
 // tensor.h -- tensors, reverse-mode autograd, AdamW and safetensors in three files: tensor.h, tensor.cpp, autograd.cpp.
 //
-//   To use:     copy the three, compile as C++20 with -ffp-contract=off -pthread, link -lopenblas (or define BERT_NO_BLAS).
+//   To use:     copy the three, compile as C++20 with -ffp-contract=off -pthread, link -ldl -lopenblas (or define BERT_NO_BLAS).
 //   Threads:    a Tensor may be read from many threads and written from one; a Tape belongs to its thread.
 //   Errors:     every function may throw bert::Error; nothing prints, exits or aborts. Three variables of the environment are
 //               read: BERT_KERNELS (a kernel table's name), BERT_GEMM (own, openblas), BERT_TRACE (Tape::trace lists each op).
@@ -18,7 +18,7 @@
 //     }
 //
 //   Contents:   1 errors  2 JSON  3 shapes and tensors  4 threads and random numbers  5 tape  6 differentiable ops
-//               7 optimiser  8 files  9 kernels, products, this machine
+//               7 optimiser  8 files  9 kernels, products, devices, this machine
 //
 //   Letters in shape comments, here and in every file:
 //     N tokens in a packed batch, R rows (texts or pairs), T tokens of one row, H hidden, A heads, D = H/A, F feed-forward,
@@ -375,14 +375,16 @@ class Tensor {
   int64_t cols() const { return shape().back(); }                          // the last dimension
   int64_t rows() const { return cols() ? size() / cols() : 0; }            // all the others
   static Tensor narrow(NarrowMatrix matrix);                               // [n,k]: has no data(); pack() and embedding_norm take it
-  float* data() const;      // throws Error for an empty or narrow Tensor, and for weights that pack() has taken
+  // Throws Error for an empty or narrow Tensor, and for weights that pack() has taken. Where a device is in use, who writes asks for
+  // it after the last product, not before: what the device holds stands for the numbers until someone asks.
+  float* data() const;
   float item() const;       // the one element; throws Error when there are more
 
   bool needs_grad() const;
   void set_needs_grad(bool needs = true);
   bool has_grad() const;
   float* grad() const;                     // made, and filled with zeros, on first use
-  float* grad_to_add(bool& add) const;     // the same, but not filled on first use: then add is false, and the caller stores
+  const Tensor& grad_to_add(bool& add) const;   // as a Tensor, and not filled on first use: then add is false, and the caller stores
   void add_grad(const Tensor& d, float factor) const;   // gradient += factor d; where there is none and factor is 1, it becomes d itself
   Tensor take_grad() const;                // the gradient as a Tensor of its own; this one has none any more
   void drop_grad();
@@ -397,8 +399,11 @@ class Tensor {
  private:
   struct Impl;
   struct Gradient;
+  friend class Device;
   Impl& impl() const;   // throws Error for an empty Tensor
-  Gradient& gradient() const;
+  Gradient& own_gradient() const;
+  void bring_home() const;      // section 9, devices
+  void keep_on_device() const;
   std::shared_ptr<Impl> impl_;
 };
 
@@ -765,7 +770,7 @@ class VectorIndex {
   Tensor vectors_;
 };
 
-// ==== 9 kernels, products, this machine ===========================================================================
+// ==== 9 kernels, products, devices, this machine ==================================================================
 // One table of kernels for each instruction set; all give the same bytes (design: sums along a row in 16 lanes, element i in lane
 // i mod 16, the lanes added in the tree 8-4-2-1; every multiply-add that is fused is written as one). A kernel never threads,
 // allocates or throws. n may be 0 unless said; pointers need no alignment; y may be x.
@@ -884,6 +889,30 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
 // c [m,n] = op(a) b^T, or c += where `add`, of bf16 matrices: op(a) is a [m,k], or with a_transposed the transpose of a [k,m]. `how` has
 // b_transposed, as the panels are of b [n,k]. This is how training multiplies in bf16.
 void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const PackedWeights& b, float* c, int64_t ldc);
+
+// The same of whole tensors: c [m,n] = act(op(a) op(b) + bias [n]), before act copied to `pre` [m,n]; how.epilogue holds the activation
+// alone. b may be packed, then it is b_transposed. A device in use computes it where it is large; c and `pre` stay there till asked for.
+void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias = {}, const Tensor& pre = {});
+
+// Devices that OpenCL 1.2 offers: libOpenCL.so.1 is opened when first asked for, no header or flag is needed. Throws Error where there is
+// none, where there is no device, or where a driver fails.
+struct DeviceInfo {
+  std::string name, platform, driver;
+  int64_t memory;            // bytes
+  uint32_t compute_units;
+};
+std::vector<DeviceInfo> opencl_devices();        // GPUs first
+struct DeviceOptions {
+  bool half = false;         // weights lie there in f16
+  std::string cache;         // the folder that remembers which kernel is the fastest on which device; empty: found out each time, seconds
+  int64_t least = 1 << 22;   // products of fewer multiply-adds stay on the CPU: a trip takes longer
+};
+// Which device computes the large products of linear and its backward, from now on in the whole process: cpu, opencl (the first),
+// opencl:1, or opencl:NAME, a part of its name. Choose before weights are packed: what was packed before stays on the CPU, and so do bf16
+// and int8. One product at a time; any thread may ask. A device that fails throws Error from the product, or from data().
+void use_device(const std::string& which, const DeviceOptions& options = {});
+std::optional<DeviceInfo> device_in_use();       // empty: the CPU
+double device_peak();                            // GFLOP/s of the device in use, in a short product of what is there; 0 without one
 
 // Two vectors and their product, a cosine where both are normalised. What scores more is better, then what has the smaller numbers.
 struct Match { float score; int64_t a, b; };

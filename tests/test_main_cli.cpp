@@ -170,6 +170,7 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"pretrain --input t --vocab v --config tiny --output o --steps 5 --resume --overwrite", "exclude each other"},
       {"pretrain --input t --vocab v --config tiny --steps 5 --output=", "--output is missing"},
       {"bench foo", "gemm"},
+      {"info --device gpu", "opencl"},
       {"bench gemm minilm-B1T32", "takes no CONFIG"},
       {"bench attention minilm-B1T32", "attention takes no CONFIG"},
       {"bench infer minilm", "minilm-B8T128"},
@@ -183,8 +184,9 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
     CHECK(r.out.empty());
     CHECK(lines_in(r.err) == 1);
   }
-  for (const auto& [later, message] : {std::pair("embed --model m --device opencl", "not built yet"),
-                                       {"embed --model m --dtype f16", "--device opencl"},
+  for (const auto& [later, message] : {std::pair("embed --model m --device opencl --dtype int8", "goes with --device cpu"),
+                                       {"embed --model m --dtype f16", "goes with --device opencl"},
+                                       {"finetune --device opencl --dtype f16", "this command computes in f32 or bf16"},
                                        {"tokenize --dtype bf16", "--dtype bf16: this command computes in f32"},
                                        {"pretrain --dtype int8", "--dtype int8: this command computes in f32 or bf16"}}) {
     const Ran r = bert_run(later);

@@ -780,9 +780,9 @@ TEST_CASE("Tensor: handles, gradients, errors") {
 
   CHECK(!t.has_grad());
   bool add = true;
-  t.grad_to_add(add)[0] = 3;
+  t.grad_to_add(add).data()[0] = 3;
   CHECK(!add);
-  CHECK(t.grad_to_add(add)[0] == 3);
+  CHECK(t.grad_to_add(add).data()[0] == 3);
   CHECK(add);
   const Tensor g = t.take_grad();
   CHECK(!t.has_grad());

@@ -80,6 +80,12 @@ struct TemporaryFolder {
   std::string operator/(const std::string& file) const { return path + "/" + file; }
 };
 
+// The folder in which this program, and what it runs, keep which kernel is the fastest on a device.
+inline std::string device_cache() {
+  static const TemporaryFolder folder;
+  return folder.path;
+}
+
 // Runs a shell command; its exit status, and what it wrote on either stream.
 struct Ran {
   int status;
