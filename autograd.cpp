@@ -959,11 +959,7 @@ double gradient_norm(std::span<const Tensor> parameters) {
     if (!p.has_grad()) continue;
     const float* g = p.grad();
     std::vector<double> sums((size_t)((p.size() + kPiece - 1) / kPiece));
-    parallel_ranges(p.size(), kPiece, [&](int64_t i, int64_t end) {
-      double s[4] = {0, 0, 0, 0};  // four chains: one would wait for its own latency at every element
-      for (int64_t j = i; j < end; j++) s[j & 3] += (double)g[j] * (double)g[j];
-      sums[(size_t)(i / kPiece)] = (s[0] + s[1]) + (s[2] + s[3]);
-    });
+    parallel_ranges(p.size(), kPiece, [&](int64_t i, int64_t end) { sums[(size_t)(i / kPiece)] = kernels().squares(g + i, end - i); });
     for (const double s : sums) total += s;
   }
   Profile::lap("gradient_norm");

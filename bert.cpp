@@ -861,6 +861,32 @@ static double step_flops(const Bert& model, const Batch& b, int64_t frozen) {
   return forward_flops(model.config, b) * (1 + 2 * trained / L) + 3 * head;
 }
 
+MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int64_t tokens, int64_t masked) {
+  const Config& c = model.config;
+  const bool narrow = settings.products == Precision::bf16;
+  const double H = (double)c.hidden_size, F = (double)c.intermediate_size, L = (double)c.num_hidden_layers,
+               A = (double)c.num_attention_heads;
+  const double N = (double)tokens, M = (double)masked, word = (double)model.word.size(), V = (double)c.vocab_size;
+  const double parameters = (double)model.parameter_count(), in_layers = L * (4 * H * H + 2 * H * F);
+  // Floats a token: of a layer its input, q, k and v, the mixed heads, two sums, their norm, and up before and after its activation.
+  const double layer = (narrow ? 7.5 * H + F : 8 * H + 2 * F) + A + 4, ends = 4 * H + M / N * 4 * H;
+  const double kept = settings.recompute ? H : layer, up = F * (narrow ? 2 : 1), backward = up + (narrow ? 5 : 3) * H + (settings.recompute ? layer : 0);
+  const double earlier = (double)std::bit_width((uint64_t)settings.accumulate) - 1;  // gradients of micro-batches, whole ones
+  // The loss: all that is kept, and some rows' logits, in bf16 with the vocabulary's weights in panels; or the gradients of the last
+  // layer's up and down, in bf16 with two copies. The end: all gradients.
+  const double logits =
+      std::max(std::min(M, 512.) * V * (narrow ? 1.5 : 1) + (narrow ? 2 * word : 0), settings.recompute ? 0 : N * (up + 2 * H));
+  const double at_loss = N * L * kept + word + logits, at_end = parameters + N * backward;
+  MemoryUse use;
+  use.weights = 4 * parameters, use.moments = 8 * parameters;
+  use.gradients = 4 * (earlier * parameters + (at_loss > at_end ? word : parameters));
+  use.activations = 4 * N * ((at_loss > at_end ? L * kept : kept) + ends) + (narrow ? 2 * in_layers : 0);
+  use.buffers = 4 * (at_loss > at_end ? logits : N * backward);
+  if (settings.recompute) use.buffers = 4 * (logits + N * backward);  // the logits' room, in one piece, does not serve a layer's tensors
+  use.buffers += 0.09 * use.total() + (20 << 20) + 512 * V;  // measured: what the pool cannot fill, the program, a vocabulary's tables
+  return use;
+}
+
 // ---- what went wrong in a step, looked for once it has
 // A row of the step's batches for people: where it is and how it begins.
 static std::string row_name(std::span<const Batch> batches, size_t micro, int64_t row) {

@@ -322,6 +322,15 @@ struct StepReport {
 // A forward's products, 2 a multiply-add: the six of a layer and attention's two, without the heads'.
 double forward_flops(const Config& config, const Batch& batch);
 
+// What a pretraining run holds at the moment when it holds most, in bytes: while the loss is made, or at the end of backward. tokens: of a
+// micro-batch. Activations are what ops keep for backward, of which autograd.cpp says how much; buffers what is made and let go in between,
+// what the pool of tensors cannot fill, and the program.
+struct MemoryUse {
+  double weights = 0, gradients = 0, moments = 0, activations = 0, buffers = 0;
+  double total() const { return weights + gradients + moments + activations + buffers; }
+};
+MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int64_t tokens, int64_t masked);
+
 // One model, its optimiser and where it stands.
 class Trainer {
  public:

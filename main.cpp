@@ -1897,8 +1897,13 @@ void dry_run(const Pretraining& p) {
          {"tokens_dev", (double)p.dev.ids.size()},
          {"pieces", (double)p.tokenizer.size()},
          {"steps", (double)p.train.steps},
-         {"gradients", (double)gradients},
-         {"state_MiB", (double)(parameters * 4 * (3 + gradients)) / (1 << 20)}});
+         {"gradients", (double)gradients}});
+  const auto masked = (int64_t)std::ceil(p.data.mask * (double)p.data.batch_tokens);
+  const MemoryUse use = training_memory(p.model(), p.train, p.data.batch_tokens, masked);
+  Numbers kinds = {{"weights", use.weights},         {"gradients", use.gradients}, {"moments", use.moments},
+                   {"activations", use.activations}, {"buffers", use.buffers},     {"all", use.total()}};
+  for (auto& [name, bytes] : kinds) name += "_MiB", bytes /= 1 << 20;
+  print(kinds);
 }
 
 // The steps from where the trainer stands to the end; false when a signal came first.
@@ -1967,7 +1972,7 @@ void cmd_pretrain(Args& a) {
 
   run.guarded(trainer, [&] { return pretrain_steps(p, trainer, place, run); });
   print(run.results);
-  note(p.run.output + ": the model; curves in " + p.run.output + "/report.html");
+  note(p.run.output + ": the model; curves in " + p.run.output + "/report.html; peak memory " + fixed(peak_mib(), 0) + " MiB");
 }
 
 // ==== 11 finetune =================================================================================================

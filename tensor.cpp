@@ -713,21 +713,25 @@ float normal_cdf_f32(float x) {
 
 #define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                         \
   {                                                                                                                                     \
-    name, kRows, kCols, f32, bf16, int8, zero, pack, sum, add_sum, dot, max, squares_about, exp_sum, add, axpy, scale, finish, to_bf16, \
-        from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                                \
+    name, kRows, kCols, f32, bf16, int8, zero, pack, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, scale, finish, \
+        to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                       \
   }
+
+// The upper half is added to the lower, four times.
+template <class T>
+static T sum_lanes(T (&lane)[16]) {
+  for (int half = 8; half; half /= 2)
+    for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+  return lane[0];
+}
 
 namespace scalar {
 namespace {
-// 16 lanes: element i goes into lane i mod 16, and at the end the upper half is added to the lower, four times.
+// 16 lanes: element i goes into lane i mod 16, and at the end they are added.
 struct Lanes {
   float lane[16] = {};
   float& operator[](int64_t i) { return lane[i & 15]; }
-  float sum() {
-    for (int half = 8; half; half /= 2)
-      for (int l = 0; l < half; l++) lane[l] += lane[l + half];
-    return lane[0];
-  }
+  float sum() { return sum_lanes(lane); }
 };
 
 constexpr int kRows = 4, kCols = 16;
@@ -786,6 +790,11 @@ float dot(const float* x, const float* y, int64_t n) {
   Lanes s;
   for (int64_t i = 0; i < n; i++) s[i] = std::fma(x[i], y[i], s[i]);
   return s.sum();
+}
+double squares(const float* x, int64_t n) {
+  double lane[16] = {};
+  for (int64_t i = 0; i < n; i++) lane[i & 15] += (double)x[i] * (double)x[i];  // the product is exact
+  return sum_lanes(lane);
 }
 float max(const float* x, int64_t n) {
   float most = -std::numeric_limits<float>::infinity();
@@ -1356,6 +1365,23 @@ TARGET float exp_sum(const float* x, float scale, float shift, float* y, int64_t
     s = s + keep(e, 0.f, w);
   });
   return lane_sum(s);
+}
+TARGET double squares(const float* x, int64_t n) {
+  typedef float Half __attribute__((vector_size(2 * W)));
+  typedef double D __attribute__((vector_size(4 * W)));
+  D sums[2 * K] = {};
+  chunks(n, [&] BODY {
+    const P v = load(x + i, w);
+    Half half[2 * K];
+    std::memcpy(half, &v, sizeof half);
+    UNROLL for (int h = 0; h < 2 * K; h++) {
+      const D d = __builtin_convertvector(half[h], D);
+      sums[h] += d * d;
+    }
+  });
+  double lane[16];
+  std::memcpy(lane, sums, sizeof lane);
+  return sum_lanes(lane);
 }
 TARGET void add(const float* x, float* y, int64_t n) {
   chunks(n, [&] BODY { store(y + i, load(y + i, w) + load(x + i, w), w); });

@@ -792,6 +792,7 @@ struct Kernels {
   float (*sum)(const float* x, int64_t n);
   float (*add_sum)(const float* a, const float* b, float* y, int64_t n); // y = a + b; returns y's sum
   float (*dot)(const float* x, const float* y, int64_t n);               // lane = fma(x, y, lane)
+  double (*squares)(const float* x, int64_t n);                          // their sum, in double
   // -inf for n = 0; NaN is passed over (see exp_sum: it comes out there)
   float (*max)(const float* x, int64_t n);
   float (*squares_about)(const float* x, float mean, int64_t n);         // sum of (x - mean)^2, fused

@@ -995,6 +995,26 @@ TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; 
   CHECK(has(dry.out, "parameters\t"));
   CHECK(has(dry.out, "gradients\t3\n"));
   CHECK(!std::filesystem::exists(none));
+  // The memory that it foretells, by kind, and what a run then takes.
+  const std::string vocab = small().folder / "vocab-of-4000";
+  REQUIRE(bert_run("vocab --input data/english.txt --size 4000 --output " + vocab).status == 0);
+  for (const std::string& how : {std::string("--batch-tokens 4096"), std::string("--batch-tokens 4096 --dtype bf16 --recompute")}) {
+    const std::string options = "pretrain --input data/english.txt --vocab " + vocab + " --config mini --steps 2 --dev-split 0 " + how;
+    const Ran told = bert_run(options + " --dry-run --output " + none),
+              run = bert_run(options + " --output " + (small().folder / "measured"));
+    REQUIRE_MESSAGE(run.status == 0, run.err);
+    auto number = [](const std::string& text, const std::string& before) {
+      const size_t at = text.find(before);
+      REQUIRE(at != text.npos);
+      return std::stod(text.substr(at + before.size()));
+    };
+    const double all = number(told.out, "all_MiB\t"), sum = number(told.out, "weights_MiB\t") + number(told.out, "gradients_MiB\t") +
+                                                            number(told.out, "moments_MiB\t") + number(told.out, "activations_MiB\t") +
+                                                            number(told.out, "\nbuffers_MiB\t");
+    CHECK(all == doctest::Approx(sum).epsilon(1e-5));
+    CHECK(number(run.err, "peak memory ") == doctest::Approx(all).epsilon(0.1));
+    std::filesystem::remove_all(small().folder / "measured");
+  }
   const std::string dump = small().folder / "batches.jsonl";
   CHECK(bert_run(small().pretrain + "--steps 3 --accumulate 2 --no-nsp --whole-word --dump-batches " + dump + " --output " +
                  (small().folder / "dumped"))

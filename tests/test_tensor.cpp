@@ -75,7 +75,7 @@ TEST_CASE("kernels: sums along a row") {
     const Floats x = numbers(n + o, seed, 3, wild), y = numbers(n + o, seed + 1, 3, wild);
     Floats both((size_t)(n + 1), 7.f);
     both.push_back(k.add_sum(x.data() + o, y.data() + o, both.data(), n));
-    for (const float more : Floats{k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
+    for (const float more : Floats{(float)k.squares(x.data() + o, n), k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
                                    k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
       both.push_back(more);
     return both;
