@@ -2216,6 +2216,7 @@ class Device {
   static void bring_home(Tensor::Impl& tensor);
   Matrix keep(const Tensor& t, bool half);
   double speed();
+
  private:
   friend DeviceMatrix;
   struct Compiled {
