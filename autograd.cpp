@@ -721,7 +721,7 @@ struct HeadProducts {
       gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx.data() + first * E, E);
       gemm(up, w.rows(), dz16, PackedWeights(part(first, m), true), dw.data(), E);
     } else {
-      const Tensor own({m, E});
+      const Tensor own({m, E});  // a device keeps its product with the tensor asked for, which must outlive it
       gemm({}, dz, w, own);
       std::copy_n(own.data(), m * E, dx.data() + first * E);
       gemm(up, dz, rows(first, m), dw);

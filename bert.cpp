@@ -2,11 +2,11 @@
 //
 // Read in this order: encoder_layer (the paper's figure 1 in seven lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step;
 // where its batches come from: mask_tokens, PretrainSampler::next.
-// Data comes in as ids, or as the texts of an Item, which make_windows makes ids of: this file reads no data file and writes no result.
+// Data comes in as ids, or as the texts of an Item, which make_windows makes ids of: this file reads no user's data and writes no result.
 // It computes nothing itself: every product, norm and softmax is an op of tensor.h.
 //
-// Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (pairs, masking)  fine-tuning
-//            metrics  model folders  tasks (windows, and what they answer together)  Model  fingerprints
+// Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (shards, rows, masking)
+//            fine-tuning  metrics  model folders  tasks (windows, and what they answer together)  Model  fingerprints
 #include "bert.h"
 
 #include <sys/stat.h>
@@ -618,8 +618,8 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
   return linear(gather_rows(hidden, first), pooler.weight, pooler.bias, family(config).pooler);  // [R,H]
 }
 
-// The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
 // What the masked words are told from: dense, activation, LayerNorm.   [M,E]
+// The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
 static Tensor masked_hidden(const Bert& m, const Tensor& hidden, const std::vector<int64_t>& masked) {
   Dropout none;
   const Activation act =
@@ -1643,6 +1643,7 @@ StepBatches::StepBatches(PretrainSampler sampler, const std::vector<Phase>& phas
 void StepBatches::begin() {
   if (step_ >= steps_) return;
   ahead_ = std::async(std::launch::async, [this, step = step_++] {
+    Profile::lap();  // this thread's time begins here
     Step made;
     sampler_.set_max_length(max_length_at(phases_, step, steps_));
     for (int64_t i = 0; i < accumulate_; i++) made.micro.push_back(sampler_.next(step, i));

@@ -1004,8 +1004,8 @@ double best_speed(int64_t m, int64_t n, int64_t k, Precision precision) {
   for (const auto& [engine, speed] : product_speeds(m, n, k, precision)) best = std::max(best, speed);
   return best;
 }
-// What this machine's multiply does in a moment of 0.2 s: what a running figure is held against.
-double gemm_now() { return best_speed(1024, 768, 768, Precision::f32); }
+// What this machine's multiply, or the device's, does in a moment of 0.2 s: what a running figure is held against.
+double gemm_now(Precision precision) { return device_in_use() ? device_peak() : best_speed(1024, 768, 768, precision); }
 
 // One line with step, loss, tokens/s and time left: rewritten on a terminal, otherwise a plain line now and then.
 class Progress {
@@ -1111,6 +1111,7 @@ class Run {
   std::FILE* log_file_ = nullptr;
   double earlier_seconds_ = 0, begun_ = 0, saved_at_ = 0, window_began_ = 0;
   int64_t earlier_tokens_ = 0, tokens_ = 0, first_ = 0, window_steps_ = 0, saved_ = -1;
+  Precision products_ = Precision::f32;
   double flops_ = 0, gemm_ = 0;      // of this process; GFLOP/s of this machine's gemm, once measured
   StepReport sum_;                   // since the last logged step
   std::string state_ = "running: ";  // and line_ stand at the top of the report
@@ -1124,7 +1125,7 @@ class Run {
 };
 
 About Run::take_up(Trainer& trainer, const Named& taken, const Fingerprint& data_fingerprint) {
-  settings_ = taken;
+  settings_ = taken, products_ = trainer.settings().products;
   Fingerprint weights;
   for (const Parameter& p : trainer.model().parameters()) weights.add(std::span<const float>(p.data(), (size_t)p.shape().size()));
   fixed_ = {{"data", to_string(data_fingerprint.state)}, {"weights", to_string(weights.state)}, {"backend", backend_description()}};
@@ -1190,7 +1191,7 @@ void Run::after_step(const StepReport& r) {
     sum_.loss.masked_right += r.loss.masked_right, sum_.loss.next_right += r.loss.next_right;
   }
   tokens_ += r.tokens, flops_ += r.flops;
-  if (!gemm_ && spent > 2 && !quiet) gemm_ = gemm_now();  // a run of a moment does not wait for it
+  if (!gemm_ && spent > 2 && !quiet) gemm_ = gemm_now(products_);  // a run of a moment does not wait for it
   auto percent = [](double part, double whole) { return fixed(100 * part / whole, 1) + " % of "; };
   line_ = "step " + to_string(r.step) + "/" + to_string(r.steps) + (r.skipped ? "  skipped  " : "  loss " + fixed(r.loss.total, 4) + "  ") +
           (r.masked && !r.skipped ? percent((double)r.loss.masked_right, (double)r.masked) + "masked words  " : "") +
@@ -2664,22 +2665,27 @@ void cmd_embed(Args& a) {
     throw Error("--layer " + to_string(o.layer) + ": the model has " + to_string(config.num_hidden_layers));
   if (o.layer >= 0) s.folder.bert.layers.resize((size_t)o.layer);
   const int64_t limit = o.max_length ? length_limit(o.max_length, config) : s.folder.max_length;
-  std::FILE* const waiting = npy ? std::tmpfile() : nullptr;  // the header holds the number of rows, so the numbers wait for it here
-  if (npy && !waiting) throw Error(std::string("--to npy: no temporary file: ") + std::strerror(errno));
+  auto lost = [] { return Error(std::string("--to npy: the temporary file that the numbers wait in: ") + std::strerror(errno)); };
+  std::FILE* const waiting = npy ? std::tmpfile() : nullptr;  // for the header, which holds the number of rows
+  if (npy && !waiting) throw lost();
   auto make = [&](const Row& row) { return embed_input(s, o, row, limit); };
   auto answer = [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     for (const std::string& text : embed_chunk(s, o, chunk, windows))
       if (!npy)
         s.out.write(text);
       else if (std::fwrite(text.data(), 1, text.size(), waiting) < text.size())
-        throw Error(std::string("--to npy: cannot write the temporary file: ") + std::strerror(errno));
+        throw lost();
   };
   // [MASK] and [SEP] in a text are themselves, as sentence-transformers reads them: the vectors are to be the same.
   s.source.prompt = folder_prompt(s.model, o.prompt);  // without --prompt the folder's default
   const int64_t rows = s.each_chunk(make, answer);
-  if (npy) s.out.write(npy_header(rows, o.pooling.width(config.hidden_size))), std::rewind(waiting);
-  char part[1 << 16];
-  for (size_t n; npy && (n = std::fread(part, 1, sizeof part, waiting)) > 0;) s.out.write({part, n});
+  if (npy) {
+    if (std::fflush(waiting)) throw lost();  // rewind alone would pass over it
+    std::rewind(waiting), s.out.write(npy_header(rows, o.pooling.width(config.hidden_size)));
+    char part[1 << 16];
+    for (size_t n; (n = std::fread(part, 1, sizeof part, waiting)) > 0;) s.out.write({part, n});
+    if (std::ferror(waiting)) throw lost();
+  }
   s.out.finish();
 }
 
@@ -2745,7 +2751,7 @@ void cmd_search(Args& a) {
   s.out.finish();
 }
 
-// ==== 13 info, convert =============================================================================================
+// ==== 13 info, convert ============================================================================================
 Named machine_facts() {
   Strings all;
   for (const Kernels* k : usable_kernels()) all.push_back(k->name);
@@ -3017,7 +3023,7 @@ void bench_gemm(const BenchTable& table) {
   }
 }
 
-// Seconds of a forward on these batches if each product ran at gemm_peak's speed, the best at its n and k and the largest m of 32, 512 and
+// Seconds of a forward on these batches if each product ran at gemm's peak: the best speed at its n and k and the largest m of 32, 512 and
 // 4096 that the batch reaches; attention's two count as more of those of H by H. A backward has two more of the same sizes for each.
 double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precision precision) {
   const int64_t H = c.hidden_size, F = c.intermediate_size;
@@ -3036,14 +3042,14 @@ double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precisio
   return seconds;
 }
 
-// One batch's seconds, and those that gemm_peak would take, measured last.
+// One batch's seconds, and those that it would take at gemm's peak, measured last.
 template <class F>
 void BenchTable::model(double seconds, double tokens, double gflop, F&& at_peak) const {
   row(engine(), config, "ms", seconds * 1e3);
   row(engine(), config, "tok/s", tokens / seconds);
   row(engine(), config, "GFLOP/s", gflop / seconds);
   row(engine(), config, "MiB", peak_mib());
-  row(engine(), config, tsv ? "%_of_gemm_peak" : "% of gemm_peak at the shapes of its products", 100 * at_peak() / seconds);
+  row(engine(), config, tsv ? "%_of_gemm_peak" : "% of gemm's peak at the shapes of its products", 100 * at_peak() / seconds);
 }
 
 // With --profile, where the time of a call's `batches` goes: by op, the longest first, its ms a batch over all threads and its share of
@@ -3069,7 +3075,7 @@ void BenchTable::profile(double batches, F&& call) const {
 // The attention op alone: 4096 tokens in rows of one length, 12 heads of 32 and of 64. Its two products take 4 T H a token.
 void bench_attention(const BenchTable& table) {
   constexpr int64_t N = 4096, A = 12, P = 512;
-  const double peak = table.tsv ? 0 : gemm_now();
+  const double peak = table.tsv ? 0 : gemm_now(Precision::f32);
   Random random({1, 0, 0, kOrderStream});
   Dropout none;
   for (const int64_t H : {384, 768}) {
@@ -3277,8 +3283,8 @@ common options
   --threads N      threads (default: the cores this process may use); results do not depend on it
   --seed N         of everything random (default 1)
   --quiet          no progress, no remarks
-  --dtype f32|bf16|int8|f16    what products are computed in (embed, predict, evaluate, fill-mask, search, bench infer; default: f32,
-                   or what the folder was quantized to; f16: with --device opencl, weights in 16 bits)
+  --dtype f32|bf16|int8|f16    what products are computed in (default: f32, or what the folder was quantized to; int8: only where a
+                   model answers; f16: there and with --device opencl, weights in 16 bits)
   --device cpu|opencl|opencl:N|opencl:NAME    what computes large products; bert info lists the devices
 )";
 const char* const kInputHelp = R"(
@@ -3340,6 +3346,7 @@ const Command kCommands[] = {
   --stride N       tokens that the windows of long texts share (default 128)
   --null-threshold X    above it "no answer" answers (default: tuned on the held-out questions, if some have none)
   --from-scratch   random weights: --model gives config.json and the vocabulary
+  --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
   --seeds N        so many runs, mean and deviation      --tsv TASK         the metrics as rows of the bench scripts
   --resume         go on with the run in --output        --overwrite        write into a folder that holds files)"},
     {"evaluate", "score a model on labelled texts, or on plain text", cmd_evaluate, R"(bert evaluate --model DIR --input FILE

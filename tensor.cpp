@@ -1973,7 +1973,8 @@ static bool multiply_on_device(const Gemm&, int64_t m, int64_t n, int64_t k, con
 void gemm(const Gemm& how, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, const Tensor& pre) {
   const int64_t m = how.a_transposed ? a.cols() : a.rows(), k = how.a_transposed ? a.rows() : a.cols();
   const int64_t n = how.b_transposed ? b.rows() : b.cols(), b_k = how.b_transposed ? b.cols() : b.rows();
-  if (b_k != k || c.rows() != m || c.cols() != n || (bias && bias.size() != n) || (pre && pre.size() != c.size()))
+  if (b_k != k || (b.packed() && (how.add || how.a_transposed)) || c.rows() != m || c.cols() != n || (bias && bias.size() != n) ||
+      (pre && pre.size() != c.size()))
     throw Error("gemm: c " + to_string(c.shape()) + " is no product of " + to_string(a.shape()) + " and " + to_string(b.shape()));
   if (multiply_on_device(how, m, n, k, a, b, c, bias, pre)) return;
   Gemm here = how;
@@ -2241,6 +2242,7 @@ class Device {
   static void bring_home(Tensor::Impl& tensor);
   Matrix keep(const Tensor& t, bool half);
   double speed();
+
  private:
   friend DeviceMatrix;
   struct Compiled {

@@ -511,7 +511,7 @@ class Tape {
   // d loss / d x is added to x.grad() for every x that needs it. `loss` has one element. Steps run in reverse and are freed one by
   // one, so memory falls while it walks; a step whose output the loss does not use is passed over. A second call throws Error.
   void backward(const Tensor& loss);
-  void backward(const Tensor& y, const Tensor& dy);   // the same from d loss / d y, of y's shape
+  void backward(const Tensor& y, const Tensor& dy);   // the same from d loss / d y, of y's shape; dy's numbers may be overwritten
   size_t size() const { return steps_.size(); }
   Precision products() const { return products_; }
   // With BERT_TRACE=1 in the environment: one line an op recorded so far, name and shape of its output.
@@ -534,7 +534,7 @@ class Tape {
 // reads out.grad() and adds to its inputs' grad(). The closure owns what it captured; `out` never owns the closure (no cycle).
 void record(const char* op, Tensor& out, std::initializer_list<Tensor> in, std::function<void()> backward);
 
-// f(x, drop), of which nothing but x is kept: backward computes it again. Memory for time (Chen et al. 2016, section 4), and the same bytes.
+// f(x, drop), of which nothing but x is kept: backward computes it again. Memory for time (Chen et al. 2016, section 4), the same bytes.
 // parameter: one that f trains. f must own what it uses.
 using Recomputable = std::function<Tensor(const Tensor& x, Dropout& drop)>;
 Tensor recomputed(const Tensor& x, const Tensor& parameter, const Recomputable& f, Dropout& drop);
@@ -810,7 +810,7 @@ struct Kernels {
   void (*finish)(Activation act, const Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
   void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
   void (*from_bf16)(const void* x, float* y, int64_t n);
-  void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits each: even[0] odd[0] even[1] ...; odd null: zeros
+  void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits: even[0] odd[0] even[1] ...; odd null: zeros
   // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
   float (*to_int8)(const float* x, int zero, void* y, int64_t n);
   void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
