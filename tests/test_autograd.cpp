@@ -427,7 +427,7 @@ TEST_CASE("a tape of bf16: the same bytes where nothing is rounded, a bf16's acc
     error += std::pow((double)plain[i] - (double)rounded[i], 2), size += std::pow((double)plain[i], 2);
   CHECK(std::sqrt(error / size) < 4e-3);
   CHECK(std::sqrt(error / size) > 1e-4);  // it was rounded
-  CHECK_THROWS_AS(Tape(Precision::int8), Error);
+  CHECK_THROWS_AS(Tape{Precision::int8}, Error);
 }
 
 TEST_CASE("what is recomputed: the same bytes, through frozen and trained parts, with dropout, keeping its input alone") {

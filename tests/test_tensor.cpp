@@ -614,7 +614,7 @@ TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training,
     return Tensor({cols, rows}, t);
   };
   for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 2}, {33, 70, 129}, {121, 31, 257}, {300, 65, 600}}) {
-    const auto [m, n, k] = shape;
+    const int64_t m = shape[0], n = shape[1], k = shape[2];
     CAPTURE(m);
     CAPTURE(k);
     const Floats a = numbers(m * k, 1), b = numbers(n * k, 2);
