@@ -1681,7 +1681,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
   float* const panel = scratch.data();
   float* const a_copy = panel + kDepth * t.nr;
-  const float *a_words = p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
+  const float *a_words = p.bf16 ? nullptr : p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
   if (narrow) {
     narrow_rows(p, i0, i1, a_copy, a_copy + rows * words);
     a_words = a_copy, row_scales = p.precision() == Precision::int8 ? a_copy + rows * words : nullptr;
@@ -1693,11 +1693,11 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   if (!p.k) finish(p, i0, i1, j0, j1, row_scales);
   for (int64_t k0 = 0; k0 < words; k0 += block) {
     const int64_t depth = std::min(block, words - k0), next_k = k0 + block;
-    const float* a = a_words + k0;
+    const float* a = a_transposed ? a_copy : a_words + k0;
     int64_t a_row = narrow ? words : p.lda, a_step = 1, done = 0;
     if (a_transposed) {
       for (int64_t k = 0; k < depth; k++) copy_column(p, k0 + k, i0, i1, a_copy + k * a_stride);
-      a = a_copy, a_row = 1, a_step = a_stride;
+      a_row = 1, a_step = a_stride;
     } else if (spread) {
       for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
       a = a_copy, a_row = a_stride;
