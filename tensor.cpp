@@ -2464,7 +2464,7 @@ std::vector<DeviceInfo> opencl_devices() {
 }
 void use_device(const std::string& which, const DeviceOptions& options) {
   static std::mutex opening;
-  static std::vector<Device*> open;  // for good: tensors of a program may outlive any other order
+  static auto& open = *new std::vector<Device*>;  // never destroyed: tensors of a program may outlive any other order
   std::lock_guard<std::mutex> hold(opening);
   if (which == "cpu") return Device::in_use.store(nullptr);
   if (which != "opencl" && !which.starts_with("opencl:"))

