@@ -870,7 +870,8 @@ MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int6
   const double parameters = (double)model.parameter_count(), in_layers = L * (4 * H * H + 2 * H * F);
   // Floats a token: of a layer its input, q, k and v, the mixed heads, two sums, their norm, and up before and after its activation.
   const double layer = (narrow ? 7.5 * H + F : 8 * H + 2 * F) + A + 4, ends = 4 * H + M / N * 4 * H;
-  const double kept = settings.recompute ? H : layer, up = F * (narrow ? 2 : 1), backward = up + (narrow ? 5 : 3) * H + (settings.recompute ? layer : 0);
+  const double kept = settings.recompute ? H : layer, up = F * (narrow ? 2 : 1);
+  const double backward = up + (narrow ? 5 : 3) * H + (settings.recompute ? layer : 0);
   const double earlier = (double)std::bit_width((uint64_t)settings.accumulate) - 1;  // gradients of micro-batches, whole ones
   // The loss: all that is kept, and some rows' logits, in bf16 with the vocabulary's weights in panels; or the gradients of the last
   // layer's up and down, in bf16 with two copies. The end: all gradients.
