@@ -474,7 +474,8 @@ TEST_CASE("the loss of a vocabulary: the bytes of cross_entropy over linear, in 
       return all;
     };
     const std::vector<float> parts = run(true, 1), whole = run(false, 1);
-    if (backend_description().ends_with(" for products"))  // OpenBLAS's bytes for a row depend on how many there are
+    if (M > 512 &&
+        backend_description().ends_with(" for products"))  // several parts: OpenBLAS's bytes for a row depend on how many there are
       CHECK(testing::largest_difference(parts.data(), whole.data(), (int64_t)whole.size()) < 1e-5);
     else
       CHECK(parts == whole);
