@@ -713,8 +713,8 @@ float normal_cdf_f32(float x) {
 
 #define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                         \
   {                                                                                                                                     \
-    name, kRows, kCols, f32, bf16, int8, zero, pack, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, scale, finish, \
-        to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw                       \
+    name, kRows, kCols, f32, bf16, int8, zero, column, pack, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, scale, \
+        finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw               \
   }
 
 // The upper half is added to the lower, four times.
@@ -771,6 +771,13 @@ void tile_int8(int64_t depth, const float* a, int64_t a_row, int64_t a_step, con
       }
       c[i * c_row + j] = std::bit_cast<float>(acc);
     }
+}
+void column(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int rows, bool add) {
+  for (int i = 0; i < rows; i++) {
+    float acc = 0;
+    for (int64_t k = 0; k < depth; k++) acc = std::fma(a[i * a_row + k], b[k], acc);
+    c[i * c_row] = add ? c[i * c_row] + acc : acc;
+  }
 }
 void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
   for (int64_t k = 0; k < depth; k++)
@@ -972,6 +979,7 @@ typedef __m512i BITS;
 constexpr const char* kName = "avx512";
 constexpr int kRows = 12, kCols = 32;  // 24 sums, 2 of b and one of a in 32 registers
 OP V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+OP __m128 fused(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
 OP V root(V a) { return _mm512_maskz_sqrt_ps(0xFFFF, a); }  // maskz here and below: of the plain form g++ 12 warns in its header
 OP V spread(float x) { return _mm512_set1_ps(x); }
 OP V read(const float* p) { return _mm512_loadu_ps(p); }
@@ -999,6 +1007,7 @@ constexpr const char* kName = "avx2";
 constexpr int kRows = 6, kCols = 16;  // 12 sums, 2 of b and one of a in 16 registers
 OP __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 OP V fused(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+OP __m128 fused(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
 OP V root(V a) { return _mm256_sqrt_ps(a); }
 OP V spread(float x) { return _mm256_set1_ps(x); }
 OP V read(const float* p) { return _mm256_loadu_ps(p); }
@@ -1291,17 +1300,46 @@ TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
   if constexpr (R > 1) tile<Words, R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
 }
 
+// to[i] holds the numbers at i of four rows, `apart` from each other.
+OP void transpose(const float* rows, int64_t apart, F4 (&to)[4]) {
+  F4 r[4];
+  UNROLL for (int i = 0; i < 4; i++) std::memcpy(&r[i], rows + i * apart, sizeof(F4));
+  const F4 p = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), q = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  const F4 s = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), t = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  to[0] = __builtin_shufflevector(p, s, 0, 1, 4, 5), to[1] = __builtin_shufflevector(p, s, 2, 3, 6, 7);
+  to[2] = __builtin_shufflevector(q, t, 0, 1, 4, 5), to[3] = __builtin_shufflevector(q, t, 2, 3, 6, 7);
+}
+
+// Rows are summed four at a time, each in a lane. They come from memory: what follows 384 bytes on is asked for.
+template <int R>
+TARGET void column_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, bool add) {
+  F4 acc[R / 4] = {};
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) UNROLL for (int g = 0; g < R / 4; g++) {
+      const float* const rows = a + g * 4 * a_row + k;
+      if (k % 16 == 0) UNROLL for (int i = 0; i < 4; i++) __builtin_prefetch(rows + i * a_row + 96);
+      F4 step[4];
+      transpose(rows, a_row, step);
+      UNROLL for (int i = 0; i < 4; i++) acc[g] = fused(step[i], F4{b[k + i], b[k + i], b[k + i], b[k + i]}, acc[g]);
+    }
+  UNROLL for (int r = 0; r < R; r++) {
+    float sum = acc[r / 4][r % 4];
+    for (int64_t i = k; i < depth; i++) sum = std::fma(a[r * a_row + i], b[i], sum);
+    c[r * c_row] = add ? c[r * c_row] + sum : sum;
+  }
+}
+TARGET void column(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int rows, bool add) {
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) column_rows<8>(depth, a + r * a_row, a_row, b, c + r * c_row, c_row, add);
+  for (; r + 4 <= rows; r += 4) column_rows<4>(depth, a + r * a_row, a_row, b, c + r * c_row, c_row, add);
+  if (r < rows) scalar::column(depth, a + r * a_row, a_row, b, c + r * c_row, c_row, rows - r, add);
+}
+
 // Four columns of b of `depth` (a multiple of 4) numbers each, to four places in every row of the panel.
 TARGET static void pack_four(int64_t depth, const float* b, int64_t b_col, float* panel) {
-  const float *b0 = b, *b1 = b + b_col, *b2 = b1 + b_col, *b3 = b2 + b_col;
   for (int64_t k = 0; k < depth; k += 4, panel += 4 * kCols) {
-    F4 r0, r1, r2, r3;
-    std::memcpy(&r0, b0 + k, sizeof r0), std::memcpy(&r1, b1 + k, sizeof r1);
-    std::memcpy(&r2, b2 + k, sizeof r2), std::memcpy(&r3, b3 + k, sizeof r3);
-    const F4 p = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), q = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
-    const F4 s = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), t = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
-    const F4 out[4] = {__builtin_shufflevector(p, s, 0, 1, 4, 5), __builtin_shufflevector(p, s, 2, 3, 6, 7),
-                       __builtin_shufflevector(q, t, 0, 1, 4, 5), __builtin_shufflevector(q, t, 2, 3, 6, 7)};
+    F4 out[4];
+    transpose(b + k, b_col, out);
     UNROLL for (int i = 0; i < 4; i++) std::memcpy(panel + i * kCols, &out[i], sizeof(F4));
   }
 }
@@ -1723,14 +1761,26 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   }
 }
 
+static constexpr int kColumnRows = 8;  // of which a column's sums are made at once
+
 // The same where b is one packed panel, as of one query against all that is searched: a comes from memory and is read once. Each row of a
 // tile walks through rows of its own, from end to end: so many streams, which the processor fetches ahead by itself.
 void one_panel_part(const Product& p, int64_t i0, int64_t i1, int64_t, int64_t) {
-  const int64_t rows = i1 - i0, strips = (rows + p.table.mr - 1) / p.table.mr;
+  const bool alone = p.n == 1;  // the panel's other columns are zeros
+  Tensor column({alone ? p.k : 0});
+  for (int64_t k = 0; k < column.size(); k++) column.data()[k] = p.panels[k * p.table.nr];
+  const int64_t rows = i1 - i0, at_once = alone ? kColumnRows : p.table.mr, strips = (rows + at_once - 1) / at_once;
   for (int64_t s = 0; s < strips; s++)
-    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth)
-      p.table.tile(std::min(kDepth, p.k - k0), p.a + (i0 + s) * p.lda + k0, strips * p.lda, 1, p.panels + k0 * p.table.nr,
-                   p.c + (i0 + s) * p.ldc, strips * p.ldc, (int)((rows - s + strips - 1) / strips), (int)p.n, p.how.add || k0);
+    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+      const int64_t depth = std::min(kDepth, p.k - k0), a_row = strips * p.lda, c_row = strips * p.ldc;
+      const float* const a = p.a + (i0 + s) * p.lda + k0;
+      float* const c = p.c + (i0 + s) * p.ldc;
+      const int here = (int)((rows - s + strips - 1) / strips);
+      if (alone)
+        p.table.column(depth, a, a_row, column.data() + k0, c, c_row, here, p.how.add || k0);
+      else
+        p.table.tile(depth, a, a_row, 1, p.panels + k0 * p.table.nr, c, c_row, here, (int)p.n, p.how.add || k0);
+    }
   finish(p, i0, i1, 0, p.n);
 }
 }  // namespace
@@ -1823,7 +1873,8 @@ static void run(const Product& p, Backend backend) {
   // to be worth it; where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20;
   const bool one_panel = !blas && p.panels && p.precision() == Precision::f32 && p.k && p.n <= p.table.nr;
-  const int64_t rows = even_piece(p.m, blas ? 512 : one_panel ? 480 : p.panels ? kPackedRows : large ? 640 : 240, p.table.mr);
+  const int64_t most_rows = blas ? 512 : one_panel ? 480 : p.panels ? kPackedRows : large ? 640 : 240;
+  const int64_t rows = even_piece(p.m, most_rows, one_panel && p.n == 1 ? kColumnRows : p.table.mr);
   const int64_t packed_cols = p.m <= kPackedRows ? 96 : p.precision() == Precision::f32 ? 768 : p.n;  // all: rows are narrowed once
   const int64_t most_cols = blas ? 768 : rows < 64 ? 64 : p.panels ? packed_cols : 192;
   const int64_t cols = even_piece(p.n, most_cols, p.table.nr), across = (p.n + cols - 1) / cols;

@@ -787,6 +787,8 @@ struct Kernels {
   // (Of a sum that rounds up to the smallest normal number, 2^-126, ARM makes 0: it flushes before it rounds. All else is alike.)
   Tile *tile_bf16, *tile_int8;
   int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
+  // One column: c[i * c_row] = the tile's chain of row i of a and b [depth], or added to what is there, for i < rows
+  void (*column)(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int rows, bool add);
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
   void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
   float (*sum)(const float* x, int64_t n);

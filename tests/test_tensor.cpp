@@ -75,8 +75,8 @@ TEST_CASE("kernels: sums along a row") {
     const Floats x = numbers(n + o, seed, 3, wild), y = numbers(n + o, seed + 1, 3, wild);
     Floats both((size_t)(n + 1), 7.f);
     both.push_back(k.add_sum(x.data() + o, y.data() + o, both.data(), n));
-    for (const float more : Floats{(float)k.squares(x.data() + o, n), k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n), k.max(x.data() + o, n),
-                                   k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
+    for (const float more : Floats{(float)k.squares(x.data() + o, n), k.sum(x.data() + o, n), k.dot(x.data() + o, y.data() + o, n),
+                                   k.max(x.data() + o, n), k.squares_about(x.data() + o, 0.3f, n), k.squares_about(x.data() + o, inf, n)})
       both.push_back(more);
     return both;
   });
@@ -207,6 +207,23 @@ TEST_CASE("kernels: pack, and the tile at every number of rows and columns and m
           }
       }
   }
+}
+
+TEST_CASE("kernels: a column's sums, which are the tile's") {
+  compare_tables([](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
+    const Floats a = numbers(17 * (n + 3) + o, seed, 1, wild), b = numbers(n + o, seed + 1, 1, wild);
+    Floats panel((size_t)(n * k.nr)), all;
+    for (int64_t i = 0; i < n; i++) panel[(size_t)(i * k.nr)] = b[(size_t)(i + o)];
+    for (int rows = 1; rows <= 17; rows++)
+      for (const bool add : {false, true}) {
+        Floats c = numbers(rows * 2, 7), tiled = c;
+        k.column(n, a.data() + o, n + 3, b.data() + o, c.data(), 2, rows, add);
+        for (int i = 0; i < rows; i++) k.tile(n, a.data() + o + i * (n + 3), 1, 1, panel.data(), tiled.data() + 2 * i, 1, 1, 1, add);
+        REQUIRE((wild || same_bytes(c, tiled)));
+        all.insert(all.end(), c.begin(), c.end());
+      }
+    return all;
+  });
 }
 
 TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers") {
