@@ -27,6 +27,7 @@
 #include <fstream>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <thread>
@@ -1335,9 +1336,10 @@ TARGET void column(int64_t depth, const float* a, int64_t a_row, const float* b,
   if (r < rows) scalar::column(depth, a + r * a_row, a_row, b, c + r * c_row, c_row, rows - r, add);
 }
 
-// Four columns of b of `depth` (a multiple of 4) numbers each, to four places in every row of the panel.
+// Four columns of b of `depth` (a multiple of 4) numbers each, to four places in every row of the panel; the next four are asked for.
 TARGET static void pack_four(int64_t depth, const float* b, int64_t b_col, float* panel) {
   for (int64_t k = 0; k < depth; k += 4, panel += 4 * kCols) {
+    if (k % 16 == 0) UNROLL for (int i = 4; i < 8; i++) __builtin_prefetch(b + i * b_col + k);
     F4 out[4];
     transpose(b + k, b_col, out);
     UNROLL for (int i = 0; i < 4; i++) std::memcpy(panel + i * kCols, &out[i], sizeof(F4));
@@ -1865,21 +1867,32 @@ static void check_product(const Gemm& how, int64_t m, int64_t n, int64_t k, int6
     fail("rows overlap: lda " + std::to_string(lda) + ", ldb " + std::to_string(ldb) + ", ldc " + std::to_string(ldc));
 }
 
-// Cuts C into tasks, by the shapes alone, and hands them out.
+// The rows and columns of C that make a task.
+static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_panel) {
+  const bool narrow = p.precision() != Precision::f32, transposed = p.how.a_transposed, few = p.m <= kPackedRows;
+  // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows to
+  // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
+  const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
+  const int64_t most_rows = blas ? 512 : one_panel ? 480 : packed ? kPackedRows : large ? 640 : 240;
+  const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.table.mr;
+  const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow ? p.n : packed ? 768 : transposed ? 384 : 192;
+  // Few tasks are made as many as the threads can share evenly.
+  const int64_t across = (p.n + most_cols - 1) / most_cols, unit = threads() / std::gcd<int64_t>(threads(), across);
+  int64_t down = (p.m + most_rows - 1) / most_rows;
+  if (unit > 1 && down * across < 4 * threads()) down = std::max(1l, std::lround((double)p.m / (double)(most_rows * unit))) * unit;
+  return {even_piece(p.m, (p.m + down - 1) / down, rows_unit), even_piece(p.n, most_cols, p.table.nr)};
+}
+
+// Cuts C into tasks and hands them out: an element's bytes do not depend on the cut.
 static void run(const Product& p, Backend backend) {
   if (!p.m || !p.n) return;
+  // Waking threads costs a few microseconds: products that take less stay here. (m + 8: weights must be read even for few rows.)
+  UseThreads use((p.m + 8) * p.n * p.k < 1 << 21 ? 1 : threads_wanted);
   const bool blas = p.k && !(p.packed && p.precision() != Precision::f32) && (backend == Backend::openblas || blas_alone());
-  // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows
-  // to be worth it; where there are few rows, more tasks are made of the columns.
-  const bool large = p.m * p.n >= 1 << 20;
   const bool one_panel = !blas && p.panels && p.precision() == Precision::f32 && p.k && p.n <= p.table.nr;
-  const int64_t most_rows = blas ? 512 : one_panel ? 480 : p.panels ? kPackedRows : large ? 640 : 240;
-  const int64_t rows = even_piece(p.m, most_rows, one_panel && p.n == 1 ? kColumnRows : p.table.mr);
-  const int64_t packed_cols = p.m <= kPackedRows ? 96 : p.precision() == Precision::f32 ? 768 : p.n;  // all: rows are narrowed once
-  const int64_t most_cols = blas ? 768 : rows < 64 ? 64 : p.panels ? packed_cols : 192;
-  const int64_t cols = even_piece(p.n, most_cols, p.table.nr), across = (p.n + cols - 1) / cols;
-  const int64_t tasks = (p.m + rows - 1) / rows * across;
-  auto part = [&](int64_t i) {
+  const auto [rows, cols] = cut(p, blas, one_panel);
+  const int64_t across = (p.n + cols - 1) / cols, tasks = (p.m + rows - 1) / rows * across;
+  auto part = [&, rows = rows, cols = cols](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
     (blas ? blas_part : one_panel ? one_panel_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
   };
@@ -1888,8 +1901,6 @@ static void run(const Product& p, Backend backend) {
     if (std::max({p.k, p.lda, p.ldb, p.ldc}) > INT32_MAX) throw Error("gemm: OpenBLAS counts with 32 bits, and a side is larger");
     one.emplace();
   }
-  // Waking threads costs a few microseconds: products that take less stay here. (m + 8: weights must be read even for few rows.)
-  UseThreads use((p.m + 8) * p.n * p.k < 1 << 21 ? 1 : threads_wanted);
   parallel_for(tasks, part);
 }
 
