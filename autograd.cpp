@@ -756,8 +756,12 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
     Tensor z({m, V});
     products.forward(first, z);
     float* const scores = z.data();
-    parallel_for(row_blocks(m), [&](int64_t block) {
-      for (int64_t r = block * kRowBlock; r < std::min(m, (block + 1) * kRowBlock); r++) {
+    auto add_to_bias = [&](int64_t r, int64_t c0, int64_t c1) {
+      k.add(scores + r * V + c0, db.data() + (first + r) / kRowBlock * V + c0, c1 - c0);
+    };
+    const bool few = row_blocks(m) < threads();  // then a row's sums are shared by all threads
+    parallel_ranges(m, few ? 4 : kRowBlock, [&](int64_t r0, int64_t r1) {
+      for (int64_t r = r0; r < r1; r++) {
         float* const row = scores + r * V;
         const auto i = (size_t)(first + r);
         const float own = row[labels[i]], top = k.max(row, V), lse = top + log_f32(k.exp_sum(row, 1, top, scratch(0, V), V));
@@ -766,9 +770,13 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
         k.exp_sum(row, 1, lse, row, V);  // dz = (softmax(z) - onehot(label)) / divisor
         row[labels[i]] -= 1;
         k.scale(share, row, row, V);
-        k.add(row, db.data() + (first / kRowBlock + block) * V, V);
+        if (!few) add_to_bias(r, 0, V);
       }
     });
+    if (products.training && few)
+      parallel_ranges(V, 2048, [&](int64_t c0, int64_t c1) {
+        for (int64_t r = 0; r < m; r++) add_to_bias(r, c0, c1);
+      });
     if (products.training) products.backward(first, z, dx, dw);
   }
   double sum = 0;
