@@ -225,8 +225,8 @@ class Args {
   void exclude(const std::string& one, const std::string& other) const {
     if (given(one) && given(other)) fail("--" + one + " and --" + other + " exclude each other");
   }
-  void goes_with(const std::string& one, const std::string& other) const {
-    if (given(one) && !given(other)) fail("--" + one + " goes with --" + other);
+  void needs(const std::string& one, const std::string& other, const std::string& why = "") const {
+    if (given(one) && !given(other)) fail("--" + one + " needs --" + other + why);
   }
 
   void done() const {
@@ -306,8 +306,9 @@ struct Common {
         a.take("device", "cpu|opencl|opencl:N|opencl:NAME", "what computes large products; bert info lists the devices", "cpu");
     const Strings dtypes = {"the folder's", "f32", "bf16", "int8", "f16"};
     const bool asks_folder = narrowest == Precision::int8, opencl = device == "opencl" || device.starts_with("opencl:");
-    const int dtype = !asks_folder + a.take_choice("dtype", {dtypes.begin() + !asks_folder, dtypes.end()},
-                                                   "of products (int8: only where a model answers; f16: there, with --device opencl)");
+    const int dtype =
+        !asks_folder + a.take_choice("dtype", {dtypes.begin() + !asks_folder, dtypes.end()},
+                                     "of products; sums are f32 (int8: only where a model answers; f16: there, with --device opencl)");
     half = dtype == 4;
     if (!opencl) a.choice("device", device, {"cpu", "opencl"});
     if (half && asks_folder && !opencl) throw Error("--dtype f16: goes with --device opencl; on the cpu f32, bf16 and int8 do");
@@ -1448,7 +1449,7 @@ void cmd_vocab(Args& a) {
   VocabTrainer::Options options;
   options.size = a.take_int("size", 0, 10, 10000000, "the number of pieces, for example 8000");
   options.min_count = a.take_int("min-count", 2, 1, INT32_MAX, "a piece must occur so often");
-  options.alphabet = a.take_int("alphabet", 0, 0, INT32_MAX, "at most so many characters; default: all seen min-count times, at most half");
+  options.alphabet = a.take_int("alphabet", 0, 0, INT32_MAX, "characters at most; default: all seen min-count times, up to half of --size");
   TokenizerSettings settings;
   settings.lowercase = !a.take_switch("cased", "keep upper case");
   const int64_t max_memory = a.take_size("max-memory", "2G", "for the words; beyond, the rarest are dropped");
@@ -1456,7 +1457,7 @@ void cmd_vocab(Args& a) {
   const bool with_model = a.take_switch("model", "and rows to its model"), overwrite = take_overwrite(a);
   a.done();
   if (!options.size) a.fail("--size is missing: the number of pieces, for example 8000");
-  a.exclude("extend", "cased"), a.goes_with("model", "extend");
+  a.exclude("extend", "cased"), a.needs("model", "extend");
 
   std::optional<ModelFolder> model;
   if (with_model) model = open_model(extend, false);
@@ -1513,14 +1514,14 @@ struct Tokenization {
 
   void check(Format format) const {
     const std::string length = "--max-length " + to_string(encode.max_length), stride = "--stride " + to_string(encode.stride);
-    if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     if (encode.add_special && encode.max_length && encode.max_length < 3)
       a.fail(length + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+    if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     // As the reference, which leaves room for [CLS] and [SEP] even where they are not added.
     if (const int64_t most = encode.max_length - (encode.add_special ? 3 : 2); encode.stride > std::max<int64_t>(most, 0))
       a.fail(stride + ": not smaller than the windows of " + length + (most > 0 ? "; at most " + to_string(most) : "; give a larger one"));
     for (const char* name : {"to", "stats", "offsets", "split-words", "max-length", "stride"}) a.exclude("decode", name);
-    a.goes_with("skip-special", "decode"), a.goes_with("cleanup", "decode");
+    a.needs("skip-special", "decode"), a.needs("cleanup", "decode");
     if (decode ? format && format != kIds : format == kIds) a.fail("--decode takes --format ids, and nothing else does");
   }
 };
@@ -2241,12 +2242,9 @@ struct Evaluation {
   std::string report;  // confusion matrix and worst mistakes
 };
 Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "") {
+  if (set.items.empty()) return {};
+  if (only_partners(f.task, set.golds)) return {partner_scores(f.asked(bert), set.items, ending), {}, ""};
   Evaluation e;
-  if (set.items.empty()) return e;
-  if (only_partners(f.task, set.golds)) {
-    e.metrics = partner_scores(f.asked(bert), set.items, ending);
-    return e;
-  }
   Scorer scorer(f.task, f.labels.names);
   std::multimap<double, Mistake, std::greater<>> worst;
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
@@ -3039,7 +3037,7 @@ void cmd_quantize(Args& a) {
   const int64_t batch_tokens = a.take_int("batch-tokens", 8192, 1, 1 << 30, "tokens of a batch");
   const bool overwrite = take_overwrite(a);
   a.done();
-  if (max_drop && source.files.empty()) a.fail("--max-drop needs --dev: texts to measure the drop on");
+  a.needs("max-drop", "dev", ": texts to measure the drop on");
   refuse_same_folder(model, output);
   check_output(output, {}, overwrite);
   Quantizing q(model, batch_tokens);
