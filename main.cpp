@@ -150,8 +150,8 @@ class Args {
     describe(name, kind, what, otherwise);
     return keep(name, find(name).value_or(otherwise));
   }
-  std::string need(const std::string& name, const std::string& kind, const std::string& what) {
-    const std::string value = take(name, kind, what);
+  std::string need(const std::string& name, const std::string& kind, const std::string& what, const std::string& otherwise = "") {
+    const std::string value = take(name, kind, what, otherwise);
     if (value.empty() && missing_.empty()) missing_ = "--" + name + " is missing: " + what;
     return value.empty() ? kind : value;  // a stand-in: done() ends the command
   }
@@ -1774,7 +1774,7 @@ struct Pretraining {
   const Common& common;
   const Source input = take_source(a);
   const std::string init = a.take("init", "DIR", "go on from a model, instead of --config");
-  const std::string vocab = a.take("vocab", "DIR", "a folder that bert vocab wrote, or a model's", init);
+  const std::string vocab = a.need("vocab", "DIR", "a folder that bert vocab wrote, or a model's", init);
   const std::string config_name = a.take("config", "NAME", "tiny, mini, small, medium, base or a config.json");
   const std::optional<Source> dev_input = take_like(a, "dev", input, "held-out text");
   const double dev_split = a.take_number("dev-split", 0.01, 0., 0.5, "or so much of the input: up to 100,000 tokens, of whole documents");
@@ -1798,7 +1798,6 @@ struct Pretraining {
   Corpus dev = {};
 
   void check() const {
-    if (vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
     if (config_name.empty() && init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
     a.exclude("config", "init"), a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite"), a.exclude("max-length", "phases");
     if (cache.empty()) a.fail("--cache is empty: a folder is wanted");
@@ -2378,10 +2377,13 @@ struct Answering {
   Source source = take_source(a);
   Results out{a};
   int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30, "tokens of a batch"), stride = 128;
-  ModelFolder folder = {};                        // by open(), when every option is taken
+  ModelFolder folder = {};                        // by open()
   std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
 
-  void open() { folder = open_model(model, true, common.precision); }
+  void open() {  // when every option is taken
+    a.done();
+    folder = open_model(model, true, common.precision);
+  }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
     throw Error(model + ": a model for " + head().name + ", but this command wants one for " + wanted);
@@ -2468,7 +2470,6 @@ Numbers label_scores(Answering& s) {
 
 void cmd_evaluate(Args& a) {
   Answering s{a};
-  a.done();
   s.open();
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
   s.out.finish();
@@ -2588,7 +2589,6 @@ void cmd_predict(Args& a) {
   const Strings ways = {"window", "error", "truncate"};
   const std::string how = ways[(size_t)a.take_choice("long", ways, "of texts over the limit: in windows that share")];
   s.stride = a.take_int("stride", 128, 0, 1 << 20, "so many tokens");
-  a.done();
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   s.open();
   p.task = s.folder.bert.task, p.labels = s.folder.config.labels, p.null_threshold = s.folder.config.null_threshold;
@@ -2615,7 +2615,6 @@ void cmd_fill_mask(Args& a) {
   Answering s{a, "the folder of a masked-word model"};
   const int64_t top = a.take_int("top", 5, 1, 1 << 20, "guesses for each");
   const bool score = a.take_switch("score", "log-likelihood of whole texts instead");
-  a.done();
   a.exclude("score", "top");
   s.open();
   if (!s.head().masked_words) s.wrong_model("masked words");
@@ -2712,11 +2711,9 @@ void cmd_embed(Args& a) {
   Answering s{a};
   EmbedOptions o{a};
   const bool npy = o.to == EmbedOptions::npy;
-  a.done();
   if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
   if (o.tokens && (o.kind || o.normalize)) a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
   s.open();
-
   const Config& config = s.folder.config;
   o.pooling = s.folder.pooling;
   if (o.kind) o.pooling = {.kinds = {(Pooling::Kind)(o.kind - 1)}, .layers = {}, .normalize = o.pooling.normalize};
@@ -2777,7 +2774,6 @@ void cmd_search(Args& a) {
   Answering s{a, "a model's folder", 2048};  // no slower, and beside the vectors the memory of a batch shows
   const int64_t top = a.take_int("top", 5, 1, 1 << 20, "lines for each query");
   const bool pairs = a.take_switch("pairs", "the closest pairs of lines instead of queries");
-  a.done();
   a.exclude("pairs", "input");
   s.open();
   Pooling pooling = s.folder.pooling;
