@@ -2690,7 +2690,8 @@ void check_folder(const std::string& folder, bool weights) {
   if (!missing.empty()) throw Error(folder + ": " + list_names(missing) + " missing" + where_from);
 }
 
-void check_output(const std::string& path, bool resume, bool overwrite) {
+void check_output(const std::string& path, std::optional<bool> resumes, bool overwrite) {
+  const bool resume = resumes.value_or(false);
   const bool there = fs::exists(path), state = TrainingStates(path, 1).any();
   if (there && !fs::is_directory(path)) throw Error(path + ": a file, where a folder is wanted; give another --output");
   if (resume && !there) throw Error(path + ": no such folder; --resume goes on in the folder of the run that was stopped");
@@ -2704,7 +2705,7 @@ void check_output(const std::string& path, bool resume, bool overwrite) {
   if (foreign.empty() || overwrite || (resume && state)) return;
   if (resume) throw Error(path + ": holds no run that could go on (no training_state.safetensors); begin anew without --resume");
   throw Error(path + ": holds files already (" + foreign + "); give another --output, or --overwrite" +
-              (state ? ", or go on with --resume" : ""));
+              (state && resumes ? ", or go on with --resume" : ""));
 }
 
 std::map<std::string, std::string> tokenizer_files(const std::string& path, const WordPiece& tokenizer, int64_t max_length) {

@@ -733,8 +733,9 @@ struct ModelFolder {
 };
 // Throws Error that says what the folder lacks, and to a newcomer where models come from. weights: whether it must hold them.
 void check_folder(const std::string& folder, bool weights = true);
-// Throws Error for a folder to write that holds something else, and with `resume` for one that holds no run.
-void check_output(const std::string& folder, bool resume, bool overwrite);
+// Throws Error for a folder to write that holds something else, and with `resume` for one that holds no run; unset: what writes it has no
+// --resume.
+void check_output(const std::string& folder, std::optional<bool> resume, bool overwrite);
 // The tokenizer's files as they are, of a folder or of a vocab.txt, for a model folder that is made from it.
 std::map<std::string, std::string> tokenizer_files(const std::string& folder_or_file, const WordPiece& tokenizer, int64_t max_length);
 // The text that a sentence-transformers folder has under `name`, to go in front of every text; "": its default, if any. Throws Error

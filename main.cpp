@@ -132,22 +132,32 @@ std::string nearest(const std::string& word, const Strings& names) {
 }
 
 // ==== 2 options ===================================================================================================
-// The words after the command. Options are taken; what is left when all are taken is an error. What was taken, given or by default, is
-// kept for the report and for --resume, which compares it.
+// The words after the command. Options are taken, each with what `bert help` says of it; what is left when all are taken is an error. What
+// was taken, given or by default, is kept for the report and for --resume, which compares it.
 class Args {
  public:
-  Args(std::string command, Strings words) : command_(std::move(command)), words_(std::move(words)) {}
+  std::string group;                        // of the options taken next, in the help
+  std::map<std::string, std::string> help;  // what was taken, by groups
+  std::function<void()> when_done = [] {};  // what waits until no option is misspelt
+  bool empty_is_absent = false;             // bench: --model= counts as not given
+  struct Described {};                      // thrown by done() where nothing but the help was asked for
 
-  std::string take(const std::string& name, const std::string& otherwise = "") { return keep(name, find(name).value_or(otherwise)); }
-  std::string need(const std::string& name, const std::string& what) {
-    const std::string value = take(name);
-    if (!value.empty()) return value;
-    for (const std::string& word : words_)  // said here already: the command stops before it sees what is left
-      if (word.starts_with("--") && edit_distance(word.substr(2), name) < 3) fail("no option " + word + "; did you mean --" + name + "?");
-    fail("--" + name + " is missing: " + what);
+  Args(std::string command, Strings words, bool describes = false)
+      : command_(std::move(command)), words_(std::move(words)), describes_(describes) {}
+
+  // kind: of its value, for the help: DIR, FILE.
+  std::string take(const std::string& name, const std::string& kind, const std::string& what, const std::string& otherwise = "") {
+    describe(name, kind, what, otherwise);
+    return keep(name, find(name).value_or(otherwise));
+  }
+  std::string need(const std::string& name, const std::string& kind, const std::string& what, const std::string& otherwise = "") {
+    const std::string value = take(name, kind, what, otherwise);
+    if (value.empty() && missing_.empty()) missing_ = "--" + name + " is missing: " + what;
+    return value.empty() ? kind : value;  // a stand-in: done() ends the command
   }
   // Repeatable, and with several values at once: --input a b --input c.
-  Strings take_all(const std::string& name) {
+  Strings take_all(const std::string& name, const std::string& what) {
+    describe(name, "FILE...", what, "");
     Strings values;
     while (const auto value = find(name)) {
       values.push_back(*value);
@@ -156,15 +166,16 @@ class Args {
     keep(name, join(values, " "));
     return values;
   }
-  bool take_switch(const std::string& name) {
-    asked_.push_back(name);
+  bool take_switch(const std::string& name, const std::string& what) {
+    describe(name, "", what, "");
     if (const int i = index_of("--" + name, words_); i >= 0) erase((size_t)i, 1), given_.insert(name);
     keep(name, given(name) ? "yes" : "");
     return given(name);
   }
   // A default of 0 or less means: not given.
   template <class T>
-  T take_number(const std::string& name, T otherwise, T low, T high) {
+  T take_number(const std::string& name, T otherwise, T low, T high, const std::string& what) {
+    describe(name, std::is_integral_v<T> ? "N" : "X", what, otherwise > 0 ? exact(otherwise) : "");
     const std::optional<std::string> text = find(name);
     const std::optional<T> value = text ? parse_number<T>(*text) : otherwise;
     if (!value || (text && !(*value >= low && *value <= high)))
@@ -173,30 +184,36 @@ class Args {
     keep(name, *value > 0 || text ? exact(*value) : "");
     return *value;
   }
-  int64_t take_int(const std::string& name, int64_t otherwise, int64_t low, int64_t high) {
-    return take_number<int64_t>(name, otherwise, low, high);
+  int64_t take_int(const std::string& name, int64_t otherwise, int64_t low, int64_t high, const std::string& what) {
+    return take_number<int64_t>(name, otherwise, low, high, what);
+  }
+  std::optional<double> take_optional(const std::string& name, double low, double high, const std::string& what) {
+    const double value = take_number(name, low - 1, low, high, what);
+    return given(name) ? std::optional(value) : std::nullopt;
   }
   // 500M, 2G, or a plain number of bytes.
-  int64_t take_size(const std::string& name, const std::string& otherwise) {
-    const std::string text = take(name, otherwise);
+  int64_t take_size(const std::string& name, const std::string& otherwise, const std::string& what) {
+    const std::string text = take(name, "N", what, otherwise);
     const size_t unit = std::string_view("KMG").find(text.empty() ? ' ' : text.back()) + 1;
     const double bytes =
         parse_number<double>(std::string_view(text).substr(0, text.size() - (unit > 0))).value_or(0) * std::pow(1024.0, (double)unit);
     if (!(bytes >= 1) || bytes > 1e18) fail("--" + name + " " + text + ": a size such as 500M or 2G is wanted");
     return (int64_t)bytes;
   }
-  // The number of the choice.
-  int choice(const std::string& name, const std::string& value, Strings choices) const {
-    const int at = index_of(value, choices);
-    if (at >= 0) return at;
-    std::erase_if(choices, [](const std::string& c) { return c.find(' ') != c.npos; });  // a default that is not for typing
-    fail("--" + name + " " + value + ": " + join(Strings(choices.begin(), choices.end() - 1), ", ") + " or " + choices.back() +
-         " is wanted; did you mean " + nearest(value, choices) + "?");
+  // The number of the choice, of which the first is the default. One with a space in it is not for typing.
+  int take_choice(const std::string& name, const Strings& choices, const std::string& what = "") {
+    return choice(name, take(name, join(typed(choices), "|"), what, choices[0]), choices);
   }
-  int take_choice(const std::string& name, const Strings& choices) { return choice(name, take(name, choices[0]), choices); }
+  int choice(const std::string& name, const std::string& value, const Strings& choices) const {
+    const int at = index_of(value, choices);
+    if (at >= 0 || !missing_.empty()) return std::max(at, 0);
+    const Strings names = typed(choices);
+    fail("--" + name + " " + value + ": " + join(Strings(names.begin(), names.end() - 1), ", ") + " or " + names.back() +
+         " is wanted; did you mean " + nearest(value, names) + "?");
+  }
   // Unset: as the model's folder has it.
-  std::optional<bool> take_yes_no(const std::string& name) {
-    const int value = take_choice(name, {"the folder's", "yes", "no"});
+  std::optional<bool> take_yes_no(const std::string& name, const std::string& what) {
+    const int value = take_choice(name, {"the folder's", "yes", "no"}, what);
     return value ? std::optional<bool>(value == 1) : std::nullopt;
   }
   // The next word in front of the options.
@@ -205,16 +222,17 @@ class Args {
     if (!word.empty()) erase(0, 1);
     return word;
   }
-  std::optional<double> take_optional(const std::string& name, double low, double high) {
-    const double value = take_number(name, low - 1, low, high);
-    return given(name) ? std::optional(value) : std::nullopt;
-  }
   void exclude(const std::string& one, const std::string& other) const {
     if (given(one) && given(other)) fail("--" + one + " and --" + other + " exclude each other");
   }
+  void needs(const std::string& one, const std::string& other, const std::string& why = "") const {
+    if (given(one) && !given(other)) fail("--" + one + " needs --" + other + why);
+  }
 
   void done() const {
-    if (words_.empty()) return;
+    if (describes_) throw Described();
+    if (words_.empty() && !missing_.empty()) fail(missing_);
+    if (words_.empty()) return when_done();
     const std::string word = words_[0].substr(0, words_[0].find('='));
     if (!word.starts_with("-")) fail("'" + words_[0] + "' belongs to no option");
     const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size()));
@@ -225,21 +243,31 @@ class Args {
 
   const Named& taken() const { return taken_; }
   bool given(const std::string& name) const { return given_.count(name) > 0; }
-  bool empty_is_absent = false;  // bench: --model= counts as not given
 
  private:
-  std::string command_;
+  std::string command_, missing_;  // missing_: what is said of the first one
   Strings words_, asked_;
+  bool describes_;
   std::set<std::string> given_;
   Named taken_;
   size_t at_ = 0;  // where the last option taken stood
 
   void erase(size_t i, size_t n) { words_.erase(words_.begin() + (int64_t)i, words_.begin() + (int64_t)(i + n)); }
   std::string keep(const std::string& name, const std::string& value) { return taken_.emplace_back(name, value).second; }
+  static Strings typed(Strings choices) {
+    std::erase_if(choices, [](const std::string& c) { return c.find(' ') != c.npos; });
+    return choices;
+  }
+  void describe(const std::string& name, const std::string& kind, const std::string& what, const std::string& otherwise) {
+    if (among(name, asked_)) return;  // by the command itself, with a meaning of its own
+    asked_.push_back(name);
+    std::string line = "  --" + name + (kind.empty() ? "" : " " + kind) + "  ";
+    line.resize(std::max<size_t>(line.size(), 22), ' ');
+    help[group] += line + what + (otherwise.empty() ? "" : std::string(what.empty() ? "" : " ") + "(default: " + otherwise + ")") + "\n";
+  }
 
   std::optional<std::string> find(const std::string& name) {
     const std::string plain = "--" + name;
-    asked_.push_back(name);
     for (at_ = 0; at_ < words_.size(); at_++) {
       const bool with_value = words_[at_].starts_with(plain + "=");
       if (!with_value && words_[at_] != plain) continue;
@@ -263,19 +291,24 @@ DeviceOptions device_options(bool half) {
 
 // What every command takes.
 struct Common {
-  UseThreads use;
+  std::optional<UseThreads> use;
   uint64_t seed;
   std::optional<Precision> precision;  // of --dtype; unset: the folder's
   bool half;                           // --dtype f16: a device's weights
 
   // narrowest: what the command can compute in.
-  explicit Common(Args& a, Precision narrowest = Precision::f32)
-      : use((int)a.take_int("threads", 0, 0, 4096)), seed((uint64_t)a.take_int("seed", 1, 0, INT64_MAX)) {
-    quiet = a.take_switch("quiet");
-    const std::string device = a.take("device", "cpu");
+  explicit Common(Args& a, Precision narrowest = Precision::f32) {
+    a.group = "of every command";
+    use.emplace((int)a.take_int("threads", 0, 0, 4096, "default: the cores this process may use; results do not depend on it"));
+    seed = (uint64_t)a.take_int("seed", 1, 0, INT64_MAX, "of everything random");
+    quiet = a.take_switch("quiet", "no progress, no remarks");
+    const std::string device =
+        a.take("device", "cpu|opencl|opencl:N|opencl:NAME", "what computes large products; bert info lists the devices", "cpu");
     const Strings dtypes = {"the folder's", "f32", "bf16", "int8", "f16"};
     const bool asks_folder = narrowest == Precision::int8, opencl = device == "opencl" || device.starts_with("opencl:");
-    const int dtype = asks_folder ? a.take_choice("dtype", dtypes) : 1 + a.take_choice("dtype", {dtypes.begin() + 1, dtypes.end()});
+    const int dtype =
+        !asks_folder + a.take_choice("dtype", {dtypes.begin() + !asks_folder, dtypes.end()},
+                                     "of products; sums are f32 (int8: only where a model answers; f16: there, with --device opencl)");
     half = dtype == 4;
     if (!opencl) a.choice("device", device, {"cpu", "opencl"});
     if (half && asks_folder && !opencl) throw Error("--dtype f16: goes with --device opencl; on the cpu f32, bf16 and int8 do");
@@ -285,7 +318,8 @@ struct Common {
     if (opencl && (dtype == 2 || dtype == 3))
       throw Error("--dtype " + dtypes[(size_t)dtype] + ": goes with --device cpu; opencl computes in f32 and f16");
     if (dtype) precision = half ? Precision::f32 : (Precision)(dtype - 1);
-    if (opencl) use_device(device, device_options(half));
+    if (opencl) a.when_done = [device, half = half] { use_device(device, device_options(half)); };
+    a.group.clear();
   }
 };
 
@@ -370,20 +404,22 @@ struct Source {
   std::string prompt;        // goes in front of every text
 };
 
-Source take_source(Args& a, const std::string& name = "input") {
+Source take_source(Args& a, const std::string& name = "input", const std::string& what = "- or none: standard input") {
   Source s;
-  s.files = a.take_all(name);
+  s.files = a.take_all(name, what);
   if (s.files.empty() && name == "input") s.files = {"-"};
+  a.group = "how they are read";
   s.format = (Format)a.take_choice("format", kFormats);
-  s.columns = a.take("columns");
-  s.header = !a.take_switch("no-header");
-  s.skip_bad = a.take_switch("skip-bad");
+  s.columns = a.take("columns", "text=A,pair=B,label=C", "names, or numbers from 0; default: by well-known names");
+  s.header = !a.take_switch("no-header", "tsv and csv without a header line");
+  s.skip_bad = a.take_switch("skip-bad", "pass over lines that cannot be used, and count them");
+  a.group.clear();
   if (!s.header && s.columns.empty()) a.fail("--no-header needs --columns text=0 or the like");
   return s;
 }
 // A file that is read as `source` is: --dev, --test.
-std::optional<Source> take_like(Args& a, const std::string& name, Source source) {
-  source.files = {a.take(name)};
+std::optional<Source> take_like(Args& a, const std::string& name, Source source, const std::string& what) {
+  source.files = {a.take(name, "FILE", what)};
   return a.given(name) ? std::optional<Source>(source) : std::nullopt;
 }
 
@@ -502,9 +538,11 @@ class Rows {
     if (format_ == kConll) return sentence(row);
     if (format_ == kSquad) return question(row);
     if (table(format_) ? !cells(parts, row) : !line(text_line_, row)) return false;
-    if (table(format_))
-      columns(parts, row);
-    else if (format_ == kJsonl)
+    if (table(format_)) {
+      std::vector<std::pair<std::string, Json>> cells;
+      for (std::string& part : parts) cells.emplace_back("", Json(std::move(part)));
+      fields(cells, row);
+    } else if (format_ == kJsonl)
       json(text_line_, row);
     else if (format_ == kFasttext)
       fasttext(text_line_, row);
@@ -521,7 +559,7 @@ class Rows {
     while (line(text, row)) {
       for (char& c : text) c = c == '\t' ? ' ' : c;
       const Strings parts = split_words(text);
-      if (parts.empty() && row.words.empty() && wrong.empty()) continue;
+      if (parts.empty() && first.empty()) continue;
       if (parts.empty()) break;
       if (parts[0] == "-DOCSTART-") continue;
       if (first.empty()) first = row.where;
@@ -606,18 +644,6 @@ class Rows {
       row.pair = text.substr(tab + 1);
     }
     row.text.assign(text, 0, tab);
-  }
-  void columns(const Strings& parts, Row& row) const {
-    int last = std::max({text_, pair_, label_});
-    for (const int i : others_) last = std::max(last, i);
-    if ((int)parts.size() <= last)
-      throw BadLine(counted((int64_t)parts.size(), "field") + ", but column " + to_string(last) +
-                    " (from 0) is wanted; check the separators");
-    row.text = parts[text_];
-    if (pair_ >= 0) row.pair = parts[pair_];
-    if (label_ >= 0) row.told.answers = {parts[label_]};
-    if (label_ >= 0 && s_.task == Task::qa) row.told = {}, add_answers(row, Json(parts[label_]));
-    for (const int i : others_) row.others.push_back(parts[i]);
   }
   static void fasttext(const std::string& text, Row& row) {
     static const std::string mark = "__label__";
@@ -737,22 +763,29 @@ class Rows {
     Strings names;
     for (const auto& member : v.members()) names.push_back(member.first);
     pick(names);
-    const auto& values = v.members();
-    row.text = string_or_words(values[text_].second, names[text_], row.words);
-    if (s_.task == Task::tag && !row.words.empty()) row.text = join(row.words, " ");
-    if (pair_ >= 0) row.pair = string_or_words(values[pair_].second, names[pair_], row.pair_words);
-    for (const int i : others_) {
-      const Json& other = values[i].second;
-      if (other.is(Json::string) || other.is(Json::array)) append_answers(other, row.others);
-    }
     if (const Json* id = s_.task == Task::qa ? v.find("id") : nullptr) row.id = answer(*id);
+    fields(v.members(), row);
+  }
+  // What was picked of a row's columns or keys.
+  void fields(const std::vector<std::pair<std::string, Json>>& values, Row& row) const {
+    int last = std::max({text_, pair_, label_});
+    for (const int i : others_) last = std::max(last, i);
+    if ((int)values.size() <= last)
+      throw BadLine(counted((int64_t)values.size(), "field") + ", but column " + to_string(last) +
+                    " (from 0) is wanted; check the separators");
+    row.text = string_or_words(values[text_], row.words);
+    if (s_.task == Task::tag && !row.words.empty()) row.text = join(row.words, " ");
+    if (pair_ >= 0) row.pair = string_or_words(values[pair_], row.pair_words);
+    for (const int i : others_)
+      if (const Json& other = values[i].second; other.is(Json::string) || other.is(Json::array)) append_answers(other, row.others);
     if (label_ < 0) return;
     const Json& label = values[label_].second;
     if (s_.task == Task::qa) return add_answers(row, label);
     row.told.listed = label.is(Json::array);
     append_answers(label, row.told.answers);
   }
-  std::string string_or_words(const Json& v, const std::string& key, Strings& words) const {
+  std::string string_or_words(const std::pair<std::string, Json>& field, Strings& words) const {
+    const auto& [key, v] = field;
     if (v.is(Json::string)) return v.as_string(key);
     if ((!s_.word_lists && s_.task != Task::tag) || !v.is(Json::array)) throw BadLine("'" + key + "' is not a string");
     append_answers(v, words);
@@ -792,7 +825,7 @@ bool read_chunk(Rows& rows, std::vector<Row>& chunk, size_t most) {
 class Results {
  public:
   explicit Results(Args& a) {
-    const std::string path = a.take("output");
+    const std::string path = a.take("output", "FILE", "whole or not at all; default: standard output");
     struct stat there;
     const bool device = path.starts_with("/dev/") || (!::stat(path.c_str(), &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode));
     if (device) {  // or a pipe: nothing to put in place of
@@ -873,14 +906,13 @@ int64_t read_text(Source source, const WordPiece& tokenizer, int64_t skip, Corpu
   return number;
 }
 
-[[noreturn]] void no_text(const Source& source) {
-  throw Error(join(source.files, ", ") + ": no text; give a file with a paragraph a line");
-}
+[[noreturn]] void nothing(const Source& source, const std::string& wanted) { throw Error(join(source.files, ", ") + ": no " + wanted); }
+constexpr const char* kNoText = "text; give a file with a paragraph a line";
 
 Corpus read_corpus(const Source& source, const WordPiece& tokenizer) {
   Corpus corpus;
   read_text(source, tokenizer, 0, corpus, [](int64_t) {});
-  if (corpus.ids.empty()) no_text(source);
+  if (corpus.ids.empty()) nothing(source, kNoText);
   return corpus;
 }
 
@@ -955,7 +987,7 @@ void catch_signals() {
 int64_t stored_number(const About& about, const char* key) { return parse_number<int64_t>(about.at(key)).value_or(0); }
 
 // The folder that a command writes: made, and locked against a second run.
-FolderLock lock_output(const std::string& path, bool resume, bool overwrite) {
+FolderLock lock_output(const std::string& path, std::optional<bool> resume, bool overwrite) {
   check_output(path, resume, overwrite);
   std::error_code code;
   fs::create_directories(path, code);
@@ -1045,12 +1077,13 @@ struct RunSettings {
   bool resume = false, overwrite = false;
   int64_t save_every = 0, keep = 2;  // save_every 0: every five minutes
 };
+bool take_overwrite(Args& a) { return a.take_switch("overwrite", "write into a folder that holds files"); }
 RunSettings take_run(Args& a, bool by_steps) {
-  return {.output = a.need("output", "the folder to write the model to"),
-          .resume = a.take_switch("resume"),
-          .overwrite = a.take_switch("overwrite"),
-          .save_every = by_steps ? a.take_int("save-every", 0, 1, INT32_MAX) : 0,
-          .keep = by_steps ? a.take_int("keep", 2, 1, 100) : 2};
+  return {.output = a.need("output", "DIR", "the folder to write the model to"),
+          .resume = a.take_switch("resume", "go on with the run in --output"),
+          .overwrite = take_overwrite(a),
+          .save_every = by_steps ? a.take_int("save-every", 0, 1, INT32_MAX, "steps; default: every five minutes") : 0,
+          .keep = by_steps ? a.take_int("keep", 2, 1, 100, "training states kept") : 2};
 }
 
 // What a training command has beside its trainer: its folder, log.jsonl, report.html, the progress line, signals.
@@ -1386,7 +1419,7 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
                   (total > bytes ? ", " + time_left(began, bytes, total) : ""));
   }
   rows.report();
-  if (!trainer.words()) throw Error(join(source.files, ", ") + ": no words; give files of text");
+  if (!trainer.words()) nothing(source, "words; give files of text");
   if (trainer.dropped_count())
     note("bert: more different words than --max-memory holds: those seen up to " + counted(trainer.dropped_count(), "time") +
          " when it was full were dropped, so the order of the text matters; give more memory to keep them");
@@ -1394,16 +1427,15 @@ void count_words(VocabTrainer& trainer, const Source& source, Progress& progress
 
 // Writes what `vocab` made: a folder with a vocabulary, or with a model that has rows for the new pieces.
 void write_vocabulary(const std::string& output, const Strings& pieces, const TokenizerSettings& settings, const std::string& extend,
-                      const WordPiece& old, bool with_model) {
-  ModelFolder model;
-  if (with_model) model = open_model(extend, false), extend_rows(model.bert, old, pieces);
-  std::map<std::string, std::string> files = model.carried;
+                      const WordPiece& old, ModelFolder* model) {
+  std::map<std::string, std::string> files;
+  if (model) files = model->carried, extend_rows(model->bert, old, pieces);
   if (!extend.empty()) files.merge(tokenizer_files(extend, old, 512));
   if (files.erase("tokenizer.json"))
     note("bert: " + extend + "/tokenizer.json is left behind: vocab.txt and tokenizer_config.json say it all");
   files.try_emplace("tokenizer_config.json", tokenizer_config_json(settings, 512));
   files["vocab.txt"] = join(pieces, "\n") + "\n";
-  if (with_model) return save_folder(output, model.bert, files);
+  if (model) return save_folder(output, model->bert, files);
   for (const char* name : {"tokenizer.json", "special_tokens_map.json"})  // of a vocabulary that was here before
     if (!files.count(name)) fs::remove(output + "/" + name);
   for (const auto& [name, bytes] : files) write_file(output + "/" + name, bytes);
@@ -1413,23 +1445,27 @@ void cmd_vocab(Args& a) {
   Common common(a);
   Source source = take_source(a);
   source.raw = true;
-  const std::string output = a.need("output", "the folder to write vocab.txt to"), extend = a.take("extend");
-  const bool overwrite = a.take_switch("overwrite"), with_model = !extend.empty() && a.take_switch("model");
+  const std::string output = a.need("output", "DIR", "the folder to write vocab.txt to");
   VocabTrainer::Options options;
-  options.size = a.take_int("size", 0, 10, 10000000);
-  if (!options.size) a.fail("--size is missing: the number of pieces, for example 8000");
-  options.min_count = a.take_int("min-count", 2, 1, INT32_MAX);
-  options.alphabet = a.take_int("alphabet", 0, 0, INT32_MAX);
+  options.size = a.take_int("size", 0, 10, 10000000, "the number of pieces, for example 8000");
+  options.min_count = a.take_int("min-count", 2, 1, INT32_MAX, "a piece must occur so often");
+  options.alphabet = a.take_int("alphabet", 0, 0, INT32_MAX, "characters at most; default: all seen min-count times, up to half of --size");
   TokenizerSettings settings;
-  settings.lowercase = extend.empty() && !a.take_switch("cased");
-  const int64_t max_memory = a.take_size("max-memory", "2G");
+  settings.lowercase = !a.take_switch("cased", "keep upper case");
+  const int64_t max_memory = a.take_size("max-memory", "2G", "for the words; beyond, the rarest are dropped");
+  const std::string extend = a.take("extend", "DIR", "add pieces to DIR's vocabulary, up to --size");
+  const bool with_model = a.take_switch("model", "and rows to its model"), overwrite = take_overwrite(a);
   a.done();
+  if (!options.size) a.fail("--size is missing: the number of pieces, for example 8000");
+  a.exclude("extend", "cased"), a.needs("model", "extend");
 
-  const WordPiece old = extend.empty() ? WordPiece() : open_tokenizer(extend);
+  std::optional<ModelFolder> model;
+  if (with_model) model = open_model(extend, false);
+  const WordPiece old = extend.empty() ? WordPiece() : model ? model->tokenizer : open_tokenizer(extend);
   if (!extend.empty()) settings = old.settings(), options.extend = &old;
   if (!with_model && fs::exists(output + "/model.safetensors"))
     throw Error(output + ": holds a model, whose rows belong to its own vocabulary; give another --output");
-  const FolderLock lock = lock_output(output, false, overwrite);
+  const FolderLock lock = lock_output(output, {}, overwrite);
   VocabTrainer trainer(settings, max_memory);
   Progress progress;
   count_words(trainer, source, progress);
@@ -1445,7 +1481,7 @@ void cmd_vocab(Args& a) {
                            : "ask for a --size of " + to_string(options.size + 2 * left_out + 1) + " or more to keep them"));
   };
   const Strings pieces = trainer.train(options);
-  write_vocabulary(output, pieces, settings, extend, old, with_model);
+  write_vocabulary(output, pieces, settings, extend, old, model ? &*model : nullptr);
   note(output + "/vocab.txt: " + grouped((int64_t)pieces.size()) + " pieces from " + grouped(trainer.words()) + " words, " +
        grouped(trainer.distinct_words()) + " of them different");
   if ((int64_t)pieces.size() < options.size)
@@ -1457,31 +1493,35 @@ void cmd_vocab(Args& a) {
 struct Tokenization {
   Args& a;
   enum To { pieces, ids, jsonl };
-  const std::string vocab = a.need("vocab", "a model folder or a vocab.txt");
+  const std::string vocab = a.need("vocab", "DIR-or-FILE", "a model folder or a vocab.txt");
   const To to = (To)a.take_choice("to", {"pieces", "ids", "jsonl"});
-  const bool cased = a.take_switch("cased"), words = a.take_switch("split-words"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  const bool words = a.take_switch("split-words", "the text is a list of words"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  const bool cased = a.take_switch("cased", "keep upper case, whatever the folder says");
   const int accents = a.take_choice("strip-accents", {"the folder's", "yes", "no", "auto"});
-  const std::optional<bool> chinese = a.take_yes_no("chinese"), clean = a.take_yes_no("clean");
-  const EncodeOptions encode = {.add_special = !a.take_switch("no-special"),
-                                .parse_special = !a.take_switch("plain-special"),
-                                .max_length = a.take_int("max-length", 0, 1, INT32_MAX),
+  const std::optional<bool> chinese = a.take_yes_no("chinese", "spaces around Chinese characters");
+  const std::optional<bool> clean = a.take_yes_no("clean", "control characters go, white space becomes a space");
+  const EncodeOptions encode = {.add_special = !a.take_switch("no-special", "without [CLS] and [SEP]"),
+                                .parse_special = !a.take_switch("plain-special", "[MASK] in the text is plain text"),
+                                .max_length = a.take_int("max-length", 0, 1, INT32_MAX, "tokens of a text"),
                                 .truncation = (Truncation)a.take_choice("truncation", {"longest_first", "only_first", "only_second"}),
-                                .from_left = a.take_choice("side", {"right", "left"}) == 1,
-                                .stride = a.take_int("stride", 0, 0, INT32_MAX)};
-  const bool windows = a.given("stride"), stats = a.take_switch("stats");
-
-  const bool decode = a.take_switch("decode"), skip_special = decode && a.take_switch("skip-special");
-  const bool cleanup = !decode || a.take_yes_no("cleanup").value_or(true);
+                                .from_left = a.take_choice("side", {"right", "left"}, "which is cut") == 1,
+                                .stride = a.take_int("stride", 0, 0, INT32_MAX, "all of a text, in windows that share N tokens")};
+  const bool windows = a.given("stride");
+  const bool stats = a.take_switch("stats", "only counts: by script, and the characters that the vocabulary lacks");
+  const bool decode = a.take_switch("decode", "ids in, text out"),
+             skip_special = a.take_switch("skip-special", "then without [CLS] and its like");
+  const bool cleanup = a.take_choice("cleanup", {"yes", "no"}, "then no space before punctuation") == 0;
 
   void check(Format format) const {
     const std::string length = "--max-length " + to_string(encode.max_length), stride = "--stride " + to_string(encode.stride);
-    if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     if (encode.add_special && encode.max_length && encode.max_length < 3)
       a.fail(length + ": no room beside [CLS] and [SEP]; at least 3, or --no-special");
+    if (encode.stride && !encode.max_length) a.fail("--stride needs --max-length");
     // As the reference, which leaves room for [CLS] and [SEP] even where they are not added.
     if (const int64_t most = encode.max_length - (encode.add_special ? 3 : 2); encode.stride > std::max<int64_t>(most, 0))
       a.fail(stride + ": not smaller than the windows of " + length + (most > 0 ? "; at most " + to_string(most) : "; give a larger one"));
     for (const char* name : {"to", "stats", "offsets", "split-words", "max-length", "stride"}) a.exclude("decode", name);
+    a.needs("skip-special", "decode"), a.needs("cleanup", "decode");
     if (decode ? format && format != kIds : format == kIds) a.fail("--decode takes --format ids, and nothing else does");
   }
 };
@@ -1671,10 +1711,10 @@ void cmd_tokenize(Args& a) {
   Source source = take_source(a);
   Results out(a);
   const Tokenization o{a};
+  a.done();
   o.check(source.format);
   source.word_lists = o.words, source.keep_bytes = true;
   if (o.decode) source.format = kIds;
-  a.done();
   const WordPiece t = tokenizer_of(o);
   if (o.decode)
     decode_rows(t, source, o, out);
@@ -1688,17 +1728,17 @@ void cmd_tokenize(Args& a) {
 TrainSettings take_training(Args& a, const Common& common, double lr, int64_t steps = 0) {
   TrainSettings t;
   t.steps = steps;
-  t.accumulate = a.take_int("accumulate", 1, 1, 1 << 20);
+  t.accumulate = a.take_int("accumulate", 1, 1, 1 << 20, "batches a step, a power of two");
   if (t.accumulate & (t.accumulate - 1)) a.fail("--accumulate " + to_string(t.accumulate) + ": a power of two is wanted");
-  t.lr = a.take_number("lr", lr, 0., 10.);
-  t.warmup = a.take_number("warmup", 0.1, 0., 1.);
+  t.lr = a.take_number("lr", lr, 0., 10., "peak rate");
+  t.warmup = a.take_number("warmup", 0.1, 0., 1., "share of the steps");
   t.schedule = (Schedule)a.take_choice("schedule", {"linear", "cosine", "constant"});
   t.optimizer.google = a.take_choice("optimizer", {"adamw", "google"});
   if (t.optimizer.google) t.optimizer.eps = 1e-6f;
-  t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0., 10.);
-  t.clip = a.take_number("clip", 1.0, 0., 1e9);
-  t.dropout = (float)a.take_number("dropout", -1., 0., 0.99);
-  t.recompute = a.take_switch("recompute");
+  t.optimizer.weight_decay = (float)a.take_number("weight-decay", 0.01, 0., 10., "");
+  t.clip = a.take_number("clip", 1.0, 0., 1e9, "global norm; 0: none");
+  t.dropout = (float)a.take_number("dropout", -1., 0., 0.99, "default: the config's");
+  t.recompute = a.take_switch("recompute", "a third more time, much less memory");
   t.products = common.precision.value_or(Precision::f32);
   t.seed = common.seed;
   return t;
@@ -1711,7 +1751,7 @@ std::string shards_beside(std::string output) {
 
 // --phases 128:0.9,512:0.1: lengths that rise, and shares of the steps. Empty when it is not given.
 std::vector<Phase> take_phases(Args& a) {
-  const std::string text = a.take("phases");
+  const std::string text = a.take("phases", "128:0.9,512:0.1", "instead: of each length so large a share of the steps");
   std::vector<Phase> phases;
   double all = 0;
   for (const std::string& part : a.given("phases") ? split(text, ',') : Strings()) {
@@ -1733,19 +1773,24 @@ struct Pretraining {
   Args& a;
   const Common& common;
   const Source input = take_source(a);
-  const std::optional<Source> dev_input = take_like(a, "dev", input);
-  const std::string init = a.take("init"), vocab = a.take("vocab", init), config_name = a.take("config"), dump = a.take("dump-batches");
-  const double dev_split = a.take_number("dev-split", 0.01, 0., 0.5), minutes = a.take_number("minutes", 0., 0.01, 1e6);
-  const bool dry_run = a.take_switch("dry-run"), skip_spikes = a.take_switch("skip-spikes");
+  const std::string init = a.take("init", "DIR", "go on from a model, instead of --config");
+  const std::string vocab = a.need("vocab", "DIR", "a folder that bert vocab wrote, or a model's", init);
+  const std::string config_name = a.take("config", "NAME", "tiny, mini, small, medium, base or a config.json");
+  const std::optional<Source> dev_input = take_like(a, "dev", input, "held-out text");
+  const double dev_split = a.take_number("dev-split", 0.01, 0., 0.5, "or so much of the input: up to 100,000 tokens, of whole documents");
   const RunSettings run = take_run(a, true);
-  const TrainSettings train = take_training(a, common, 1e-4, a.take_int("steps", 0, 1, INT32_MAX));
-  const std::string cache = a.take("cache", shards_beside(run.output));
+  const double minutes = a.take_number("minutes", 0., 0.01, 1e6, "instead of --steps: as many as fit");
+  const TrainSettings train = take_training(a, common, 1e-4, a.take_int("steps", 0, 1, INT32_MAX, "of the whole run"));
+  PretrainSettings data = {.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30, "tokens of a batch"),
+                           .max_length = a.take_int("max-length", 0, 8, 1 << 20, "tokens of a row; default: 128"),
+                           .mask = a.take_number("mask", 0.15, 0.001, 0.9, "share of tokens"),
+                           .whole_word = a.take_switch("whole-word", "mask whole words"),
+                           .next_sentence = !a.take_switch("no-nsp", "no next-sentence task: rows of whole sentences")};
   std::vector<Phase> phases = take_phases(a);
-  PretrainSettings data = {.batch_tokens = a.take_int("batch-tokens", 8192, 16, 1 << 30),
-                           .max_length = a.take_int("max-length", 0, 8, 1 << 20),
-                           .mask = a.take_number("mask", 0.15, 0.001, 0.9),
-                           .whole_word = a.take_switch("whole-word"),
-                           .next_sentence = !a.take_switch("no-nsp")};
+  const std::string cache = a.take("cache", "DIR", "of the text's ids, made once for all runs", shards_beside(run.output));
+  const std::string dump = a.take("dump-batches", "FILE", "every batch as jsonl");
+  const bool dry_run = a.take_switch("dry-run", "say sizes and memory, train nothing");
+  const bool skip_spikes = a.take_switch("skip-spikes", "leave out steps whose loss jumps or is no number; 20 in a row stop");
 
   WordPiece tokenizer = {};
   Config config = {};
@@ -1753,7 +1798,6 @@ struct Pretraining {
   Corpus dev = {};
 
   void check() const {
-    if (vocab.empty()) a.fail("--vocab is missing: a folder that bert vocab wrote, or a model's");
     if (config_name.empty() && init.empty()) a.fail("--config is missing: tiny, mini, small, medium, base or a config.json");
     a.exclude("config", "init"), a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite"), a.exclude("max-length", "phases");
     if (cache.empty()) a.fail("--cache is empty: a folder is wanted");
@@ -1805,7 +1849,7 @@ Shards make_shards(const Source& source, const WordPiece& tokenizer, const std::
     shards.add(part, row, false), part = Corpus();
     progress.show(folder + ": " + counted(shards.size().tokens, "token"));
   });
-  if (part.ids.empty() && !shards.rows()) no_text(source);
+  if (part.ids.empty() && !shards.rows()) nothing(source, kNoText);
   shards.add(part, rows, true);
   return shards;
 }
@@ -1891,6 +1935,15 @@ std::string batch_json(const Batch& b, int64_t step, size_t micro) {
                       {"labels", json_list(b.labels)}});
 }
 
+// A folder that goes when all is said, also by an error; "": none.
+struct RemovedAtEnd {
+  const std::string folder;
+  ~RemovedAtEnd() {
+    std::error_code code;
+    if (!folder.empty()) fs::remove_all(folder, code);
+  }
+};
+
 void dry_run(const Pretraining& p) {
   const int64_t parameters = p.model().parameter_count(), gradients = (int64_t)std::bit_width((uint64_t)p.train.accumulate);
   print({{"parameters", (double)parameters},
@@ -1938,13 +1991,11 @@ bool pretrain_steps(const Pretraining& p, Trainer& trainer, PretrainSampler::Pla
 void cmd_pretrain(Args& a) {
   Common common(a, Precision::bf16);
   Pretraining p{a, common};
-  p.check();
   a.done();
-  const bool cached = a.given("cache") || fs::exists(p.cache);
+  p.check();
+  const RemovedAtEnd shards{p.dry_run && !a.given("cache") && !fs::exists(p.cache) ? p.cache : ""};
   p.read();
-  if (p.dry_run) dry_run(p);
-  if (p.dry_run && !cached) fs::remove_all(p.cache);
-  if (p.dry_run) return;
+  if (p.dry_run) return dry_run(p);
   p.sampler();  // so that text that does not do is refused before anything is written
   Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
   TrainSettings settings = p.train;
@@ -1993,7 +2044,7 @@ bool next_labelled(Rows& rows, const Labels& labels, size_t most, LabelledSet& s
   return !set.items.empty();
 }
 
-[[noreturn]] void no_labelled(const Source& source) { throw Error(join(source.files, ", ") + ": no labelled text; give a file with some"); }
+constexpr const char* kNoLabelled = "labelled text; give a file with some";
 
 // All of them. Training data is told the labels of the model that it starts from.
 LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model = nullptr) {
@@ -2003,7 +2054,7 @@ LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model
   std::vector<Strings> names;
   const bool any = next_labelled(rows, labels, SIZE_MAX, set, of_model ? &names : nullptr);
   rows.report();
-  if (!any) no_labelled(source);
+  if (!any) nothing(source, kNoLabelled);
   if (of_model && labels.named()) labels.learn(names, *of_model);
   for (size_t i = 0; i < names.size(); i++) labels.put_in(set.golds[i], names[i]);
   return set;
@@ -2011,8 +2062,7 @@ LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model
 
 const Strings kTasks = {"classify", "multilabel", "regress", "tag", "qa", "choice", "similarity"};
 Task take_task(Args& a) {
-  const std::string name = a.need("task", join(kTasks, ", "));
-  a.choice("task", name, kTasks);
+  const std::string& name = kTasks[(size_t)a.choice("task", a.need("task", "TASK", join(kTasks, ", ")), kTasks)];
   return name == "similarity" ? Task::embed : find_head(name)->task;
 }
 std::string task_name(Task task) { return task == Task::embed ? "similarity" : head_kind(task).name; }
@@ -2029,18 +2079,25 @@ struct Finetuning {
   Args& a;
   const Common& common;
   const Task task = take_task(a);
-  const std::string model = a.need("model", "the folder of the model to start from"), tsv = a.take("tsv");
-  const Source train_input = take_source(a, "train");
-  const std::optional<Source> dev_input = take_like(a, "dev", train_input), test_input = take_like(a, "test", train_input);
-  const double dev_split = a.take_number("dev-split", 0.1, 0., 0.9), epochs = a.take_number("epochs", 3., 0.01, 10000.);
-  const bool from_scratch = a.take_switch("from-scratch"), balanced = a.take_choice("class-weights", {"none", "balanced"});
-  const int64_t batch = a.take_int("batch", 32, 1, 1 << 20), patience = a.take_int("patience", 0, 1, 10000);
-  const int64_t seeds = a.take_int("seeds", 1, 1, 1000), stride = a.take_int("stride", 128, 0, 1 << 20);
-  const int64_t reinit = a.take_int("reinit", 0, 1, 1000);
-  const std::optional<double> null_threshold = a.take_optional("null-threshold", -1e6, 1e6);
-  int64_t max_length = a.take_int("max-length", 0, 8, 1 << 20);
-  TrainSettings settings = take_training(a, common, 2e-5);
+  const std::string model = a.need("model", "DIR", "the folder of the model to start from");
+  const bool from_scratch = a.take_switch("from-scratch", "random weights: --model gives config.json and the vocabulary");
+  const Source train_input = take_source(a, "train", "labelled texts");
+  const std::optional<Source> dev_input = take_like(a, "dev", train_input, "held-out texts");
+  const double dev_split = a.take_number("dev-split", 0.1, 0., 0.9, "or so much of the training data");
+  const std::optional<Source> test_input = take_like(a, "test", train_input, "texts to score in the end");
   RunSettings run = take_run(a, false);
+  const double epochs = a.take_number("epochs", 3., 0.01, 10000., "");
+  const int64_t patience = a.take_int("patience", 0, 1, 10000, "stop after N epochs without a better one");
+  const int64_t batch = a.take_int("batch", 32, 1, 1 << 20, "texts of a batch");
+  int64_t max_length = a.take_int("max-length", 0, 8, 1 << 20, "tokens of a text; default: 128, for qa 384");
+  const int64_t stride = a.take_int("stride", 128, 0, 1 << 20, "tokens that the windows of long texts share");
+  TrainSettings settings = take_training(a, common, 2e-5);
+  const int64_t reinit = a.take_int("reinit", 0, 1, 1000, "top layers that begin anew");
+  const bool balanced = a.take_choice("class-weights", {"none", "balanced"}, "for classify and tag");
+  const std::optional<double> null_threshold =
+      a.take_optional("null-threshold", -1e6, 1e6, "for qa: above it \"no answer\" answers; default: tuned on the held-out questions");
+  const int64_t seeds = a.take_int("seeds", 1, 1, 1000, "so many runs, mean and deviation");
+  const std::string tsv = a.take("tsv", "TASK", "the metrics as rows of the bench scripts");
 
   WordPiece tokenizer = {};
   Labels labels = {task, {}, {}};
@@ -2049,7 +2106,8 @@ struct Finetuning {
   std::string prompt = {};             // similarity: the model's default, in front of every text
   int64_t cut = 0;                     // training texts that are longer than what is trained with
 
-  void check();
+  void take_rule();
+  void check() const;
   void read();
   void split(uint64_t seed);
   bool tunes_null() const {  // some held-out questions have no answer, and nobody said when to say so
@@ -2060,17 +2118,22 @@ struct Finetuning {
   Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, prompt, max_length, stride, 8192}; }
 };
 
-// What can be seen before anything is read, and options that only some tasks have.
-void Finetuning::check() {
+// What is trained of the model, and for which loss.
+void Finetuning::take_rule() {
   LossRule& loss = settings.loss;
+  settings.freeze = a.take_int("freeze", 0, 0, 1000, "layers (and the embeddings) that keep their weights");
+  settings.layer_decay = a.take_number("layer-decay", 1., 0.01, 1., "each layer's rate is X times that of the one above");
+  loss.classes.smoothing = (float)a.take_number("label-smoothing", 0., 0., 0.99, "for classify and tag");
+  loss.pairs = (PairLoss)a.take_choice("loss", {"cosine", "inbatch", "contrastive", "triplet"}, "for similarity");
+  loss.temperature = a.take_number("temperature", 0.05, 1e-4, 1e3, "for similarity");
+}
+
+// What can be seen before anything is read: options that only some tasks have.
+void Finetuning::check() const {
   const bool similar = task == Task::embed;
   auto only = [&](const char* option, bool fits, const char* tasks) {
     if (!fits && a.given(option)) a.fail("--" + std::string(option) + " is for --task " + tasks + ", not for " + task_name(task));
   };
-  settings.layer_decay = a.take_number("layer-decay", 1., 0.01, 1.), settings.freeze = a.take_int("freeze", 0, 0, 1000);
-  loss.classes.smoothing = (float)a.take_number("label-smoothing", 0., 0., 0.99);
-  loss.pairs = (PairLoss)a.take_choice("loss", {"cosine", "inbatch", "contrastive", "triplet"});
-  loss.temperature = a.take_number("temperature", 0.05, 1e-4, 1e3);
   only("class-weights", task == Task::classify || task == Task::tag, "classify and tag");
   only("label-smoothing", task == Task::classify || task == Task::tag, "classify and tag");
   only("loss", similar, "similarity"), only("temperature", similar, "similarity"), only("null-threshold", task == Task::qa, "qa");
@@ -2178,12 +2241,9 @@ struct Evaluation {
   std::string report;  // confusion matrix and worst mistakes
 };
 Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "") {
+  if (set.items.empty()) return {};
+  if (only_partners(f.task, set.golds)) return {partner_scores(f.asked(bert), set.items, ending), {}, ""};
   Evaluation e;
-  if (set.items.empty()) return e;
-  if (only_partners(f.task, set.golds)) {
-    e.metrics = partner_scores(f.asked(bert), set.items, ending);
-    return e;
-  }
   Scorer scorer(f.task, f.labels.names);
   std::multimap<double, Mistake, std::greater<>> worst;
   score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
@@ -2274,10 +2334,11 @@ void cmd_finetune(Args& a) {
   Common common(a, Precision::bf16);
   const double began = now();
   Finetuning f{a, common};
+  f.take_rule();
+  a.done();
   if (f.train_input.files.empty()) a.fail("--train is missing: a file of labelled texts");
   a.exclude("dev", "dev-split"), a.exclude("resume", "overwrite");
   f.check();
-  a.done();
   f.read();
   std::vector<Numbers> results;  // of each seed
   for (int64_t i = 0; i < f.seeds; i++) {
@@ -2312,14 +2373,17 @@ struct Answering {
   const char* which = "a model's folder";
   const int64_t usual_tokens = 8192;
   const Common common{a, Precision::int8};
-  const std::string model = a.need("model", which);
+  const std::string model = a.need("model", "DIR", which);
   Source source = take_source(a);
-  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30), stride = 128;
   Results out{a};
-  ModelFolder folder = {};                        // by open(), when every option is taken
+  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30, "tokens of a batch"), stride = 128;
+  ModelFolder folder = {};                        // by open()
   std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
 
-  void open() { folder = open_model(model, true, common.precision); }
+  void open() {  // when every option is taken
+    a.done();
+    folder = open_model(model, true, common.precision);
+  }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
     throw Error(model + ": a model for " + head().name + ", but this command wants one for " + wanted);
@@ -2349,14 +2413,11 @@ struct Answering {
         } catch (const BadLine& e) { wrong[i] = e.what(); }
       });
       size_t good = 0;
-      for (size_t i = 0; i < chunk.size(); i++) {
-        if (!wrong[i].empty()) {
+      for (size_t i = 0; i < chunk.size(); i++)
+        if (!wrong[i].empty())
           rows.bad(chunk[i].where, wrong[i]);
-          continue;
-        }
-        if (good < i) chunk[good] = std::move(chunk[i]), made[good] = std::move(made[i]);
-        good++;
-      }
+        else
+          std::swap(chunk[good], chunk[i]), std::swap(made[good++], made[i]);
       chunk.resize(good), made.resize(good), answered += (int64_t)good;
       if (good) answer(chunk, made);
       out.flush();
@@ -2398,7 +2459,7 @@ Numbers label_scores(Answering& s) {
       score_items(how, set.items, set.golds, scorer);
   rows.report();
   if (!partners.empty()) return partner_scores(how, partners);
-  if (!scorer.size()) no_labelled(s.source);
+  if (!scorer.size()) nothing(s.source, kNoLabelled);
   Numbers list;
   for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {
     list.emplace_back(m.name, m.value);
@@ -2409,7 +2470,6 @@ Numbers label_scores(Answering& s) {
 
 void cmd_evaluate(Args& a) {
   Answering s{a};
-  a.done();
   s.open();
   s.out.write(figures(s.head().masked_words ? text_scores(s.folder, s.source, s.common.seed) : label_scores(s)));
   s.out.finish();
@@ -2429,8 +2489,9 @@ std::string numbers(std::span<const float> values, bool json = false) {
 // What `predict` prints of one row by its task.
 struct Prediction {
   Args& a;
-  const int64_t top = a.take_int("top", 1, 1, 1 << 20);
-  const bool json = a.take_switch("jsonl"), logits = a.take_switch("logits"), chars = a.take_choice("offsets", {"bytes", "chars"});
+  const int64_t top = a.take_int("top", 1, 1, 1 << 20, "the N best labels");
+  const bool json = a.take_switch("jsonl", "the full record"), logits = a.take_switch("logits", "the raw outputs of the head");
+  const bool chars = a.take_choice("offsets", {"bytes", "chars"});
   Task task = Task::classify;  // this and the rest are the model's
   Strings labels = {};
   std::optional<double> null_threshold = {};
@@ -2525,11 +2586,10 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
 void cmd_predict(Args& a) {
   Answering s{a, "the folder of a task model, as bert finetune writes it"};
   Prediction p{a};
-  s.stride = a.take_int("stride", 128, 0, 1 << 20);
-  a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   const Strings ways = {"window", "error", "truncate"};
-  const std::string how = ways[(size_t)a.take_choice("long", ways)];
-  a.done();
+  const std::string how = ways[(size_t)a.take_choice("long", ways, "of texts over the limit: in windows that share")];
+  s.stride = a.take_int("stride", 128, 0, 1 << 20, "so many tokens");
+  a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   s.open();
   p.task = s.folder.bert.task, p.labels = s.folder.config.labels, p.null_threshold = s.folder.config.null_threshold;
   if (s.head().next_sentence) p.labels = {"follows", "random"};
@@ -2553,10 +2613,9 @@ void cmd_predict(Args& a) {
 
 void cmd_fill_mask(Args& a) {
   Answering s{a, "the folder of a masked-word model"};
-  const int64_t top = a.take_int("top", 5, 1, 1 << 20);
-  const bool score = a.take_switch("score");
+  const int64_t top = a.take_int("top", 5, 1, 1 << 20, "guesses for each");
+  const bool score = a.take_switch("score", "log-likelihood of whole texts instead");
   a.exclude("score", "top");
-  a.done();
   s.open();
   if (!s.head().masked_words) s.wrong_model("masked words");
   const WordPiece& t = s.folder.tokenizer;
@@ -2589,13 +2648,15 @@ struct EmbedOptions {
   Args& a;
   enum To { tsv, jsonl, npy };
   const To to = (To)a.take_choice("to", {"tsv", "jsonl", "npy"});
-  const bool tokens = a.take_switch("tokens");
-  enum Long { truncate, error, window };
-  const Long how = (Long)a.take_choice("long", {"truncate", "error", "window"});
-  const int64_t layer = a.take_int("layer", -1, 0, 1000), max_length = a.take_int("max-length", 0, 3, 1 << 30);
-  const std::string prompt = a.take("prompt");
-  const std::optional<bool> normalize = a.take_yes_no("normalize");
   const int kind = a.take_choice("pooling", {"the folder's", "mean", "cls", "max", "pooler"});
+  const std::optional<bool> normalize = a.take_yes_no("normalize", "");
+  const bool tokens = a.take_switch("tokens", "one line a token");
+  const int64_t layer = a.take_int("layer", -1, 0, 1000, "the output of layer N (0: the embeddings)");
+  const int64_t max_length = a.take_int("max-length", 0, 3, 1 << 30, "tokens of a text; default: what the folder says");
+  enum Long { truncate, error, window };
+  const Long how = (Long)a.take_choice("long", {"truncate", "error", "window"},
+                                       "of texts over the limit; window: the mean of windows that share 128 tokens");
+  const std::string prompt = a.take("prompt", "NAME", "a prompt of the folder in front");
   Pooling pooling = {};
 };
 
@@ -2652,9 +2713,7 @@ void cmd_embed(Args& a) {
   const bool npy = o.to == EmbedOptions::npy;
   if (o.tokens && npy) a.fail("--tokens and --to npy exclude each other");
   if (o.tokens && (o.kind || o.normalize)) a.fail("--tokens gives each token's own vector; --pooling and --normalize do not go with it");
-  a.done();
   s.open();
-
   const Config& config = s.folder.config;
   o.pooling = s.folder.pooling;
   if (o.kind) o.pooling = {.kinds = {(Pooling::Kind)(o.kind - 1)}, .layers = {}, .normalize = o.pooling.normalize};
@@ -2710,12 +2769,12 @@ void complete_index(Answering& s, const LineFile& corpus, const Pooling& pooling
 }
 
 void cmd_search(Args& a) {
-  const std::string path = a.need("corpus", "a file with a text a line"), index_path = a.take("index", path + ".bert-index");
+  const std::string path = a.need("corpus", "FILE", "a file with a text a line (a table or JSON is refused)");
+  const std::string index_path = a.take("index", "FILE", "the corpus's vectors, made once", path + ".bert-index");
   Answering s{a, "a model's folder", 2048};  // no slower, and beside the vectors the memory of a batch shows
-  const int64_t top = a.take_int("top", 5, 1, 1 << 20);
-  const bool pairs = a.take_switch("pairs");
+  const int64_t top = a.take_int("top", 5, 1, 1 << 20, "lines for each query");
+  const bool pairs = a.take_switch("pairs", "the closest pairs of lines instead of queries");
   a.exclude("pairs", "input");
-  a.done();
   s.open();
   Pooling pooling = s.folder.pooling;
   pooling.normalize = true, s.source.prompt = s.folder.prompt;
@@ -2836,11 +2895,12 @@ Named model_differences(const std::string& one, const std::string& other) {
 
 void cmd_info(Args& a) {
   Common common(a);
-  const std::string model = a.take("model"), other = a.take("compare");
-  if (model.empty() && !other.empty()) a.fail("--compare compares with --model, which is missing");
-  const bool json = a.take_switch("json");
+  const std::string model = a.take("model", "DIR", "a model's folder; default: this machine");
+  const std::string other = a.take("compare", "DIR", "the largest difference of each tensor from that model's");
+  const bool json = a.take_switch("json", "one object");
   Results out(a);
   a.done();
+  if (model.empty() && !other.empty()) a.fail("--compare compares with --model, which is missing");
   Named facts = model.empty() ? machine_facts() : other.empty() ? model_facts(model) : model_differences(model, other);
   for (auto& [name, value] : facts) {
     if (!json) out.line(name + "\t" + value);
@@ -2851,13 +2911,14 @@ void cmd_info(Args& a) {
 }
 
 void cmd_convert(Args& a) {
-  const size_t dtype = (size_t)a.take_choice("dtype", {"f32", "f16", "bf16"});  // before Common, whose --dtype is that of computing
+  // Before Common, whose --dtype is that of computing.
+  const size_t dtype = (size_t)a.take_choice("dtype", {"f32", "f16", "bf16"}, "of the weights");
   Common common(a);
-  const std::string model = a.need("model", "the folder to read"), output = a.need("output", "the folder to write");
-  const bool overwrite = a.take_switch("overwrite");
+  const std::string model = a.need("model", "DIR", "the folder to read"), output = a.need("output", "DIR", "the folder to write");
+  const bool overwrite = take_overwrite(a);
   a.done();
   const ModelFolder folder = open_model(model, false);
-  const FolderLock lock = lock_output(output, false, overwrite);
+  const FolderLock lock = lock_output(output, {}, overwrite);
   save_folder(output, folder.bert, folder.carried, std::array{"F32", "F16", "BF16"}[dtype]);
   note("bert: " + output + ": " + model_size(folder.bert));
 }
@@ -2896,7 +2957,7 @@ void Quantizing::read(Source source) {
     for (Row row; rows.next(row);) items.push_back(std::move(row));
     rows.report();
   }
-  if (items.empty()) throw Error(join(source.files, ", ") + ": no texts; give a file with some");
+  if (items.empty()) nothing(source, "texts; give a file with some");
   for (const Item& item : items)
     examples.push_back(make_windows(plain.tokenizer, task, item, plain.max_length, 128, plain.prompt)[0].example);
   vectors = normalize_rows(embed_examples(ready.bert, examples, plain.pooling, batch_tokens));
@@ -2962,19 +3023,21 @@ std::string weights_size(const std::string& folder) {
 }
 
 void cmd_quantize(Args& a) {
-  const Precision dtype = a.take_choice("dtype", {"int8", "bf16"}) ? Precision::bf16 : Precision::int8;  // before Common, which computes
+  const bool wide = a.take_choice("dtype", {"int8", "bf16"}, "of the layers' weights and the word embeddings");  // before Common's own
+  const Precision dtype = wide ? Precision::bf16 : Precision::int8;
   Common common(a);
-  const std::string model = a.need("model", "the folder to read"), output = a.need("output", "the folder to write");
-  Source source = take_source(a, "dev");
-  const std::optional<double> max_drop = a.take_optional("max-drop", 0, 1);
-  const int64_t batch_tokens = a.take_int("batch-tokens", 8192, 1, 1 << 30);
-  const bool overwrite = a.take_switch("overwrite");
-  if (max_drop && source.files.empty()) a.fail("--max-drop needs --dev: texts to measure the drop on");
+  const std::string model = a.need("model", "DIR", "the folder to read"), output = a.need("output", "DIR", "the folder to write");
+  Source source = take_source(a, "dev", "texts, labelled ones for a task model (for vectors: pairs, where --columns names a label)");
+  const std::optional<double> max_drop =
+      a.take_optional("max-drop", 0, 1, "the parts that cost most keep more bits until metric (else 1 - cosine) falls by no more than X");
+  const int64_t batch_tokens = a.take_int("batch-tokens", 8192, 1, 1 << 30, "tokens of a batch");
+  const bool overwrite = take_overwrite(a);
   a.done();
+  a.needs("max-drop", "dev", ": texts to measure the drop on");
   refuse_same_folder(model, output);
-  check_output(output, false, overwrite);
+  check_output(output, {}, overwrite);
   Quantizing q(model, batch_tokens);
-  const FolderLock lock = lock_output(output, false, overwrite);
+  const FolderLock lock = lock_output(output, {}, overwrite);
   if (!source.files.empty()) q.read(source);
   const std::vector<Precision> parts = choose_precisions(q, dtype, max_drop);
   Bert& bert = q.plain.bert;
@@ -2989,22 +3052,25 @@ void cmd_quantize(Args& a) {
 // Rows `what engine config metric value`: as TSV, or aligned for people.
 struct BenchTable {
   std::string what, config;
-  bool tsv;
-  void row(const std::string& engine, const std::string& of, const std::string& metric, double value) const {
+  bool tsv, profiled;
+  Precision precision;
+  std::string engine = what == "tokenize" || what == "vocab" ? "ours" : std::string("ours-") + name_of(precision);
+
+  void row(const std::string& by, const std::string& of, const std::string& metric, double value) const {
     if (tsv)
-      std::printf("%s\t%s\t%s\t%s\t%s\n", what.c_str(), engine.c_str(), of.c_str(), metric.c_str(), format_number(value).c_str());
+      std::printf("%s\t%s\t%s\t%s\t%s\n", what.c_str(), by.c_str(), of.c_str(), metric.c_str(), format_number(value).c_str());
     else
-      std::printf("%-9s %-18s %-24s %12s %s\n", what.c_str(), engine.c_str(), of.c_str(), fixed(value, value < 10 ? 3 : 1).c_str(),
+      std::printf("%-9s %-18s %-24s %12s %s\n", what.c_str(), by.c_str(), of.c_str(), fixed(value, value < 10 ? 3 : 1).c_str(),
                   metric.c_str());
     std::fflush(stdout);
   }
-  std::string engine() const { return std::string("ours-") + name_of(precision); }
+  void rows(const Numbers& list) const {
+    for (const auto& [metric, value] : list) row(engine, config, metric, value);
+  }
   template <class F>
-  void model(double seconds, double tokens, double gflop, F&& at_peak) const;
+  void model(const Config& c, std::span<const Batch> batches, double passes, double enough, F&& call) const;
   template <class F>
   void profile(double batches, F&& call) const;
-  Precision precision = Precision::f32;
-  bool profiled = false;
 };
 
 void bench_gemm(const BenchTable& table) {
@@ -3042,21 +3108,22 @@ double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precisio
   return seconds;
 }
 
-// One batch's seconds, and those that it would take at gemm's peak, measured last.
+// What a batch takes of a call that computes all of these, each with `passes` times a forward's products; gemm's peak is measured last.
 template <class F>
-void BenchTable::model(double seconds, double tokens, double gflop, F&& at_peak) const {
-  row(engine(), config, "ms", seconds * 1e3);
-  row(engine(), config, "tok/s", tokens / seconds);
-  row(engine(), config, "GFLOP/s", gflop / seconds);
-  row(engine(), config, "MiB", peak_mib());
-  row(engine(), config, tsv ? "%_of_gemm_peak" : "% of gemm's peak at the shapes of its products", 100 * at_peak() / seconds);
+void BenchTable::model(const Config& c, std::span<const Batch> batches, double passes, double enough, F&& call) const {
+  const double n = (double)batches.size(), seconds = median_seconds(enough, call) / n;
+  double tokens = 0, gflop = 0;  // the heads are not counted
+  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 1e-9 * passes * forward_flops(c, b) / n;
+  rows({{"ms", seconds * 1e3}, {"tok/s", tokens / seconds}, {"GFLOP/s", gflop / seconds}, {"MiB", peak_mib()}});
+  const double at_peak = passes * seconds_at_peak(c, batches, precision) / n;
+  rows({{tsv ? "%_of_gemm_peak" : "% of gemm's peak at the shapes of its products", 100 * at_peak / seconds}});
+  if (profiled) profile(n, call);
 }
 
-// With --profile, where the time of a call's `batches` goes: by op, the longest first, its ms a batch over all threads and its share of
+// Where the time of a call's `batches` goes: by op, the longest first, its ms a batch over all threads and its share of
 // what all ops took; and what passed meanwhile.
 template <class F>
 void BenchTable::profile(double batches, F&& call) const {
-  if (!profiled) return;
   const Profile profile;
   double n = 0, all = 0;
   const double began = now();
@@ -3066,14 +3133,14 @@ void BenchTable::profile(double batches, F&& call) const {
   for (const auto& [op, total] : profile.ops()) ops.emplace(total.seconds, op), all += total.seconds;
   for (const auto& [seconds, op] : ops) {
     const double ms = 1e3 * seconds / n, share = 100 * seconds / all;
-    row(engine(), config, tsv ? op + "_ms" : "ms " + op + ", " + fixed(share, 1) + " %", ms);
-    if (tsv) row(engine(), config, op + "_%", share);
+    rows({{tsv ? op + "_ms" : "ms " + op + ", " + fixed(share, 1) + " %", ms}});
+    if (tsv) rows({{op + "_%", share}});
   }
-  row(engine(), config, tsv ? "profiled" : "ms in all, profiled", 1e3 * passed / n);
+  rows({{tsv ? "profiled" : "ms in all, profiled", 1e3 * passed / n}});
 }
 
 // The attention op alone: 4096 tokens in rows of one length, 12 heads of 32 and of 64. Its two products take 4 T H a token.
-void bench_attention(const BenchTable& table) {
+void bench_attention(BenchTable table) {
   constexpr int64_t N = 4096, A = 12, P = 512;
   const double peak = table.tsv ? 0 : gemm_now(Precision::f32);
   Random random({1, 0, 0, kOrderStream});
@@ -3085,11 +3152,10 @@ void bench_attention(const BenchTable& table) {
       Offsets rows{0};
       while (rows.back() < N) rows.push_back(rows.back() + T);
       const double seconds = median_seconds(0.3, [&] { attention(qkv, rows, A, P, none); });
-      const std::string of = "H" + to_string(H) + "-A" + to_string(A) + "-T" + to_string(T) + "-t" + to_string(threads());
       const double gflops = 4e-9 * (double)(N * T * H) / seconds;
-      table.row(table.engine(), of, "ms", seconds * 1e3);
-      table.row(table.engine(), of, "GFLOP/s", gflops);
-      if (peak > 0) table.row(table.engine(), of, "% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflops / peak);
+      table.config = "H" + to_string(H) + "-A" + to_string(A) + "-T" + to_string(T) + "-t" + to_string(threads());
+      table.rows({{"ms", seconds * 1e3}, {"GFLOP/s", gflops}});
+      if (peak > 0) table.rows({{"% of the " + fixed(peak, 1) + " GFLOP/s of gemm, now", 100 * gflops / peak}});
     }
   }
 }
@@ -3117,7 +3183,7 @@ Strings text_lines(const Source& source) {
     for (std::string line; lines.next(line);)
       if (!line.empty()) texts.push_back(line);
   }
-  if (texts.empty()) throw Error(join(source.files, ", ") + ": no texts; give a file with some");
+  if (texts.empty()) nothing(source, "texts; give a file with some");
   return texts;
 }
 
@@ -3138,12 +3204,7 @@ void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   bert.pack(table.precision);
   Random random({seed, 0, 0, kOrderStream});
   const Batch batch = random_batch(s, random);
-  auto call = [&] { bert.forward(batch); };
-  const double seconds = median_seconds(1.0, call);
-  table.model(seconds, (double)batch.tokens(), 1e-9 * forward_flops(bert.config, batch), [&] {
-    return seconds_at_peak(bert.config, {&batch, 1}, table.precision);
-  });
-  table.profile(1, call);
+  table.model(bert.config, {&batch, 1}, 1, 1.0, [&] { bert.forward(batch); });
 }
 
 // Real pairs, a TAB b, as rows of one batch a step.
@@ -3176,18 +3237,12 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   TrainSettings settings;
   settings.steps = 1000000, settings.warmup = 0, settings.seed = seed, settings.products = table.precision;
   Trainer trainer(Bert::random(Config::named(s.name, kBenchVocab), Task::pretrain, seed), settings);
-  const double n = (double)batches.size();
-  double tokens = 0, gflop = 0;  // backward is twice the forward's products; the heads are not counted
-  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 3e-9 * forward_flops(trainer.model().config, b) / n;
-  auto call = [&] {
+  table.model(trainer.model().config, batches, 3, 2.0, [&] {  // backward is twice the forward's products
     for (Batch b : batches) {
       mask_tokens(b, mask, 0.15, false, {seed, (uint32_t)trainer.done(), 0, kMaskStream});
       trainer.step({&b, 1});
     }
-  };
-  const double seconds = median_seconds(2.0, call);
-  table.model(seconds / n, tokens, gflop, [&] { return 3 * seconds_at_peak(trainer.model().config, batches, table.precision) / n; });
-  table.profile(n, call);
+  });
 }
 
 // A text a line to vectors. `start`: one, for who times this whole process. `query…`: one after another, each timed. Else all at once.
@@ -3204,14 +3259,11 @@ void bench_sentences(const BenchTable& table, const Source& source, const std::s
       ms.push_back(1e3 * (now() - began));
     }
     std::sort(ms.begin(), ms.end());
-    table.row(table.engine(), table.config, "ms", median(ms));
-    table.row(table.engine(), table.config, "p95_ms", ms[(size_t)((double)ms.size() * 0.95)]);
-    return;
+    return table.rows({{"ms", median(ms)}, {"p95_ms", ms[(size_t)((double)ms.size() * 0.95)]}});
   }
   const double began = now();
   model.embed(texts);
-  table.row(table.engine(), table.config, "texts/s", (double)texts.size() / (now() - began));
-  table.row(table.engine(), table.config, "MiB", peak_mib());
+  table.rows({{"texts/s", (double)texts.size() / (now() - began)}, {"MiB", peak_mib()}});
 }
 
 // Texts in memory to ids, some 10 MB in a call, as the peers are timed.
@@ -3231,10 +3283,7 @@ void bench_tokenize(const BenchTable& table, const Source& source, const std::st
   const double seconds = median_seconds(0.2, [&] {
     for (const auto& call : calls) ids.clear(), ends.clear(), t.append_ids(call, ids, ends, threads());
   });
-  table.row("ours", table.config, "MB/s", bytes / 1e6 / seconds);
-  table.row("ours", table.config, "texts/s", (double)texts.size() / seconds);
-  table.row("ours", table.config, "load_ms", load * 1e3);
-  table.row("ours", table.config, "MiB", peak_mib());
+  table.rows({{"MB/s", bytes / 1e6 / seconds}, {"texts/s", (double)texts.size() / seconds}, {"load_ms", load * 1e3}, {"MiB", peak_mib()}});
 }
 
 // A vocabulary of 30,000 pieces from a file, reading included.
@@ -3246,19 +3295,20 @@ void bench_vocab(const BenchTable& table, const Source& source) {
   for (const std::string& file : source.files)
     for (Lines lines(file); lines.next(line);) trainer.add_text(line);
   const double pieces = (double)trainer.train({}).size();
-  table.row("ours", table.config, "s", now() - began);
-  table.row("ours", table.config, "MiB", peak_mib());
-  table.row("ours", table.config, "pieces", pieces);
+  table.rows({{"s", now() - began}, {"MiB", peak_mib()}, {"pieces", pieces}});
 }
 
 void cmd_bench(Args& a) {
   a.empty_is_absent = true;
   const std::string part = a.take_word(), config = a.take_word();
   Common common(a, part == "infer" || part == "sentences" ? Precision::int8 : part == "train" ? Precision::bf16 : Precision::f32);
-  const std::string model = a.take("model"), vocab = a.take("vocab", model);
+  const std::string model = a.take("model", "DIR", "what a part needs; others are taken and not used");
+  const std::string vocab = a.take("vocab", "FILE", "likewise", model);
   Source source;
-  source.files = a.take_all("input"), source.format = kLines;  // whatever the file's ending: a text a line, or text TAB pair
-  const BenchTable table{part, config, a.take_switch("tsv"), common.precision.value_or(Precision::f32), a.take_switch("profile")};
+  source.files = a.take_all("input", "likewise"), source.format = kLines;  // whatever its ending: a text a line, or text TAB pair
+  const bool tsv = a.take_switch("tsv", "rows: what engine config metric value");
+  const bool profile = a.take_switch("profile", "infer, train: then each op's ms a call, over all threads, and its share");
+  const BenchTable table{part, config, tsv, profile, common.precision.value_or(Precision::f32)};
   a.done();
   if (among(part, {"gemm", "attention"}) && !config.empty()) a.fail("'" + config + "': " + part + " takes no CONFIG");
   if (part == "gemm") return bench_gemm(table);
@@ -3275,126 +3325,30 @@ void cmd_bench(Args& a) {
 struct Command {
   const char *name, *what;
   void (*run)(Args&);
-  const char* usage;
+  const char *usage, *more = "";
 };
-
-const char* const kCommonHelp = R"(
-common options
-  --threads N      threads (default: the cores this process may use); results do not depend on it
-  --seed N         of everything random (default 1)
-  --quiet          no progress, no remarks
-  --dtype f32|bf16|int8|f16    what products are computed in (default: f32, or what the folder was quantized to; int8: only where a
-                   model answers; f16: there and with --device opencl, weights in 16 bits)
-  --device cpu|opencl|opencl:N|opencl:NAME    what computes large products; bert info lists the devices
-)";
-const char* const kInputHelp = R"(
-reading
-  FILE…            several are read one after another; - is standard input
-  --format F       lines, tsv, csv, jsonl, fasttext, ids (default: by the file's ending, else lines)
-  --columns text=A,pair=B,label=C    names, or numbers from 0; default: by well-known names
-  --no-header      tsv and csv without a header line
-  --skip-bad       pass over lines that cannot be used, and count them
-)";
 
 const Command kCommands[] = {
     // in the order of the help
-    {"vocab", "train a WordPiece vocabulary from text", cmd_vocab, R"(bert vocab --input FILE… --size N --output DIR
-  --cased          keep upper case
-  --min-count N    a piece must occur so often (default 2)
-  --alphabet N     at most so many characters (default: all seen min-count times, at most half of --size)
-  --max-memory N   for the words, as 2G (default); beyond, the rarest are dropped
-  --extend DIR     add pieces to DIR's vocabulary, up to --size        --model          and rows to its model
-  --overwrite      write into a folder that holds files)"},
-    {"tokenize", "text to word pieces or ids, or back", cmd_tokenize, R"(bert tokenize --vocab DIR-or-FILE [--input FILE…] [--output FILE]
-  --to pieces|ids|jsonl
-  --max-length N [--truncation longest_first|only_first|only_second] [--side right|left] [--stride N]
-  --no-special     without [CLS] and [SEP]        --plain-special   [MASK] in the text is plain text
-  --split-words    the text is a list of words    --offsets bytes|chars
-  --cased  --strip-accents auto|yes|no  --chinese yes|no  --clean yes|no    other settings than the folder's
-  --decode         ids in, text out: [--skip-special] [--cleanup yes|no]
-  --stats          only counts: by script, and the characters that the vocabulary lacks)"},
-    {"pretrain", "train a BERT from raw text", cmd_pretrain, R"(bert pretrain --input FILE… --vocab DIR --config NAME --output DIR
-  --config         tiny, mini, small, medium, base, or a config.json        --init DIR   go on from a model instead
-  --steps N        or --minutes M: as many steps as fit
-  --batch-tokens N tokens of a batch (default 8192)      --accumulate N     batches a step, a power of two (default 1)
-  --max-length N   tokens of a row (default 128), or --phases 128:0.9,512:0.1: of each length so large a share of the steps
-  --lr X           peak rate (default 1e-4)              --warmup X         share of the steps (default 0.1)
-  --schedule linear|cosine|constant                      --optimizer adamw|google
-  --weight-decay X (default 0.01)                        --clip X           global norm (default 1; 0: none)
-  --dropout P      default: the config's                 --mask X           share of tokens (default 0.15)
-  --whole-word     mask whole words                      --no-nsp           no next-sentence task: rows of whole sentences
-  --dev FILE       held-out text, or --dev-split X of the input (default 0.01; at most 100,000 tokens, in whole documents if that can be)
-  --cache DIR      where the text's ids are kept, one text at a time (default: OUTPUT.shards): made once, however often it is trained on
-  --save-every N   steps (default: every five minutes)   --keep N           training states kept (default 2)
-  --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
-  --resume         go on with the run in --output        --overwrite        write into a folder that holds files
-  --dump-batches FILE   every batch as jsonl             --dry-run          say sizes and memory, train nothing
-  --skip-spikes    leave out steps whose loss jumps or is no number, instead of making them or stopping; 20 in a row stop)"},
-    {"finetune", "train a model for a task on labelled texts", cmd_finetune,
-     R"(bert finetune --task TASK --model DIR --train FILE --output DIR
-  --task           classify, multilabel, regress, tag, qa, choice or similarity
-  --dev FILE       or --dev-split X of the training data (default 0.1)      --test FILE
-  --epochs X       (default 3)                           --batch N          texts of a batch (default 32)
-  --accumulate N   batches a step, a power of two        --max-length N     (default 128)
-  --lr X           (default 2e-5)                        --warmup X         (default 0.1)
-  --schedule linear|cosine|constant                      --optimizer adamw|google
-  --weight-decay X --clip X --dropout P                  --patience N       stop after N epochs without a better one
-  --freeze N       layers (and the embeddings) that keep their weights     --reinit N     top layers that begin anew
-  --layer-decay X  each layer's rate is X times that of the one above
-  --class-weights none|balanced                          --label-smoothing X
-  --loss cosine|inbatch|contrastive|triplet              --temperature X    (default 0.05)    for similarity
-  --stride N       tokens that the windows of long texts share (default 128)
-  --null-threshold X    above it "no answer" answers (default: tuned on the held-out questions, if some have none)
-  --from-scratch   random weights: --model gives config.json and the vocabulary
-  --dtype bf16     products in it, sums in f32           --recompute        a third more time, much less memory
-  --seeds N        so many runs, mean and deviation      --tsv TASK         the metrics as rows of the bench scripts
-  --resume         go on with the run in --output        --overwrite        write into a folder that holds files)"},
-    {"evaluate", "score a model on labelled texts, or on plain text", cmd_evaluate, R"(bert evaluate --model DIR --input FILE
-  --batch-tokens N (default 8192)
-  a task model wants labelled data; a masked-word model wants plain text, masked from --seed)"},
-    {"predict", "a task model's answers", cmd_predict, R"(bert predict --model DIR [--input FILE…] [--output FILE]
-  --jsonl          the full record                       --logits           the raw outputs of the head
-  --top K          the K best labels                     --offsets bytes|chars
-  --long window|error|truncate      of texts over the limit: in windows that share --stride N tokens (default 128)
-  --batch-tokens N (default 8192))"},
-    {"fill-mask", "guess the words that [MASK] hides", cmd_fill_mask, R"(bert fill-mask --model DIR [--input FILE…] [--output FILE]
-  --top K          guesses for each (default 5)          --score            log-likelihood of whole texts instead
-  --batch-tokens N (default 8192))"},
-    {"embed", "one vector a text", cmd_embed, R"(bert embed --model DIR [--input FILE…] [--output FILE]
-  --pooling mean|cls|max|pooler    --normalize yes|no    other than the folder's
-  --tokens         one line a token                      --layer N          the output of layer N (0: the embeddings)
-  --max-length N   --prompt NAME   a prompt of the folder in front
-  --long truncate|error|window      of texts over the limit: window: the mean of windows that share 128 tokens
-  --to tsv|jsonl|npy                                     --batch-tokens N   (default 8192))"},
-    {"search", "the lines of a file that are closest in meaning", cmd_search,
-     R"(bert search --model DIR --corpus FILE [--input FILE…] [--output FILE]
-  --corpus FILE    plain text, a text a line (a table or JSON is refused); each input text is a query
-                   results: query, rank, cosine, line, text
-  --top K          lines for each query (default 5)      --pairs            the K closest pairs of lines instead of queries
-  --index FILE     the corpus's vectors, made once (default: the corpus's name and .bert-index); a run that was killed goes on
-  --batch-tokens N (default 2048))"},
-    {"info", "what a model folder holds, or what this machine has", cmd_info,
-     R"(bert info [--model DIR [--compare DIR]] [--json] [--output FILE]
-  --compare DIR    the largest difference of each tensor from that model's)"},
-    {"convert", "a model folder as this engine writes it, from any it reads", cmd_convert,
-     R"(bert convert --model DIR --output DIR
-  --dtype f32|f16|bf16    of the weights (default f32)
-  --overwrite      write into a folder that holds files)"},
-    {"quantize", "a smaller folder that computes in fewer bits, and what it costs", cmd_quantize,
-     R"(bert quantize --model DIR --output DIR [--dtype int8|bf16] [--dev FILE]
-  --dtype int8     of the layers' weights and the word embeddings (default int8)
-  --dev FILE       texts, labelled ones for a task model (for vectors: pairs, where --columns text=A,pair=B,label=C names a score);
-                   prints for each part, and for all, part TAB dtype TAB mean cosine to f32 TAB smallest TAB the metric
-  --max-drop X     the parts that cost most keep more bits until metric (else 1 - cosine) falls by no more than X
-  --batch-tokens N (default 8192)
-  --overwrite      write into a folder that holds files)"},
+    {"vocab", "train a WordPiece vocabulary from text", cmd_vocab, "--input FILE… --size N --output DIR"},
+    {"tokenize", "text to word pieces or ids, or back", cmd_tokenize, "--vocab DIR-or-FILE [--input FILE…] [--output FILE]"},
+    {"pretrain", "train a BERT from raw text", cmd_pretrain, "--input FILE… --vocab DIR --config NAME --output DIR --steps N"},
+    {"finetune", "train a model for a task on labelled texts", cmd_finetune, "--task TASK --model DIR --train FILE --output DIR"},
+    {"evaluate", "score a model on labelled texts, or on plain text", cmd_evaluate, "--model DIR --input FILE",
+     "  a task model wants labelled data; a masked-word model wants plain text, masked from --seed\n"},
+    {"predict", "a task model's answers", cmd_predict, "--model DIR [--input FILE…] [--output FILE]"},
+    {"fill-mask", "guess the words that [MASK] hides", cmd_fill_mask, "--model DIR [--input FILE…] [--output FILE]"},
+    {"embed", "one vector a text", cmd_embed, "--model DIR [--input FILE…] [--output FILE]"},
+    {"search", "the lines of a file that are closest in meaning", cmd_search, "--model DIR --corpus FILE [--input FILE…] [--output FILE]",
+     "  each input text is a query; results: query, rank, cosine, line, text\n"},
+    {"info", "what a model folder holds, or what this machine has", cmd_info, "[--model DIR [--compare DIR]] [--json] [--output FILE]"},
+    {"convert", "a model folder as this engine writes it, from any it reads", cmd_convert, "--model DIR --output DIR"},
+    {"quantize", "a smaller folder that computes in fewer bits, and what it costs", cmd_quantize, "--model DIR --output DIR [--dev FILE]",
+     "  --dev prints for each part, and for all, part TAB dtype TAB mean cosine to f32 TAB smallest TAB the metric\n"},
     {"bench", "how fast, beside this machine's own multiply", cmd_bench,
-     R"(bert bench gemm | attention | infer CONFIG | train CONFIG | sentences CONFIG | tokenize CONFIG | vocab
-  CONFIG           minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name; for sentences query (each line of
-                   --input alone), start (the first alone, for who times the process), or any other name: all lines
-  --model DIR --vocab FILE --input FILE       what a part needs; others are taken and not used
-  --profile        infer, train: then each op's ms a call, over all threads, and its share
-  --tsv            rows: what engine config metric value)"},
+     "gemm | attention | infer CONFIG | train CONFIG | sentences CONFIG | tokenize CONFIG | vocab",
+     "  CONFIG: minilm-B8T128; for train mini-B32T128-dense or -real; for tokenize any name; for sentences query (each line of\n"
+     "  --input alone), start (the first alone, for who times the process), or any other name: all lines\n"},
 };
 
 void help(std::FILE* to) {
@@ -3416,7 +3370,12 @@ const Command& find_command(const std::string& name) {
 
 void help_command(const std::string& name) {
   const Command& c = find_command(name);
-  std::printf("%s: %s\n\n%s\n%s%s", c.name, c.what, c.usage, among(name, {"info", "convert", "bench"}) ? "" : kInputHelp, kCommonHelp);
+  Args a(name, {}, true);
+  try {
+    c.run(a);
+  } catch (const Args::Described&) {}
+  std::printf("%s: %s\n\nbert %s %s\n%s", c.name, c.what, c.name, c.usage, c.more);
+  for (const auto& [group, lines] : a.help) std::printf("%s%s\n%s", group.empty() ? "" : "\n", group.c_str(), lines.c_str());
 }
 
 int run(const Strings& words) {

@@ -104,13 +104,21 @@ TEST_CASE("cli: help, version, unknown commands") {
   CHECK(bert_run("").status == 2);
   CHECK(bert_run("help").status == 0);
   CHECK(has(bert_run("--version").out, "bert "));
-  for (const char* name :
-       {"vocab", "tokenize", "pretrain", "finetune", "evaluate", "predict", "fill-mask", "embed", "search", "info", "bench"}) {
+  for (const char* name : {"vocab", "tokenize", "pretrain", "finetune", "evaluate", "predict", "fill-mask", "embed", "search", "info",
+                           "convert", "quantize", "bench"}) {
     CAPTURE(name);
     const Ran r = bert_run(std::string("help ") + name);
     CHECK(r.status == 0);
     CHECK(has(r.out, std::string("bert ") + name));
+    CHECK(has(r.out, "--threads N "));
+    CHECK(r.out.find("  --dtype ") == r.out.rfind("  --dtype "));  // the command's own, where it has one
+    CHECK(r.err.empty());
   }
+  const std::string pretrain = bert_run("help pretrain").out;
+  for (const char* line : {"--batch-tokens N    tokens of a batch (default: 8192)\n",
+                           "--schedule linear|cosine|constant  (default: linear)\n", "(default: DIR.shards)\n", "--skip-bad "})
+    CHECK_MESSAGE(has(pretrain, line), pretrain);
+  CHECK(bert_run("pretrain --help").out == pretrain);
   const Ran wrong = bert_run("tokenise");
   CHECK(wrong.status == 2);
   CHECK(has(wrong.err, "did you mean bert tokenize?"));
@@ -136,6 +144,7 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"tokenize --vocab v --format ids", "--decode takes --format ids"},
       {"tokenize --vocab v --format tsv --decode", "--decode takes --format ids"},
       {"tokenize --vocab v --decode --stats", "exclude each other"},
+      {"tokenize --vocab v --skip-special", "--skip-special needs --decode"},
       {"tokenize --vocab v --to piece", "did you mean pieces?"},
       {"tokenize --vocab v word", "belongs to no option"},
       {"tokenize --vocab v --format tvs", "did you mean tsv?"},
@@ -144,6 +153,9 @@ TEST_CASE("cli: a misspelt, repeated, valueless, ill-valued or unused option is 
       {"tokenize --vocab v --dtype f99", "f32"},
       {"tokenize --vocab v --chinese maybe", "yes or no"},
       {"embed --model m --layre 3", "did you mean --layer?"},
+      {"embed --model m --device opencl:99 --layre 3", "did you mean --layer?"},
+      {"vocab --output o --size 300 --model", "--model needs --extend"},
+      {"vocab --output o --size 300 --extend e --cased", "exclude each other"},
       {"vocab --size 300", "--output is missing"},
       {"vocab --output o --size 1", "--size"},
       {"vocab --output o --size 300 --max-memory lots", "--max-memory"},
@@ -356,6 +368,15 @@ TEST_CASE("vocab: what is left out is said; a vocabulary and its model are exten
   const std::string before = bert::read_file(folder / "v/vocab.txt"), size = std::to_string(lines_in(before) + 4);
   CHECK(has(bert_run(extend + " --size 20").err, "are there already"));
   CHECK(bert_run(extend + " --overwrite --model --size " + size).status == 0);
+  std::string odd = before;
+  for (size_t at = 0; (at = odd.find('\n', at)) != odd.npos; at += 2) odd.insert(at, "\r");
+  std::filesystem::copy(folder / "m", folder / "odd"), put(folder / "odd/vocab.txt", odd);
+  for (const std::string more : {"", " --model"}) {  // what is odd about the vocabulary is said once
+    const Ran r = bert_run("vocab --input " + (folder / "more.txt") + " --extend " + (folder / "odd") + " --output " +
+                           (folder / (more.empty() ? "e2" : "e3")) + " --size " + size + more);
+    CHECK_MESSAGE(r.status == 0, r.err);
+    CHECK_MESSAGE((has(r.err, "odd/vocab.txt") && r.err.find("odd/vocab.txt: ") == r.err.rfind("odd/vocab.txt: ")), r.err);
+  }
   const std::string after = bert::read_file(folder / "e/vocab.txt");
   CHECK((after.starts_with(before) && has(after, "\u0436\n") && std::to_string(lines_in(after)) == size));
   CHECK(has(bert_run("info --model " + (folder / "e")).out, size));
@@ -701,6 +722,10 @@ TEST_CASE("pretrain: --phases, killed on both sides of the boundary, ends with t
   CHECK(has(spans.err, "stretches of sentences"));
   CHECK(has(spans.out, "loss_dev\t"));
   CHECK(has(bert_run(alone + (small().folder / "pairs")).err, "at least two documents"));
+  std::string dry = alone;
+  dry.replace(dry.find("--dev-split 0.1"), 15, "--dry-run --dev " + (small().folder / "one.txt"));
+  CHECK(has(bert_run(dry + (small().folder / "dry-pairs")).err, "at least two held-out documents"));
+  CHECK(!std::filesystem::exists(small().folder / "dry-pairs.shards"));
 }
 
 TEST_CASE("training: bad labelled data is named with its line") {
@@ -1118,6 +1143,8 @@ TEST_CASE("convert: any folder into one of ours; info --compare: the largest dif
   CHECK(bert_run("convert --model " + from + " --output " + to).status == 0);
   CHECK(has(bert_run("info --model " + from + " --compare " + to).out, "\nlargest_difference\t0\n"));
   CHECK(has(bert_run("convert --model " + from + " --output " + to).err, "--overwrite"));
+  const Ran refused = bert_run("convert --model " + from + " --output " + pretrained());  // it has no --resume
+  CHECK((refused.status == 1 && has(refused.err, "--overwrite") && !has(refused.err, "--resume")));
   CHECK(bert_run("convert --model " + from + " --output " + to + " --overwrite --dtype f16").status == 0);
   const Ran json = bert_run("info --json --model " + to + " --compare tests/golden/models/tiny-pretrain");
   CHECK(bert::Json::parse(json.out, "info").find("largest_difference")->as_double("info") > 0);
