@@ -119,11 +119,6 @@ static const Family families[] = {
       {"cls.predictions.decoder", "generator_lm_head"},
       {"cls.predictions.bias", "generator_lm_head.bias"}}},
 };
-static const Family& family(const Config& config) {
-  if (const Family* found = find_row(families, [&](const Family& f) { return config.model_type == f.model_type; })) return *found;
-  throw Error("config: model_type '" + config.model_type + "' is not built; bert, distilbert and electra are");
-}
-
 // What else a folder may hold: how its tensors are known, and what this engine lacks for it.
 struct Stranger {
   const char *model_type, *tensors, *lacks;
@@ -142,6 +137,14 @@ static const Stranger strangers[] = {
     {"t5", "encoder.block.0.", "relative positions, a decoder, and a SentencePiece tokenizer"},
     {"gpt2", "h.0.attn.c_attn", "a decoder, and a byte-level BPE tokenizer"},
 };
+
+static const Family& find_family(const std::string& model_type, const std::string& where) {
+  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
+  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
+  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
+  throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
+}
+static const Family& family(const Config& config) { return find_family(config.model_type, "config"); }
 
 // A tensor's name in a file of this family, from BERT's; and back, without what libraries put around it: "module." and the family's
 // prefix in front, gamma and beta for LayerNorm's weight and bias.
@@ -229,20 +232,19 @@ static std::vector<std::string> parse_labels(const Json& id2label, const std::st
   return labels;
 }
 
-// What this engine's encoder is not: refused by name, never computed as if it were BERT.
-static void refuse_variants(const Json& json, const std::string& where) {
-  auto refuse = [&](const char* key, const std::string& what) { throw Error(where + ": " + key + ": " + what); };
-  if (const Json* v = json.find("position_embedding_type"); v && v->is(Json::string) && v->as_string(where) != "absolute")
-    refuse("position_embedding_type", "'" + v->as_string(where) + "' is not built; only absolute positions are");
-  if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
-    refuse("is_decoder", "a decoder is not built");
+static Json read_json(const std::string& path) { return Json::parse(read_file(path), path); }
+// What the object `json` has under a key; null where it has none, or says null.
+static const Json* given(const Json& json, const char* key) {
+  const Json* v = json.find(key);
+  return v && !v->is(Json::null) ? v : nullptr;
 }
 
-static const Family& find_family(const std::string& model_type, const std::string& where) {
-  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
-  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
-  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
-  throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
+// What this engine's encoder is not: refused by name, never computed as if it were BERT.
+static void refuse_variants(const Json& json, const std::string& where) {
+  if (const Json* v = json.find("position_embedding_type"); v && v->is(Json::string) && v->as_string(where) != "absolute")
+    throw Error(where + ": position_embedding_type: '" + v->as_string(where) + "' is not built; only absolute positions are");
+  if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
+    throw Error(where + ": is_decoder: a decoder is not built");
 }
 
 // Every head there is.
@@ -270,10 +272,7 @@ static const HeadKind* find_architecture(std::string_view name) {
 Config Config::parse(std::string_view text, const std::string& where, const std::string& type_of_tensors) {
   const Json json = Json::parse(text, where);
   if (!json.is(Json::object)) throw Error(where + ": not an object; a config.json holds {\"vocab_size\": ..., ...}");
-  auto given = [&](const char* key) {  // null where the file has no such key, or says null
-    const Json* v = *key ? json.find(key) : nullptr;
-    return v && !v->is(Json::null) ? v : nullptr;
-  };
+  auto given = [&](const char* key) { return *key ? bert::given(json, key) : nullptr; };
   Config c;
   c.model_type = given("model_type") ? given("model_type")->as_string(where + ": model_type") : type_of_tensors;
   const Family& f = find_family(c.model_type, where);
@@ -636,27 +635,16 @@ Tensor Bert::masked_loss(const Tensor& hidden, const Batch& batch, double diviso
   return linear_cross_entropy(masked_hidden(*this, hidden, batch.masked), word, decoder_bias, batch.masked_labels, divisor, right);
 }
 
-Tensor Bert::replaced_logits(const Tensor& hidden) const {
-  return linear(linear(hidden, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);  // [N,1]
-}
-
-Tensor Bert::row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const {
-  Tensor x = pooled(hidden, batch);
-  if (!classifier.weight) return linear(x, next_sentence.weight, next_sentence.bias);  // [R,2]
-  Dropout head = drop;
-  head.hidden = drop.classifier;
-  x = dropout(x, head);
-  drop.key = head.key;
-  return linear(x, classifier.weight, classifier.bias);  // [R,C]
-}
-
-// Every token's; only tags are dropped before, as transformers does.
-Tensor Bert::token_logits(const Tensor& hidden, Dropout& drop) const {
-  Dropout head = drop;
-  head.hidden = task == Task::tag ? drop.classifier : 0;
-  const Tensor x = dropout(hidden, head);
-  drop.key = head.key;
-  return linear(x, classifier.weight, classifier.bias);  // [N,C]
+Tensor Bert::logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const {
+  const HeadKind& head = head_kind(task);
+  if (head.next_sentence) return linear(pooled(hidden, batch), next_sentence.weight, next_sentence.bias);
+  Tensor x = head.tokens ? hidden : pooled(hidden, batch);
+  if (task == Task::replaced) return linear(linear(x, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);
+  Dropout before = drop;
+  before.hidden = task == Task::qa ? 0 : drop.classifier;  // as transformers does
+  x = dropout(x, before);
+  drop.key = before.key;
+  return linear(x, classifier.weight, classifier.bias);
 }
 
 // The k-th row of each group.
@@ -695,8 +683,7 @@ static Tensor pair_loss(const Bert& model, const Tensor& hidden, const Batch& ba
 // The loss of the layer that answers.
 static Tensor output_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop,
                           const LossRule& rule, Losses& report) {
-  const HeadKind& head = head_kind(model.task);
-  const Tensor logits = head.tokens ? model.token_logits(hidden, drop) : model.row_logits(hidden, batch, drop);
+  const Tensor logits = model.logits(hidden, batch, drop);
   const double each = counts.rows * (double)logits.cols();
   switch (model.task) {
     case Task::classify:
@@ -722,7 +709,7 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
     report.masked += parts.back().item();
   }
   if (head.next_sentence) {
-    parts.push_back(cross_entropy(model.row_logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
+    parts.push_back(cross_entropy(model.logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
     report.next_sentence += parts.back().item();
   }
   if (head.output) parts.push_back(output_loss(model, hidden, batch, counts, drop, rule, report));
@@ -838,13 +825,13 @@ static LossCounts count_labels(std::span<const Batch> batches, Task task, const 
   return {counts.masked > 0 ? counts.masked : 1, counts.rows > 0 ? counts.rows : 1};
 }
 
-// The probabilities of a step's dropout, and its draws' key; `micro` is still to be set.
-static Dropout step_dropout(const Config& c, const TrainSettings& settings, int64_t step) {
+// The probabilities of a micro-batch's dropout, and its draws' key.
+static Dropout step_dropout(const Config& c, const TrainSettings& settings, int64_t step, size_t micro) {
   auto p = [&](double of_config) { return (float)(settings.dropout >= 0 ? settings.dropout : of_config); };
   return {p(c.hidden_dropout_prob),
           p(c.attention_probs_dropout_prob),
           p(c.classifier_dropout.value_or(c.hidden_dropout_prob)),
-          {settings.seed, (uint32_t)step, 0, 0}};
+          {settings.seed, (uint32_t)step, (uint32_t)micro, 0}};
 }
 
 double forward_flops(const Config& c, const Batch& b) {
@@ -925,13 +912,12 @@ static float largest_gradient(const Parameter& p) {
 }
 
 // Where a step's numbers part from the finite: the forward is made again, layer by layer, with the same dropout.
-static std::string not_finite(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+static std::string not_finite(const Bert& model, std::span<const Batch> batches, const TrainSettings& settings, int64_t step) {
   const int64_t L = model.config.num_hidden_layers;
   Bert cut = model;
   for (size_t i = 0; i < batches.size(); i++)
     for (int64_t layer = 0; layer <= L + 1; layer++) {
-      Dropout drop = step;
-      drop.key.micro = (uint32_t)i;
+      Dropout drop = step_dropout(model.config, settings, step, i);
       cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
       Tensor x = cut.forward(batches[i], drop);
       if (layer > L && batches[i].masked.empty()) continue;
@@ -952,25 +938,22 @@ static std::string not_finite(const Bert& model, std::span<const Batch> batches,
 }
 
 // Where a loss that is too large comes from: the row that has the largest, and the parameter with the largest gradient.
-static std::string largest_of(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+static std::string largest_of(const Bert& model, std::span<const Batch> batches, const TrainSettings& settings, int64_t step) {
   double worst = -1;
+  float most = -1;
   std::string text, name;
   for (size_t i = 0; i < batches.size(); i++) {
     const Batch& b = batches[i];
-    Dropout drop = step;
-    drop.key.micro = (uint32_t)i;
-    const Tensor logits = model.masked_logits(model.forward(b, drop), b.masked);
-    for (int64_t r = 0; r < b.rows(); r++) {
-      std::vector<int64_t> own;
-      std::vector<int32_t> labels;
-      for (size_t m = 0; m < b.masked.size(); m++)
-        if (b.masked[m] >= b.offsets[(size_t)r] && b.masked[m] < b.offsets[(size_t)r + 1])
-          own.push_back((int64_t)m), labels.push_back(b.masked_labels[m]);
-      const double loss = own.empty() ? 0 : (double)cross_entropy(gather_rows(logits, own), labels).item();
+    Dropout drop = step_dropout(model.config, settings, step, i);
+    const Tensor hidden = model.forward(b, drop);
+    for (int64_t r = 0, m = 0; r < b.rows(); r++) {
+      Batch own;  // a row at a time: the scores of all would take more memory than the step did
+      for (; m < (int64_t)b.masked.size() && b.masked[(size_t)m] < b.offsets[(size_t)r + 1]; m++)
+        own.masked.push_back(b.masked[(size_t)m]), own.masked_labels.push_back(b.masked_labels[(size_t)m]);
+      const double loss = own.masked.empty() ? 0 : (double)model.masked_loss(hidden, own, 0, nullptr).item();
       if (loss > worst) worst = loss, text = "largest, " + format_number(loss) + ", in " + row_name(batches, i, r);
     }
   }
-  float most = -1;
   for (const Parameter& p : model.parameters())
     if (const float top = largest_gradient(p); top > most) most = top, name = p.name;
   return text + "; the largest gradient is of " + name;
@@ -993,12 +976,10 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   for (Tensor& p : parameters) p.drop_grad();  // what a step that threw, or a backward of the caller, has left
   StepReport report;
   report.step = done_ + 1, report.steps = settings_.steps;
-  const Dropout dropout = step_dropout(model_.config, settings_, done_);
   const LossCounts counts = count_labels(micro_batches, model_.task, settings_.loss.classes);
   sum_gradients(parameters, 0, micro_batches.size(), [&](size_t i) {
     const Batch& batch = micro_batches[i];
-    Dropout drop = dropout;
-    drop.key.micro = (uint32_t)i;
+    Dropout drop = step_dropout(model_.config, settings_, done_, i);
     Tape tape(settings_.products);
     const Tensor hidden = model_.forward(batch, drop, settings_.recompute);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
@@ -1011,10 +992,10 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   report.lr = settings_.lr * schedule_factor(settings_.schedule, done_, warmup, settings_.steps);
   const bool is_finite = std::isfinite(report.grad_norm) && std::isfinite(report.loss.total);
   if (!is_finite)
-    report.fault = not_finite(model_, micro_batches, dropout);
+    report.fault = not_finite(model_, micro_batches, settings_, done_);
   else if (spike(report))
     report.fault = "a spike: loss " + format_number(report.loss.total) + " after a mean of " + format_number(loss_mean_) + ", " +
-                   largest_of(model_, micro_batches, dropout);
+                   largest_of(model_, micro_batches, settings_, done_);
   report.skipped = settings_.skip_spikes && !report.fault.empty();
   if ((!is_finite && !report.skipped) || (report.skipped && skipped_in_a_row_ + 1 == kMostSkipped)) {
     for (Tensor& p : parameters) p.drop_grad();
@@ -1454,17 +1435,6 @@ PretrainSampler::PretrainSampler(const Corpus& text, const PretrainSettings& set
 PretrainSampler::PretrainSampler(const Shards& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed)
     : PretrainSampler(nullptr, &text, settings, vocabulary, seed) {}
 
-// Drops tokens from the longer side, at random from its front or back, until both fit (create_pretraining_data.py, truncate_seq_pair).
-static void fit_pair(int64_t& a_begin, int64_t& a_end, int64_t& b_begin, int64_t& b_end, int64_t most, Random& random) {
-  while ((a_end - a_begin) + (b_end - b_begin) > most) {
-    const bool longer_a = a_end - a_begin > b_end - b_begin, front = random.uniform() < 0.5;
-    if (longer_a)
-      front ? a_begin++ : a_end--;
-    else
-      front ? b_begin++ : b_end--;
-  }
-}
-
 // Rows as create_pretraining_data.py makes them: sentences of the document are gathered until a target length is reached; A is the
 // first of them; B is the rest, or, half of the time, a part of another document, and then the unused sentences are put back.
 void PretrainSampler::plan_pairs(int64_t d, Random& random) {
@@ -1489,7 +1459,10 @@ void PretrainSampler::plan_pairs(int64_t d, Random& random) {
     } else {
       e.b_begin = e.a_end, e.b_end = sentences[(size_t)s + 1];
     }
-    fit_pair(e.a_begin, e.a_end, e.b_begin, e.b_end, most, random);
+    while (e.a_end - e.a_begin + e.b_end - e.b_begin > most) {  // truncate_seq_pair there: the longer side loses a token
+      const bool longer_a = e.a_end - e.a_begin > e.b_end - e.b_begin, front = random.uniform() < 0.5;
+      front ? (longer_a ? e.a_begin : e.b_begin)++ : (longer_a ? e.a_end : e.b_end)--;
+    }
     examples_.push_back(e);
     first = s + 1;
   }
@@ -1572,15 +1545,12 @@ static std::vector<std::vector<int64_t>> mask_candidates(const Batch& batch, int
   bool inside = false;  // whether a continuation piece would continue the last word
   for (int64_t t = begin; t < end; t++) {
     const int32_t id = batch.ids[(size_t)t];
-    if (id == vocabulary.cls || id == vocabulary.sep) {
-      inside = false;
-      continue;
-    }
-    if (whole_word && inside && vocabulary.continues[(size_t)id])
+    const bool added = id == vocabulary.cls || id == vocabulary.sep;
+    if (!added && whole_word && inside && vocabulary.continues[(size_t)id])
       words.back().push_back(t);
-    else
+    else if (!added)
       words.push_back({t});
-    inside = true;
+    inside = !added;
   }
   return words;
 }
@@ -1675,7 +1645,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
     const Tensor hidden = model.forward(batch);
     sums.masked += cross_entropy(finite(model.masked_logits(hidden, batch.masked)), batch.masked_labels, 1, &sums.masked_right).item();
     if (used.next_sentence)
-      sums.next_sentence += cross_entropy(finite(model.row_logits(hidden, batch, none)), batch.labels, 1, &sums.next_right).item();
+      sums.next_sentence += cross_entropy(finite(model.logits(hidden, batch, none)), batch.labels, 1, &sums.next_right).item();
     s.masked += (int64_t)batch.masked.size(), s.rows += batch.rows();
     if (!unigram.empty())
       for (const int32_t label : batch.masked_labels) s.unigram_loss -= std::log(((double)unigram[(size_t)label] + 1) / seen);
@@ -1730,6 +1700,12 @@ std::string Labels::some() const {
   const auto all = std::span(names);
   return all.size() > 8 ? join(all.first(8), ", ") + ", …" : join(all, ", ");
 }
+
+// Tags of entities, of IOB1, IOB2, BIOES or BILOU: O, or one of their prefixes and a type.
+static bool has_prefix(std::string_view tag) {
+  return !tag.empty() && std::string_view("BIESLU").find(tag[0]) != tag.npos && (tag.size() == 1 || tag[1] == '-');
+}
+static bool entity_tag(std::string_view tag) { return tag == "O" || (tag.size() > 2 && has_prefix(tag)); }
 
 // The names of labels that an item may have.
 static void check_names(const Item& item, const Labels& labels, bool known, const Strings& names) {
@@ -1844,7 +1820,7 @@ LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed) {
 }
 
 FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
-    : examples_(examples), batch_(batch), accumulate_(accumulate), seed_(seed), order_(examples.size()) {
+    : examples_(examples), batch_(batch), accumulate_(accumulate), seed_(seed) {
   if (examples.empty() || batch < 1 || accumulate < 1) throw Error("FinetuneSampler: no examples, or batches of none");
 }
 
@@ -1853,7 +1829,8 @@ int64_t FinetuneSampler::epoch_steps() const { return ((int64_t)examples_.size()
 // Shuffled; then within stretches of fifty batches by length, so that a batch holds similar ones; then the batches shuffled, but for
 // a last one that is not full.
 void FinetuneSampler::arrange(int64_t epoch) {
-  const int64_t n = (int64_t)order_.size(), whole = n / batch_;
+  order_ = count_up(examples_.size()), epoch_ = epoch;
+  const int64_t whole = (int64_t)order_.size() / batch_;
   Random random({seed_, (uint32_t)epoch, 0, kOrderStream});
   random.shuffle(order_);
   auto length = [&](int64_t i) {
@@ -1872,11 +1849,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
 
 std::vector<Batch> FinetuneSampler::next(int64_t step) {
   const int64_t n = (int64_t)examples_.size(), epoch = step / epoch_steps(), first = step % epoch_steps() * batch_ * accumulate_;
-  if (epoch != epoch_) {
-    order_ = count_up(examples_.size());
-    arrange(epoch);
-    epoch_ = epoch;
-  }
+  if (epoch != epoch_) arrange(epoch);
   std::vector<Batch> micro;
   for (int64_t at = first; at < std::min(n, first + batch_ * accumulate_); at += batch_)
     micro.push_back(make_batch(examples_, std::span(order_).subspan((size_t)at, (size_t)std::min(batch_, n - at))));
@@ -1893,35 +1866,39 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
 
 // What `answer` makes of a batch, C numbers for each row or for each token, in the examples' order.
 template <class Answer>
-static std::vector<float> gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
-  Offsets at{0};  // where each example's begin
-  for (const Example& e : examples) at.push_back(at.back() + C * (tokens ? (int64_t)e.ids.size() : 1));
-  std::vector<float> out((size_t)at.back());
-  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
+static Tensor gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
+  Offsets at{0};  // where each example's rows begin
+  for (const Example& e : examples) at.push_back(at.back() + (tokens ? (int64_t)e.ids.size() : 1));
+  Tensor out({at.back(), C});
+  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& which) {
     const Tensor numbers = answer(batch);
     const float* from = numbers.data();
-    for (const int64_t r : rows) {
-      const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
-      std::copy_n(from, n, out.data() + at[(size_t)r]);
+    for (const int64_t i : which) {
+      const int64_t n = (at[(size_t)i + 1] - at[(size_t)i]) * C;
+      std::copy_n(from, n, out.data() + at[(size_t)i] * C);
       from += n;
     }
   });
   return out;
 }
 
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+Tensor head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   const HeadKind& head = head_kind(model.task);
   if (!head.output && !head.next_sentence)
     throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
-  Dropout none;
   return gather_answers(examples, head.classes(model.config), head.tokens, batch_tokens, [&](const Batch& batch) {
-    const Tensor hidden = model.forward(batch);
-    return finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+    Dropout none;
+    return finite(model.logits(model.forward(batch), batch, none));
   });
 }
 
-std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+Tensor token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   return gather_answers(examples, model.config.hidden_size, true, batch_tokens, [&](const Batch& b) { return model.forward(b); });
+}
+
+Tensor embed_examples(const Bert& model, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
+  return gather_answers(examples, pooling.width(model.config.hidden_size), false, batch_tokens,
+                        [&](const Batch& b) { return pool_rows(model, model.forward(b), b, pooling); });
 }
 
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows) {
@@ -1956,14 +1933,7 @@ static double matthews(std::span<const ClassCounts> counts) {
   return below > 0 ? (right * n - pt) / std::sqrt(below) : 0;
 }
 
-double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes) {
-  std::vector<ClassCounts> counts((size_t)classes);
-  for (size_t i = 0; i < truth.size(); i++)
-    counts[(size_t)predicted[i]].said++, counts[(size_t)truth[i]].is++, counts[(size_t)truth[i]].hit += predicted[i] == truth[i];
-  return matthews(counts);
-}
-
-double pearson(std::span<const double> x, std::span<const double> y) {
+static double pearson(std::span<const double> x, std::span<const double> y) {
   const auto n = (double)x.size();
   const double mx = std::accumulate(x.begin(), x.end(), 0.0) / n, my = std::accumulate(y.begin(), y.end(), 0.0) / n;
   double xy = 0, xx = 0, yy = 0;
@@ -1981,7 +1951,7 @@ static std::vector<double> ranks(std::span<const double> x) {
   }
   return rank;
 }
-double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
+static double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
 
 RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
   if (queries.shape() != candidates.shape() || queries.rows() < 1)
@@ -2018,12 +1988,14 @@ struct Tag {
   std::string_view type;
   bool same(const Tag& other) const { return prefix != 'O' && other.prefix != 'O' && type == other.type; }
 };
-enum class Scheme { iob1, iob2, iobes };
+struct Entity {
+  std::string type;
+  int64_t begin, end;  // words
+  friend bool operator==(const Entity&, const Entity&) = default;
+};
+enum class Scheme { any, iob1, iob2, iobes };
 }  // namespace
 
-static bool has_prefix(std::string_view tag) {
-  return !tag.empty() && std::string_view("BIESLU").find(tag[0]) != std::string_view::npos && (tag.size() == 1 || tag[1] == '-');
-}
 static Tag read_tag(std::string_view tag) {
   if (tag.empty() || tag == "O") return {};
   if (!has_prefix(tag)) return {'S', tag};
@@ -2031,34 +2003,20 @@ static Tag read_tag(std::string_view tag) {
   return {prefix, tag.size() > 2 ? tag.substr(2) : "_"};
 }
 
-bool entity_tag(std::string_view tag) { return tag == "O" || (tag.size() > 2 && has_prefix(tag)); }
-
-std::vector<Entity> find_entities(std::span<const std::string> tags) {
-  std::vector<Entity> found;
-  Tag before;
-  for (int64_t i = 0; i < (int64_t)tags.size(); i++) {
-    const Tag tag = read_tag(tags[(size_t)i]);
-    const bool goes_on = tag.same(before) && (before.prefix == 'B' || before.prefix == 'I') && (tag.prefix == 'I' || tag.prefix == 'E');
-    if (goes_on)
-      found.back().end = i + 1;
-    else if (tag.prefix != 'O')
-      found.push_back({std::string(tag.type), i, i + 1});
-    before = tag;
-  }
-  return found;
-}
-
-// As seqeval's mode "strict" (its scheme.py): only what the scheme allows is an entity.
+// any: by the rule of conlleval, whatever the scheme; also I-X after O, or after another type, begins an entity. The others as seqeval's
+// mode "strict" (its scheme.py): only what the scheme allows is an entity.
 //   iob2   B-X I-X ...                   iobes   S-X, or B-X I-X ... E-X
 //   iob1   I-X I-X ..., or after a word of X: B-X I-X ...; as there not a B-X of one word that B-Y follows
-static std::vector<Entity> find_strict(std::span<const std::string> tags, Scheme scheme) {
+static std::vector<Entity> find_entities(std::span<const std::string> tags, Scheme scheme) {
   std::vector<Entity> found;
   const auto n = (int64_t)tags.size();
   auto at = [&](int64_t i) { return i < 0 || i >= n ? Tag{} : read_tag(tags[(size_t)i]); };
   for (int64_t i = 0, end; i < n; i = end) {
     const Tag tag = at(i);
     end = i + 1;
-    const bool begins = scheme == Scheme::iob1 ? tag.prefix == 'I' || (tag.prefix == 'B' && tag.same(at(i - 1))) : tag.prefix == 'B';
+    const bool begins = scheme == Scheme::any    ? tag.prefix != 'O'
+                        : scheme == Scheme::iob1 ? tag.prefix == 'I' || (tag.prefix == 'B' && tag.same(at(i - 1)))
+                                                 : tag.prefix == 'B';
     if (!begins && tag.prefix != 'S') continue;
     char last = tag.prefix;
     for (; (last == 'B' || last == 'I') && at(end).same(tag) && (at(end).prefix == 'I' || at(end).prefix == 'E'); end++)
@@ -2111,7 +2069,8 @@ struct Overlap {
 };
 }  // namespace
 
-// The best over the right ones: exact if one is, and the words of the one with the largest F1.
+// SQuAD's official scores of an answer, the best over the right ones: exact if one is, and the words of the one with the largest F1. An
+// empty list is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
 static Overlap best_overlap(const std::string& said, std::span<const std::string> right) {
   std::vector<std::vector<std::u32string>> golds;
   for (const std::string& r : right) golds.push_back(answer_words(r));
@@ -2129,11 +2088,6 @@ static Overlap best_overlap(const std::string& said, std::span<const std::string
     if (o.f1() > best.f1()) best.same = o.same, best.said = o.said, best.right = o.right;
   }
   return best;
-}
-
-AnswerScore score_answer(const std::string& said, std::span<const std::string> right) {
-  const Overlap o = best_overlap(said, right);
-  return {(double)o.exact, o.f1()};
 }
 
 // ---- Scorer
@@ -2225,10 +2179,11 @@ void Scorer::add_tags(std::span<const int32_t> said, std::span<const int32_t> is
   };
   const bool ends =
       std::any_of(labels_.begin(), labels_.end(), [](const std::string& l) { return has_prefix(l) && l[0] != 'B' && l[0] != 'I'; });
-  count(find_entities(said_tags), find_entities(is_tags), 2, true);
-  const Scheme scheme = ends ? Scheme::iobes : Scheme::iob2;
-  count(find_strict(said_tags, scheme), find_strict(is_tags, scheme), kStrict, false);
-  if (!ends) count(find_strict(said_tags, Scheme::iob1), find_strict(is_tags, Scheme::iob1), kStrict + 3, false);
+  auto count_as = [&](Scheme scheme, int64_t at, bool by_type) {
+    count(find_entities(said_tags, scheme), find_entities(is_tags, scheme), at, by_type);
+  };
+  count_as(Scheme::any, 2, true), count_as(ends ? Scheme::iobes : Scheme::iob2, kStrict, false);
+  if (!ends) count_as(Scheme::iob1, kStrict + 3, false);
 }
 
 // Adds precision, recall and F1: of all decisions together, the mean over `classes` of the classes, that weighted by how often each is
@@ -2367,7 +2322,7 @@ std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, cons
   auto name = [&](int32_t label) { return !labels.named() ? std::to_string(label) : label < 0 ? "O" : labels.names[(size_t)label]; };
   if (task == Task::qa) {
     const Answer best = said.answers.empty() ? Answer{.text = "", .score = 1} : said.answers[0];
-    const double f1 = score_answer(best.text, is.answers).f1;
+    const double f1 = best_overlap(best.text, is.answers).f1();
     m.size = (1 - f1) * best.score, m.right = join(is.answers, " | "), m.said = best.text;
     return f1 == 1 ? std::nullopt : std::optional(m);
   }
@@ -2434,7 +2389,7 @@ std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<
 }
 
 std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t C) {
-  if (task == Task::regress) return {outputs.begin(), outputs.end()};
+  if (task == Task::regress || outputs.empty()) return {outputs.begin(), outputs.end()};
   std::vector<float> p(outputs.size());
   if (task == Task::multilabel) {
     for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
@@ -2680,7 +2635,7 @@ void check_folder(const std::string& folder, bool weights) {
                 (has("training_state.safetensors") ? "go on with its own command and --resume" : "let it go on, or start it again"));
   if (has("config.json")) {  // a model of another kind lacks files of ours, but that is not what is wrong with it
     const std::string path = folder + "/config.json";
-    const Json config = Json::parse(read_file(path), path);
+    const Json config = read_json(path);
     if (const Json* type = config.find("model_type"); type && type->is(Json::string)) find_family(type->as_string(path), path);
   }
   std::vector<std::string> missing;
@@ -2724,8 +2679,7 @@ struct Module {
 static std::vector<Module> read_modules(const std::string& folder) {
   std::vector<Module> all;
   const std::string path = folder + "/modules.json";
-  if (!exists(path)) return all;
-  const Json modules = Json::parse(read_file(path), path);
+  const Json modules = exists(path) ? read_json(path) : Json::parse("[]", path);
   for (const Json& module : modules.items(path)) {
     const Json *type = module.find("type"), *at = module.find("path");
     if (!type || !at) throw Error(path + ": a module without type or path");
@@ -2742,7 +2696,7 @@ static std::vector<Module> read_modules(const std::string& folder) {
 static void need_prompts_pooled(const std::string& folder) {
   for (const Module& m : read_modules(folder))
     if (const std::string path = folder + "/" + m.folder + "/config.json"; m.type == "Pooling") {
-      const Json config = Json::parse(read_file(path), path);
+      const Json config = read_json(path);
       if (const Json* v = config.find("include_prompt"); v && !v->as_bool(path + ": include_prompt"))
         throw Error(path + ": include_prompt: false is not built; the model can embed texts without a prompt");
     }
@@ -2752,10 +2706,9 @@ std::string folder_prompt(const std::string& folder, const std::string& name) {
   const std::string path = folder + "/config_sentence_transformers.json";
   if (!exists(path) && name.empty()) return "";
   if (!exists(path)) throw Error(path + ": missing, so the model has no prompts");
-  const Json json = Json::parse(read_file(path), path);
-  const Json *prompts = json.find("prompts"), *standard = json.find("default_prompt_name");
-  const bool has_standard = standard && !standard->is(Json::null);
-  if (name.empty() && !has_standard) return "";
+  const Json json = read_json(path);
+  const Json *prompts = json.find("prompts"), *standard = given(json, "default_prompt_name");
+  if (name.empty() && !standard) return "";
   const std::string wanted = name.empty() ? standard->as_string(path + ": default_prompt_name") : name;
   const Json* found = prompts ? prompts->find(wanted) : nullptr;
   if (found) {
@@ -2782,7 +2735,7 @@ static const PoolingMode pooling_modes[] = {{Pooling::cls, "cls", "pooling_mode_
                                             {Pooling::last, "lasttoken", "pooling_mode_lasttoken"}};
 
 static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
-  const Json config = Json::parse(read_file(path), path);
+  const Json config = read_json(path);
   std::vector<Pooling::Kind> kinds;
   auto add = [&](const std::string& name) {
     const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return name == m.name; });
@@ -2810,7 +2763,7 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
   static const std::pair<const char*, Activation> known[] = {
       {"Tanh", Activation::tanh}, {"Identity", Activation::none}, {"ReLU", Activation::relu}, {"GELU", Activation::gelu}};
   const std::string path = folder + "/config.json";
-  const Json config = Json::parse(read_file(path), path);
+  const Json config = read_json(path);
   const Json *name = config.find("activation_function"), *residual = config.find("use_residual");
   const std::string text = name ? name->as_string(path + ": activation_function") : "torch.nn.Tanh", act = text.substr(text.rfind('.') + 1);
   const auto* found = find_row(known, [&](const auto& a) { return act == a.first; });
@@ -2818,7 +2771,7 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
     throw Error(path + ": activation_function: '" + text + "' is not built; torch.nn's Tanh, Identity, ReLU and GELU are");
   if (residual && residual->as_bool(path + ": use_residual")) throw Error(path + ": use_residual: true is not built");
   for (const char* key : {"module_input_name", "module_output_name"})
-    if (const Json* v = config.find(key); v && !v->is(Json::null) && v->as_string(path + ": " + key) != "sentence_embedding")
+    if (const Json* v = given(config, key); v && v->as_string(path + ": " + key) != "sentence_embedding")
       throw Error(path + ": " + key + ": '" + v->as_string(path) + "' is not built; sentence_embedding is");
   Pooling::Layer layer{{}, found->second};
   for (const SafeTensors& file : open_checkpoint(folder))
@@ -2834,15 +2787,14 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
 }
 
 // Pooling, then dense layers, then normalisation, as a sentence-transformers folder says; mean pooling where it says nothing.
-static Pooling read_pooling(const std::string& folder, int64_t hidden) {
+Pooling folder_pooling(const std::string& folder, const Config& config) {
   Pooling pooling;
   for (const Module& m : read_modules(folder)) {
     const std::string at = folder + "/" + m.folder;
-    const int64_t width = pooling.layers.empty() ? hidden * (int64_t)pooling.kinds.size() : pooling.layers.back().dense.weight.rows();
     if (m.type == "Pooling")
       pooling.kinds = read_pooling_modes(at + "/config.json");
     else if (m.type == "Dense" && !pooling.normalize)
-      pooling.layers.push_back(read_dense(at, width));
+      pooling.layers.push_back(read_dense(at, pooling.width(config.hidden_size)));
     else if (m.type == "Normalize")
       pooling.normalize = true;
     else if (m.type != "Transformer" && m.type != "Dropout")
@@ -2851,8 +2803,6 @@ static Pooling read_pooling(const std::string& folder, int64_t hidden) {
   }
   return pooling;
 }
-
-Pooling folder_pooling(const std::string& folder, const Config& config) { return read_pooling(folder, config.hidden_size); }
 
 std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_t hidden, int64_t max_length) {
   const std::string type = "sentence_transformers.models.";
@@ -2888,12 +2838,12 @@ static void read_sentence_config(const std::string& folder, ModelFolder& m) {
   std::string path = folder + "/sentence_bert_config.json";
   if (!exists(path)) path = folder + "/sentence_distilbert_config.json";
   if (!exists(path)) return;
-  const Json json = Json::parse(read_file(path), path);
-  const Json *length = json.find("max_seq_length"), *lower = json.find("do_lower_case");
-  if (length && !length->is(Json::null))
+  const Json json = read_json(path);
+  const Json *length = given(json, "max_seq_length"), *lower = given(json, "do_lower_case");
+  if (length)
     m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
   TokenizerSettings settings = m.tokenizer.settings();
-  if (!lower || lower->is(Json::null) || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
+  if (!lower || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
   settings.lowercase = true, settings.strip_accents = settings.strip_accents.value_or(false);
   m.tokenizer = m.tokenizer.with_settings(settings);
 }
@@ -2925,7 +2875,7 @@ ModelFolder load_folder(const std::string& folder, bool pack, std::optional<Prec
   check_folder(folder);
   const std::vector<SafeTensors> files = open_checkpoint(folder);
   ModelFolder m = read_folder(folder, files);
-  m.pooling = read_pooling(folder, m.config.hidden_size);
+  m.pooling = folder_pooling(folder, m.config);
   const Task task = folder_task(folder, m.config);
   if (head_kind(task).output && !head_kind(task).classes(m.config)) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
   const bool pooler = task != Task::embed || m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
@@ -2968,10 +2918,11 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
     if (!narrow) continue;
     NarrowMatrix rows = *narrow;  // those of this parameter
     rows.n = p.rows, rows.data = narrow->row(p.first_row);
-    if (rows.precision == Precision::int8 && dtype != "F32")
+    const bool scaled = rows.precision == Precision::int8;
+    if (scaled && dtype != "F32")
       throw Error(folder + ": " + name + ": int8, whose scales are F32; save it with F32, or load it as numbers first");
-    if (rows.precision == Precision::int8) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
-    tensors[tensors.size() - (rows.precision == Precision::int8 ? 2 : 1)].narrow = std::move(rows);
+    tensors.back().narrow = std::move(rows);
+    if (scaled) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
   }
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
@@ -2989,25 +2940,26 @@ static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piec
 }
 
 void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>& pieces) {
-  const int64_t before = t.size(), hidden = bert.config.hidden_size;
+  const auto before = (size_t)t.size();
   bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
-  const std::vector<int32_t> all = count_up<int32_t>((size_t)before);
-  auto extended = [&](const Tensor& old, int64_t width) {
-    Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
-    std::copy(old.data(), old.data() + old.size(), rows.data());
-    for (int64_t i = before; i < (int64_t)pieces.size(); i++) {
+  const std::vector<int32_t> all = count_up<int32_t>(before);
+  auto extend = [&](Tensor& table) {
+    const int64_t width = table.size() / table.shape()[0], V = bert.config.vocab_size;
+    Tensor rows(table.shape().rank() == 1 ? Shape{V} : Shape{V, width}, 0.f);
+    std::copy_n(table.data(), table.size(), rows.data());
+    for (size_t i = before; i < pieces.size(); i++) {
       const auto found = old_pieces(t, pieces[i]);
       const auto& ids = found.empty() ? all : found;
       for (int64_t c = 0; c < width; c++) {
         double sum = 0;
-        for (const int32_t id : ids) sum += old.data()[id * width + c];
-        rows.data()[i * width + c] = (float)(sum / (double)ids.size());
+        for (const int32_t id : ids) sum += table.data()[id * width + c];
+        rows.data()[(int64_t)i * width + c] = (float)(sum / (double)ids.size());
       }
     }
-    return rows;
+    table = rows;
   };
-  bert.word = extended(bert.word, hidden);
-  if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
+  extend(bert.word);
+  if (head_kind(bert.task).masked_words) extend(bert.decoder_bias);
 }
 
 int64_t quantized_parts(const Config& config) { return config.num_hidden_layers + 1; }
@@ -3214,7 +3166,7 @@ std::vector<TextEntity> entities_in(const Outcome& o, std::span<const std::strin
   std::vector<std::string> tags;
   for (const int32_t tag : o.tags) tags.push_back(tag < 0 ? "O" : labels[(size_t)tag]);
   std::vector<TextEntity> list;
-  for (const Entity& e : find_entities(tags)) {
+  for (const Entity& e : find_entities(tags, Scheme::any)) {
     const int64_t begin = o.words[(size_t)e.begin][0], end = o.words[(size_t)e.end - 1][1];
     double score = 0;
     for (int64_t w = e.begin; w < e.end; w++) score += (double)o.scores[(size_t)w] / (double)(e.end - e.begin);
@@ -3336,15 +3288,15 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
   if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
   const HeadKind& head = head_kind(bert.task);
-  const std::vector<float> outputs = head_outputs(bert, examples_of(windows), batch_tokens);
-  const int64_t classes = head.classes(bert.config);
+  const Tensor outputs = head_outputs(bert, examples_of(windows), batch_tokens);
+  const int64_t classes = outputs.cols();
   std::vector<Outcome> out(items.size());
   size_t at = 0;  // in outputs
   for (size_t i = 0; i < items.size(); i++) {
     const std::span<const Window> list = windows[i];
     size_t rows = list.size();
     if (head.tokens) rows = 0, std::for_each(list.begin(), list.end(), [&](const Window& w) { rows += w.words.size(); });
-    const auto own = std::span<const float>(outputs).subspan(at, rows * (size_t)classes);
+    const std::span<const float> own(outputs.data() + at, rows * (size_t)classes);
     if (bert.task == Task::tag)
       out[i] = tag_outcome(items[i], list, own, classes);
     else if (bert.task == Task::qa)
@@ -3466,16 +3418,6 @@ Model Model::load(const std::string& folder, std::optional<Precision> precision)
   return m;
 }
 
-Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
-  Tensor out;
-  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor v = pool_rows(bert, bert.forward(batch), batch, pooling);
-    if (!out) out = Tensor({(int64_t)examples.size(), v.cols()});
-    for (size_t r = 0; r < rows.size(); r++) std::copy_n(v.data() + (int64_t)r * v.cols(), v.cols(), out.data() + rows[r] * v.cols());
-  });
-  return out;
-}
-
 // A text as ids. In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is
 // itself, as here, and in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
 static Example example_of(const ModelFolder& folder, std::string_view text) {
@@ -3514,11 +3456,11 @@ void Model::need(Task task, const char* what) const {
   if (folder_->bert.task != task)
     throw Error(std::string(what) + ": the model is for " + head_kind(folder_->bert.task).name + ", not for " + head_kind(task).name);
 }
-std::vector<float> Model::classify(std::string_view text) const {
-  return probabilities(folder_->bert.task, ask({std::string(text), {}}).outputs);
-}
-std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
-  return probabilities(folder_->bert.task, ask({std::string(text), std::string(pair)}).outputs);
+std::vector<float> Model::classify(std::string_view text, std::optional<std::string_view> pair) const {
+  const HeadKind& head = head_kind(folder_->bert.task);
+  if (head.tokens || head.task == Task::choice || !(head.output || head.next_sentence))
+    throw Error("classify: the model is for " + std::string(head.name) + ", which has no classes of texts");
+  return probabilities(head.task, ask({std::string(text), pair ? std::optional(std::string(*pair)) : std::nullopt}).outputs);
 }
 std::vector<TextEntity> Model::tag(std::string_view text) const {
   need(Task::tag, "tag");

@@ -256,9 +256,8 @@ struct Bert {
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
   Tensor masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const;   // [1] for training: not packed
-  Tensor row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;            // classifier or next sentence  [R,C]
-  Tensor token_logits(const Tensor& hidden, Dropout& drop) const;                              // of tags, or of start and end  [N,C]
-  Tensor replaced_logits(const Tensor& hidden) const;                                          // above 0: the token was replaced  [N,1]
+  // Of the head that answers about rows [R,C], or about tokens [N,C]: tags; start and end; above 0: the token was replaced.
+  Tensor logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;
 };
 
 // How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
@@ -646,10 +645,11 @@ class FinetuneSampler {
   uint64_t seed_;
   std::vector<int64_t> order_;
 };
-// Raw outputs of the head, [examples, C], or of every token [tokens of all, C], computed without tape in batches to a token budget.
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
-// The encoder's output: [tokens of all, H].
-std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+// Of examples, in their order, computed in batches to a token budget: raw outputs of the head [examples, C], or of every token
+// [tokens of all, C]; the encoder's output [tokens of all, H]; vectors [examples, width].
+Tensor head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+Tensor token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+Tensor embed_examples(const Bert& model, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows);   // one after another
 
 // ==== 8 metrics ==================================================================================================
@@ -694,22 +694,6 @@ struct Mistake {
   std::string text, right, said;
 };
 std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said);
-double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
-double pearson(std::span<const double> x, std::span<const double> y);
-double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
-// Entities in tags of IOB1, IOB2, BIOES or BILOU (B-PER, I-PER, O ...; a bare PER stands alone), by the rule of conlleval: also I-X after O
-// or after another type begins one.
-struct Entity {
-  std::string type;
-  int64_t begin, end;                              // words
-  friend bool operator==(const Entity&, const Entity&) = default;
-};
-std::vector<Entity> find_entities(std::span<const std::string> tags);
-bool entity_tag(std::string_view tag);             // O, or one of those prefixes and a type
-// SQuAD's official scores of an answer, the best over the right ones: whether it is one of them, and the F1 of their words. An empty list
-// is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
-struct AnswerScore { double exact = 0, f1 = 0; };
-AnswerScore score_answer(const std::string& said, std::span<const std::string> right);
 // How high each query's own candidate (that of its number) ranks among all by cosine; a candidate as near as it counts as nearer.
 //   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_k: share of those with rank <= k
 struct RankScores { double mrr, recall_1, recall_10; };
@@ -811,9 +795,7 @@ class Model {
   std::vector<std::vector<float>> embed(std::span<const std::string> texts, int64_t batch_tokens = 8192) const;
   std::vector<MaskGuess> fill_mask(std::string_view text, int64_t top = 5) const;
   TextScore score(std::string_view text) const;                                 // pseudo-log-likelihood
-  // probability of each label (classify, multilabel), or the value
-  std::vector<float> classify(std::string_view text) const;
-  std::vector<float> classify(std::string_view text, std::string_view pair) const;
+  std::vector<float> classify(std::string_view text, std::optional<std::string_view> pair = {}) const;   // each label's probability; a value
   std::vector<TextEntity> tag(std::string_view text) const;                     // its entities, in order
   Answer answer(std::string_view question, std::string_view context) const;     // its text is empty where the model finds none
   std::vector<float> choose(std::string_view text, std::span<const std::string> choices) const;   // probability of each
@@ -824,8 +806,6 @@ class Model {
   void need(Task task, const char* what) const;
   std::shared_ptr<const ModelFolder> folder_;
 };
-// Vectors of examples, one each, in their order, computed in batches to a token budget.   [examples, hidden_size]
-Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
 // Vectors of texts in windows: of each item one for each of its parts, the mean of that part's windows, which count by the tokens that
 // they decide about.   [parts of all items, width]
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);
