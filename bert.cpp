@@ -391,8 +391,7 @@ const HeadKind& head_kind(const Config& config) {
   throw Error("config.json: architecture " + config.class_name() +
               (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
               " is not built; BertModel, and BertFor with PreTraining, MaskedLM, NextSentencePrediction, SequenceClassification, "
-              "TokenClassification, "
-              "QuestionAnswering and MultipleChoice are");
+              "TokenClassification, QuestionAnswering and MultipleChoice are");
 }
 
 // The one table of parameters: visit(name, tensor, shape of the whole tensor, first row, rows) in checkpoint order. Query, key and
@@ -405,18 +404,15 @@ static void visit_parameters(Bert& m, Visit visit) {
   const int64_t H = c.hidden_size, F = c.intermediate_size, E = c.embedding();
   const std::string bert = m.task == Task::embed ? "" : "bert.";  // BertModel is saved without the prefix
   auto whole = [&](const std::string& name, Tensor& t, const Shape& s) { visit(name, t, s, (int64_t)0, s[0]); };
-  auto dense = [&](const std::string& name, Dense& d, int64_t out, int64_t in) {
-    whole(name + ".weight", d.weight, {out, in}), whole(name + ".bias", d.bias, {out});
-  };
-  auto norm = [&](const std::string& name, Norm& n, int64_t size) {
-    whole(name + ".weight", n.weight, {size}), whole(name + ".bias", n.bias, {size});
+  auto both = [&](const std::string& name, Dense& d, const Shape& s) {
+    whole(name + ".weight", d.weight, s), whole(name + ".bias", d.bias, {s[0]});
   };
 
   whole(bert + "embeddings.word_embeddings.weight", m.word, {c.vocab_size, E});
   whole(bert + "embeddings.position_embeddings.weight", m.position, {c.max_position_embeddings, E});
   if (f.has("type_vocab_size")) whole(bert + "embeddings.token_type_embeddings.weight", m.segment, {c.type_vocab_size, E});
-  norm(bert + "embeddings.LayerNorm", m.embeddings_norm, E);
-  if (E != H) dense(bert + "embeddings_project", m.projection, H, E);
+  both(bert + "embeddings.LayerNorm", m.embeddings_norm, {E});
+  if (E != H) both(bert + "embeddings_project", m.projection, {H, E});
   for (size_t l = 0; l < m.layers.size(); l++) {
     Layer& layer = m.layers[l];
     const std::string at = bert + "encoder.layer." + std::to_string(l) + ".";
@@ -426,20 +422,20 @@ static void visit_parameters(Bert& m, Visit visit) {
       visit(at + "attention.self." + name + ".bias", layer.qkv.bias, Shape{3 * H}, part, H);
       part += H;
     }
-    dense(at + "attention.output.dense", layer.attention_out, H, H), norm(at + "attention.output.LayerNorm", layer.attention_norm, H);
-    dense(at + "intermediate.dense", layer.up, F, H);
-    dense(at + "output.dense", layer.down, H, F), norm(at + "output.LayerNorm", layer.output_norm, H);
+    both(at + "attention.output.dense", layer.attention_out, {H, H}), both(at + "attention.output.LayerNorm", layer.attention_norm, {H});
+    both(at + "intermediate.dense", layer.up, {F, H});
+    both(at + "output.dense", layer.down, {H, F}), both(at + "output.LayerNorm", layer.output_norm, {H});
   }
-  if (head.pooler && (f.is_bert() || head.output)) dense(bert + "pooler.dense", m.pooler, H, H);
+  if (head.pooler && (f.is_bert() || head.output)) both(bert + "pooler.dense", m.pooler, {H, H});
   if (head.masked_words) {
     whole("cls.predictions.bias", m.decoder_bias, {c.vocab_size});
-    dense("cls.predictions.transform.dense", m.transform, E, H), norm("cls.predictions.transform.LayerNorm", m.transform_norm, E);
+    both("cls.predictions.transform.dense", m.transform, {E, H}), both("cls.predictions.transform.LayerNorm", m.transform_norm, {E});
   }
-  if (head.next_sentence) dense("cls.seq_relationship", m.next_sentence, 2, H);
-  if (head.output) dense(head.output, m.classifier, head.classes(c), H);
+  if (head.next_sentence) both("cls.seq_relationship", m.next_sentence, {2, H});
+  if (head.output) both(head.output, m.classifier, {head.classes(c), H});
   if (m.task == Task::replaced) {
-    dense("discriminator_predictions.dense", m.transform, H, H);
-    dense("discriminator_predictions.dense_prediction", m.classifier, 1, H);
+    both("discriminator_predictions.dense", m.transform, {H, H});
+    both("discriminator_predictions.dense_prediction", m.classifier, {1, H});
   }
 }
 
@@ -465,9 +461,7 @@ Bert Bert::empty(const Config& config, Task task) {
   if (MiB > there)
     throw Error("config: a model of this shape needs " + format_number(std::round(MiB)) + " MiB of memory, and this machine has " +
                 format_number(std::round(there)) + " MiB; take a smaller one");
-  visit_parameters(m, [](const std::string&, Tensor& t, const Shape& s, int64_t, int64_t) {
-    if (!t) t = Tensor(s);
-  });
+  visit_parameters(m, [](const std::string&, Tensor& t, const Shape& s, auto...) { t = t ? t : Tensor(s); });
   add_segments(m);
   return m;
 }
@@ -554,7 +548,7 @@ Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute) const {
   Profile::lap();
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
-  if (projection.weight) x = linear(x, projection.weight, projection.bias);             // [N,H], ELECTRA's
+  if (projection.weight) x = linear(x, projection.weight, projection.bias);                            // [N,H], ELECTRA's
   for (const Layer& layer : layers)
     if (recompute)
       x = recomputed(
@@ -581,12 +575,12 @@ static Tensor finite(const Tensor& x) {
 
 // Rows [first, last) of a batch as one of their own.
 static Batch rows_of(const Batch& batch, int64_t first, int64_t last) {
-  const int64_t begin = batch.offsets[(size_t)first], end = batch.offsets[(size_t)last];
-  auto part = [&](const std::vector<int32_t>& all) { return std::vector(all.begin() + begin, all.begin() + end); };
-  Batch b;
-  b.ids = part(batch.ids), b.segments = part(batch.segments), b.positions = part(batch.positions);
-  for (int64_t r = first; r < last; r++) b.offsets.push_back(batch.offsets[(size_t)r + 1] - begin);
-  return b;
+  Batch some;
+  for (int64_t r = first; r < last; r++) {
+    const auto begin = (size_t)batch.offsets[(size_t)r], length = (size_t)batch.offsets[(size_t)r + 1] - begin;
+    some.add_row(std::span(batch.ids).subspan(begin, length), std::span(batch.segments).subspan(begin, length));
+  }
+  return some;
 }
 
 // A few rows at a time go through all layers on one thread: what passes from op to op then stays in that core's second cache, and no
@@ -639,12 +633,51 @@ Tensor Bert::logits(const Tensor& hidden, const Batch& batch, Dropout& drop) con
   const HeadKind& head = head_kind(task);
   if (head.next_sentence) return linear(pooled(hidden, batch), next_sentence.weight, next_sentence.bias);
   Tensor x = head.tokens ? hidden : pooled(hidden, batch);
-  if (task == Task::replaced) return linear(linear(x, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);
+  if (task == Task::replaced)
+    return linear(linear(x, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);
   Dropout before = drop;
   before.hidden = task == Task::qa ? 0 : drop.classifier;  // as transformers does
   x = dropout(x, before);
   drop.key = before.key;
   return linear(x, classifier.weight, classifier.bias);
+}
+
+// One way of pooling, of all rows.   hidden [N,H]   ->   [R,H]
+static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden, const Batch& batch) {
+  if (kind == Pooling::mean) return mean_rows(hidden, batch.offsets);
+  if (kind == Pooling::cls) return gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
+  if (kind == Pooling::pooler) return bert.pooled(hidden, batch);
+  const int64_t R = batch.rows(), H = hidden.cols();
+  Tensor v(Shape{R, H}, kind == Pooling::max ? -std::numeric_limits<float>::infinity() : 0.f);
+  parallel_for(R, [&](int64_t r) {
+    const int64_t begin = batch.offsets[(size_t)r], end = batch.offsets[(size_t)r + 1], T = end - begin;
+    float* out = v.data() + r * H;
+    float weights = 0;
+    for (int64_t t = kind == Pooling::last ? end - 1 : begin; t < end; t++) {
+      const float* x = hidden.data() + t * H;
+      const float weight = kind == Pooling::weighted_mean ? (float)(t - begin + 1) : 1;  // the later, the heavier
+      weights += weight;
+      for (int64_t c = 0; c < H; c++) out[c] = kind == Pooling::max ? std::max(out[c], x[c]) : std::fma(weight, x[c], out[c]);
+    }
+    const float divisor = kind == Pooling::weighted_mean ? weights : kind == Pooling::mean_sqrt ? std::sqrt((float)T) : 1;
+    for (int64_t c = 0; c < H; c++) out[c] /= divisor;
+  });
+  return v;
+}
+
+// Vectors of a batch's rows from the encoder's output: [R, width].
+static Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling) {
+  std::vector<Tensor> parts;
+  for (const Pooling::Kind kind : pooling.kinds) parts.push_back(pool_by(kind, bert, hidden, batch));
+  Tensor v = parts[0];  // [R,H], or several side by side
+  if (parts.size() > 1) {
+    const int64_t R = batch.rows(), H = hidden.cols(), P = (int64_t)parts.size();
+    v = Tensor(Shape{R, P * H});
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t r = 0; r < R; r++) std::copy_n(parts[(size_t)p].data() + r * H, H, v.data() + (r * P + p) * H);
+  }
+  for (const Pooling::Layer& l : pooling.layers) v = linear(v, l.dense.weight, l.dense.bias, l.activation);
+  return pooling.normalize ? normalize_rows(v) : v;
 }
 
 // The k-th row of each group.
@@ -720,43 +753,6 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
   return loss;
 }
 
-// One way of pooling, of all rows.   hidden [N,H]   ->   [R,H]
-static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden, const Batch& batch) {
-  if (kind == Pooling::mean) return mean_rows(hidden, batch.offsets);
-  if (kind == Pooling::cls) return gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
-  if (kind == Pooling::pooler) return bert.pooled(hidden, batch);
-  const int64_t R = batch.rows(), H = hidden.cols();
-  Tensor v(Shape{R, H}, kind == Pooling::max ? -std::numeric_limits<float>::infinity() : 0.f);
-  parallel_for(R, [&](int64_t r) {
-    const int64_t begin = batch.offsets[(size_t)r], end = batch.offsets[(size_t)r + 1], T = end - begin;
-    float* out = v.data() + r * H;
-    float weights = 0;
-    for (int64_t t = kind == Pooling::last ? end - 1 : begin; t < end; t++) {
-      const float* x = hidden.data() + t * H;
-      const float weight = kind == Pooling::weighted_mean ? (float)(t - begin + 1) : 1;  // the later, the heavier
-      weights += weight;
-      for (int64_t c = 0; c < H; c++) out[c] = kind == Pooling::max ? std::max(out[c], x[c]) : std::fma(weight, x[c], out[c]);
-    }
-    const float divisor = kind == Pooling::weighted_mean ? weights : kind == Pooling::mean_sqrt ? std::sqrt((float)T) : 1;
-    for (int64_t c = 0; c < H; c++) out[c] /= divisor;
-  });
-  return v;
-}
-
-Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling) {
-  std::vector<Tensor> parts;
-  for (const Pooling::Kind kind : pooling.kinds) parts.push_back(pool_by(kind, bert, hidden, batch));
-  Tensor v = parts[0];  // [R,H], or several side by side
-  if (parts.size() > 1) {
-    const int64_t R = batch.rows(), H = hidden.cols(), P = (int64_t)parts.size();
-    v = Tensor(Shape{R, P * H});
-    for (int64_t p = 0; p < P; p++)
-      for (int64_t r = 0; r < R; r++) std::copy_n(parts[(size_t)p].data() + r * H, H, v.data() + (r * P + p) * H);
-  }
-  for (const Pooling::Layer& l : pooling.layers) v = linear(v, l.dense.weight, l.dense.bias, l.activation);
-  return pooling.normalize ? normalize_rows(v) : v;
-}
-
 // ==== batches =====================================================================================================
 void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_segments) {
   ids.insert(ids.end(), row.begin(), row.end());
@@ -765,7 +761,8 @@ void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_s
   offsets.push_back((int64_t)ids.size());
 }
 
-std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
+// Row numbers cut into batches of at most `tokens` tokens (a longer row stands alone), similar lengths together.
+static std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
   std::vector<int64_t> order = count_up(lengths.size());
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[(size_t)a] < lengths[(size_t)b]; });
   std::vector<std::vector<int64_t>> batches;
@@ -911,6 +908,19 @@ static float largest_gradient(const Parameter& p) {
   return p.tensor.has_grad() ? largest(p.tensor.grad() + (p.data() - p.tensor.data()), p.shape().size()) : 0;
 }
 
+// The loss of each row's masked words, 0 for a row without.   [R,1]
+// A row at a time: the scores of all would take more memory than the step did.
+static Tensor row_losses(const Bert& model, const Tensor& hidden, const Batch& batch) {
+  Tensor losses({batch.rows(), 1}, 0.f);
+  for (int64_t r = 0, m = 0; r < batch.rows(); r++) {
+    Batch own;
+    for (; m < (int64_t)batch.masked.size() && batch.masked[(size_t)m] < batch.offsets[(size_t)r + 1]; m++)
+      own.masked.push_back(batch.masked[(size_t)m]), own.masked_labels.push_back(batch.masked_labels[(size_t)m]);
+    if (!own.masked.empty()) losses.data()[r] = model.masked_loss(hidden, own, 0, nullptr).item();
+  }
+  return losses;
+}
+
 // Where a step's numbers part from the finite: the forward is made again, layer by layer, with the same dropout.
 static std::string not_finite(const Bert& model, std::span<const Batch> batches, const TrainSettings& settings, int64_t step) {
   const int64_t L = model.config.num_hidden_layers;
@@ -920,15 +930,13 @@ static std::string not_finite(const Bert& model, std::span<const Batch> batches,
       Dropout drop = step_dropout(model.config, settings, step, i);
       cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
       Tensor x = cut.forward(batches[i], drop);
-      if (layer > L && batches[i].masked.empty()) continue;
-      if (layer > L) x = model.masked_logits(x, batches[i].masked);
-      int64_t token = first_not_finite(x);
-      if (token < 0) continue;
-      if (layer > L) token = batches[i].masked[(size_t)token];
+      if (layer > L) x = row_losses(model, x, batches[i]);
+      const int64_t at = first_not_finite(x);  // a token, or of losses a row
+      if (at < 0) continue;
+      const Offsets& rows = batches[i].offsets;
+      const int64_t row = layer > L ? at : std::upper_bound(rows.begin(), rows.end(), at) - rows.begin() - 1;
       const std::string what =
           layer > L ? "the scores of masked words" : "the output of " + (layer ? "layer " + std::to_string(layer) : "the embeddings");
-      const std::vector<int64_t>& rows = batches[i].offsets;
-      const int64_t row = std::upper_bound(rows.begin(), rows.end(), token) - rows.begin() - 1;
       return "not finite: " + what + ", first in " + row_name(batches, i, row) +
              "; the largest weights there: " + largest_weight(model, layer);
     }
@@ -945,14 +953,11 @@ static std::string largest_of(const Bert& model, std::span<const Batch> batches,
   for (size_t i = 0; i < batches.size(); i++) {
     const Batch& b = batches[i];
     Dropout drop = step_dropout(model.config, settings, step, i);
-    const Tensor hidden = model.forward(b, drop);
-    for (int64_t r = 0, m = 0; r < b.rows(); r++) {
-      Batch own;  // a row at a time: the scores of all would take more memory than the step did
-      for (; m < (int64_t)b.masked.size() && b.masked[(size_t)m] < b.offsets[(size_t)r + 1]; m++)
-        own.masked.push_back(b.masked[(size_t)m]), own.masked_labels.push_back(b.masked_labels[(size_t)m]);
-      const double loss = own.masked.empty() ? 0 : (double)model.masked_loss(hidden, own, 0, nullptr).item();
-      if (loss > worst) worst = loss, text = "largest, " + format_number(loss) + ", in " + row_name(batches, i, r);
-    }
+    const Tensor losses = row_losses(model, model.forward(b, drop), b);
+    const float* const most_here = std::max_element(losses.data(), losses.data() + b.rows());
+    if (*most_here <= worst) continue;
+    worst = *most_here;
+    text = "largest, " + format_number(worst) + ", in " + row_name(batches, i, most_here - losses.data());
   }
   for (const Parameter& p : model.parameters())
     if (const float top = largest_gradient(p); top > most) most = top, name = p.name;
@@ -1312,16 +1317,14 @@ void Shards::append(const Block& block, const View& shard, Corpus& to) const {
   auto held = std::lower_bound(held_.begin(), held_.end(), at.first_sentence + block.begin,
                                [](const Stretch& stretch, int64_t sentence) { return stretch.end <= sentence; });
   auto d = std::upper_bound(shard.documents.begin(), shard.documents.end(), block.begin) - 1;
-  for (int64_t s = block.begin; s < block.end; d++) {
-    for (const int64_t end = std::min(d[1], block.end); s < end;) {
-      const bool out = held != held_.end() && held->begin <= at.first_sentence + s;
-      const int64_t to_here = held == held_.end() ? end : std::min(end, (out ? held->end : held->begin) - at.first_sentence);
-      if (!out) to.add_sentences(shard.sentences.subspan((size_t)s, (size_t)(to_here - s) + 1), shard.ids);
-      if (out && held->end <= at.first_sentence + to_here) held++;
-      s = to_here;
-    }
+  for (int64_t s = block.begin; s < block.end; s++) {
+    const int64_t number = at.first_sentence + s;
+    if (held != held_.end() && held->end <= number) held++;
+    if (held == held_.end() || number < held->begin) to.add_sentences(shard.sentences.subspan((size_t)s, 2), shard.ids);
+    if (s + 1 < std::min(d[1], block.end)) continue;
     if (to.documents.back() < to.size().sentences)
       to.end_document(), to.sources.push_back(at.first_document + (d - shard.documents.begin()));
+    d++;
   }
 }
 
@@ -1657,7 +1660,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
 }
 
 // ==== fine-tuning =================================================================================================
-Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which) {
+static Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which) {
   Batch batch;
   for (const int64_t i : which) {
     const Example& e = examples[(size_t)i];
@@ -1958,20 +1961,21 @@ RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
     throw Error("rank_scores: queries " + to_string(queries.shape()) + ", candidates " + to_string(candidates.shape()));
   constexpr int64_t kBlock = 512;  // queries and candidates multiplied at once
   const Tensor q = normalize_rows(queries), c = normalize_rows(candidates);
-  const int64_t n = q.rows(), D = q.cols();
+  const int64_t n = q.rows();
+  auto block = [&](const Tensor& x, int64_t at) {
+    return Tensor::borrowed({std::min(kBlock, n - at), x.cols()}, x.data() + at * x.cols(), {});
+  };
   std::vector<int64_t> nearer((size_t)n);
-  std::vector<float> own((size_t)kBlock), cosines((size_t)(kBlock * kBlock));
   for (int64_t q0 = 0; q0 < n; q0 += kBlock) {
-    const int64_t Q = std::min(kBlock, n - q0);
-    const PackedWeights packed(q.data() + q0 * D, Q, D);
-    auto multiply = [&](int64_t c0, int64_t rows) { gemm(rows, c.data() + c0 * D, D, packed, cosines.data(), Q, {}); };
-    multiply(q0, Q);  // by the product that it is compared with, so that equal vectors tie to the bit
-    for (int64_t i = 0; i < Q; i++) own[(size_t)i] = cosines[(size_t)(i * Q + i)];
+    Tensor some = block(q, q0);
+    some.pack();
+    const Tensor own = linear(block(c, q0), some);  // by the product that it is compared with, so that equal vectors tie to the bit
+    const int64_t Q = own.rows();
     for (int64_t c0 = 0; c0 < n; c0 += kBlock) {
-      const int64_t rows = std::min(kBlock, n - c0);
-      multiply(c0, rows);
-      for (int64_t r = 0; r < rows; r++)  // written so that NaN counts as nearer
-        for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosines[(size_t)(r * Q + i)] < own[(size_t)i]);
+      const Tensor cosines = linear(block(c, c0), some);
+      const float *cosine = cosines.data(), *best = own.data();
+      for (int64_t r = 0; r < cosines.rows(); r++)  // written so that NaN counts as nearer
+        for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosine[r * Q + i] < best[i * Q + i]);
     }
   }
   RankScores scores{};
@@ -2409,16 +2413,13 @@ static void make_folders(const std::string& path) {
   if (failed) throw Error(path + ": cannot make this folder: " + failed.message());
 }
 
-// Files that travel with a model unchanged: the tokenizer's, and a sentence-transformers recipe.
-static const char* const carried_files[] = {"vocab.txt",
-                                            "tokenizer.json",
-                                            "tokenizer_config.json",
-                                            "special_tokens_map.json",
-                                            "modules.json",
-                                            "sentence_bert_config.json",
-                                            "sentence_distilbert_config.json",
-                                            "config_sentence_transformers.json",
-                                            "1_Pooling/config.json"};
+// Files that travel with a model unchanged.
+static const char* const carried_files[] = {
+    // the tokenizer's
+    "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    // the recipe's
+    "modules.json", "sentence_bert_config.json", "sentence_distilbert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json"};
 
 static std::string list_names(std::span<const std::string> names) {
   if (names.size() <= 4) return join(names, ", ");
@@ -2440,11 +2441,10 @@ static void check_tied(const SafeTensors& file, const SafeTensors::Entry& copy, 
 
 // What load_weights may do.
 struct LoadPlan {
-  bool own = false;         // copy all into memory of its own, so that it can be trained
-  bool pooler = true;       // false: nothing asks for it, and the file may lack it
-  bool classifier = true;   // false: the file's is for other labels and is left aside
-  bool draw_heads = false;  // heads that the file lacks are drawn from the seed
-  uint64_t seed = 1;
+  bool own = false;                         // copy all into memory of its own, so that it can be trained
+  bool pooler = true;                       // false: nothing asks for it, and the file may lack it
+  bool classifier = true;                   // false: the file's is for other labels and is left aside
+  std::optional<uint64_t> seed = {};        // heads that the file lacks are drawn from it; unset: none may lack
   std::optional<Precision> precision = {};  // of products; unset: of each weight what it is stored in
 };
 
@@ -2563,18 +2563,16 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     throw Error(where + ": a model of type " + f.model_type + " has no head for next sentences; pretrain with --no-nsp");
   if (f.model_type == std::string_view("electra") && task == Task::choice)
     throw Error(where + ": ElectraForMultipleChoice is not built: its sequence_summary may be of several kinds; take a BERT or DistilBERT");
-  std::set<std::string> wanted;
-  visit_parameters(model,
-                   [&](const std::string& name, Tensor&, const Shape&, int64_t, int64_t) { wanted.insert(canonical(families[0], name)); });
+  Strings wanted;
+  visit_parameters(model, [&](const std::string& name, auto&&...) { wanted.push_back(canonical(families[0], name)); });
   // A checkpoint may hold more than its architecture uses: bert-base-uncased is a BertForMaskedLM with a next-sentence head and a pooler.
   auto no_use = [&](const std::string& name) {
     if (name == "embeddings.position_ids" || (!plan.classifier && starts_with_any(name, {"classifier.", "qa_outputs."}))) return true;
     for (const std::string head :
          {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions.", "qa_outputs."})
-      if (name.starts_with(head)) return !wanted.lower_bound(head)->starts_with(head);
+      if (name.starts_with(head)) return std::none_of(wanted.begin(), wanted.end(), [&](const auto& w) { return w.starts_with(head); });
     return false;
   };
-  wanted.insert("~");  // after all names: lower_bound finds one
   std::map<std::string, Found> there = tensors_by_name(files, f);
   std::erase_if(there, [&](const auto& t) { return no_use(t.first) && (report.ignored.push_back(t.second.entry->name), true); });
   std::vector<std::string> missing;
@@ -2582,25 +2580,23 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   NarrowMatrix stack;  // of query, key and value as they come
   visit_parameters(model, [&](const std::string& name, Tensor& t, const Shape& whole, int64_t first, int64_t rows) {
     const uint32_t number = index++;
-    const std::string plain = canonical(families[0], name);
+    const std::string plain = canonical(families[0], name), theirs = name_in_file(f, head_kind(task), name);
+    const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
     auto found = there.find(plain);
     if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
     if (found == there.end()) {
       if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
-      if (!plan.draw_heads ||
-          !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
-        return missing.push_back(name_in_file(f, head_kind(task), name));
+      if (!plan.seed || table || layer || plain.starts_with("embeddings_project.")) return missing.push_back(theirs);
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
-      draw({name, t, first, rows}, model.config.initializer_range, plan.seed, number);
-      return report.newly_initialised.push_back(name_in_file(f, head_kind(task), name));
+      draw({name, t, first, rows}, model.config.initializer_range, *plan.seed, number);
+      return report.newly_initialised.push_back(theirs);
     }
     const auto& [file, entry] = found->second;
     const std::vector<int64_t> want = whole.rank() == 1 ? std::vector{rows} : std::vector{rows, whole[1]};
     if (entry->shape != want)
       throw Error(file->where() + ": " + entry->name + ": shape " + shape_text(entry->shape) + ", the config asks for " + shape_text(want));
     if (!missing.empty()) return;  // it fails below
-    const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
     const Tensor values =
         load_tensor(*found, there, plan, whole.rank() == 2 && (layer || plain == "embeddings.word_embeddings.weight"), report);
     if (rows == whole[0] && !plan.own)
@@ -2623,8 +2619,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
 void check_folder(const std::string& folder, bool weights) {
   const std::string where_from =
       "; a model folder holds config.json, vocab.txt (or tokenizer.json) and model.safetensors (or pytorch_model.bin). Make one with bert "
-      "pretrain, or take one "
-      "from the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
+      "pretrain, or take one from the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
   std::error_code none;
   if (!exists(folder)) throw Error(folder + ": no such folder" + where_from);
   if (!fs::is_directory(folder, none)) throw Error(folder + ": a file, where a model's folder is wanted" + where_from);
@@ -2840,8 +2835,7 @@ static void read_sentence_config(const std::string& folder, ModelFolder& m) {
   if (!exists(path)) return;
   const Json json = read_json(path);
   const Json *length = given(json, "max_seq_length"), *lower = given(json, "do_lower_case");
-  if (length)
-    m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
+  if (length) m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
   TokenizerSettings settings = m.tokenizer.settings();
   if (!lower || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
   settings.lowercase = true, settings.strip_accents = settings.strip_accents.value_or(false);
@@ -2895,7 +2889,7 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
   m.config.labels = labels, m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
   if (task != Task::embed)  // a recipe for sentence vectors would say that it still makes those
     std::erase_if(m.carried, [](const auto& file) { return !starts_with_any(file.first, {"vocab.txt", "tokenizer", "special_tokens"}); });
-  load_weights(m, files, task, {.own = true, .classifier = same_head, .draw_heads = true, .seed = seed});
+  load_weights(m, files, task, {.own = true, .classifier = same_head, .seed = seed});
   return m;
 }
 
@@ -3060,20 +3054,15 @@ std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item
   if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
   if (task != Task::choice && task != Task::embed) return text_windows(t, task, item, item.pair, max_length, stride);
   std::vector<Window> all;
-  auto add = [&](const Item& one, const std::optional<std::string>& pair, int32_t part) {
+  int32_t part = 0;
+  auto add = [&](const Item& one, const std::optional<std::string>& pair) {
     for (Window& w : text_windows(t, task, one, pair, max_length, stride)) w.part = part, all.push_back(std::move(w));
+    part++;
   };
-  if (task == Task::embed) {
-    add({prompt + item.text, {}}, {}, 0);
-    if (item.pair) add({prompt + *item.pair, {}}, {}, 1);
-  }
-  for (size_t i = 0; i < item.others.size(); i++) {
-    const int32_t part = (int32_t)i + (task == Task::embed) + (task == Task::embed && item.pair);
-    if (task == Task::embed)
-      add({prompt + item.others[i], {}}, {}, part);
-    else
-      add(item, item.pair ? *item.pair + " " + item.others[i] : item.others[i], part);
-  }
+  auto text = [&](const std::string& alone) { add({prompt + alone, {}}, {}); };
+  if (task == Task::embed) text(item.text);
+  if (task == Task::embed && item.pair) text(*item.pair);
+  for (const std::string& other : item.others) task == Task::embed ? text(other) : add(item, item.pair ? *item.pair + " " + other : other);
   return all;
 }
 
@@ -3170,7 +3159,7 @@ std::vector<TextEntity> entities_in(const Outcome& o, std::span<const std::strin
     const int64_t begin = o.words[(size_t)e.begin][0], end = o.words[(size_t)e.end - 1][1];
     double score = 0;
     for (int64_t w = e.begin; w < e.end; w++) score += (double)o.scores[(size_t)w] / (double)(e.end - e.begin);
-    list.push_back({e.type, text.substr((size_t)begin, (size_t)(end - begin)), begin, end, score});
+    list.push_back({{text.substr((size_t)begin, (size_t)(end - begin)), begin, end, score}, e.type});
   }
   return list;
 }
@@ -3239,58 +3228,56 @@ static std::vector<float> mean_outputs(std::span<const Window> windows, std::spa
 }
 
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens) {
-  std::vector<int64_t> row;     // of each window in the result
-  std::vector<double> decided;  // tokens
-  int64_t rows = 0;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) {
-      if (&w == list.data() || w.part != (&w)[-1].part) rows++;
-      row.push_back(rows - 1);
-      decided.push_back((double)std::count(w.decides.begin(), w.decides.end(), 1));
-    }
   Pooling plain = pooling;
   plain.normalize = false;
   const Tensor v = embed_examples(bert, examples_of(windows), plain, batch_tokens);
-  Tensor out({rows, v.cols()});
-  for (size_t w = 0, n; w < row.size(); w += n) {
-    double all = 0;
-    for (n = 0; w + n < row.size() && row[w + n] == row[w]; n++) all += decided[w + n];
-    for (int64_t h = 0; h < v.cols(); h++) {
-      double sum = 0;
-      for (size_t k = w; k < w + n; k++) sum += decided[k] / all * (double)v.data()[(int64_t)k * v.cols() + h];
-      out.data()[row[w] * v.cols() + h] = n == 1 ? v.data()[(int64_t)w * v.cols() + h] : (float)sum;
+  const int64_t width = v.cols();
+  std::vector<float> means;
+  const float* row = v.data();
+  for (const std::vector<Window>& list : windows)
+    for (size_t begin = 0, end; begin < list.size(); begin = end) {
+      std::vector<double> decided;  // tokens, of the part's windows
+      for (end = begin; end < list.size() && list[end].part == list[begin].part; end++)
+        decided.push_back((double)std::count(list[end].decides.begin(), list[end].decides.end(), 1));
+      const double all = std::accumulate(decided.begin(), decided.end(), 0.0);
+      for (int64_t h = 0; h < width; h++) {
+        double sum = 0;
+        for (size_t k = 0; k < decided.size(); k++) sum += decided[k] / all * (double)row[(int64_t)k * width + h];
+        means.push_back(decided.size() == 1 ? row[h] : (float)sum);
+      }
+      row += (int64_t)decided.size() * width;
     }
-  }
+  const Tensor out(Shape{(int64_t)means.size() / width, width}, means);
   return pooling.normalize ? normalize_rows(out) : out;
 }
 
-// The cosines of items' first two texts; none for an item of one text.
-static std::vector<Outcome> similarity_outcomes(const Bert& bert, const Pooling& pooling, std::span<const std::vector<Window>> windows,
-                                                int64_t batch_tokens) {
-  if (windows.empty()) return {};
-  const Tensor vectors = normalize_rows(embed_windows(bert, windows, pooling, batch_tokens));
-  std::vector<int64_t> first, second;  // rows of `vectors`
-  std::vector<size_t> compared;        // items
+// Vectors of the items' first two texts.   Both [items, width]
+static std::array<Tensor, 2> pair_vectors(const Bert& bert, const Pooling& pooling, std::span<const std::vector<Window>> windows,
+                                          int64_t batch_tokens) {
+  std::vector<int64_t> first, second;  // rows of the vectors
   int64_t row = 0;
-  for (size_t i = 0; i < windows.size(); i++) {
-    const int64_t texts = windows[i].back().part + 1;
-    if (texts > 1) first.push_back(row), second.push_back(row + 1), compared.push_back(i);
-    row += texts;
+  for (const std::vector<Window>& list : windows) {
+    const int64_t texts = list.back().part + 1;
+    if (texts < 2) throw Error("similarity: an item of one text; two are compared");
+    first.push_back(row), second.push_back(row + 1), row += texts;
   }
-  std::vector<Outcome> out(windows.size());
-  if (compared.empty()) return out;
-  const Tensor cosines = row_dots(gather_rows(vectors, first), gather_rows(vectors, second));
-  for (size_t k = 0; k < compared.size(); k++) out[compared[k]].outputs = {cosines.data()[k]};
-  return out;
+  const Tensor vectors = embed_windows(bert, windows, pooling, batch_tokens);
+  return {gather_rows(vectors, first), gather_rows(vectors, second)};
 }
 
 std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
-  if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
+  if (items.empty()) return {};
+  std::vector<Outcome> out(items.size());
+  if (bert.task == Task::embed) {
+    const auto [a, b] = pair_vectors(bert, pooling, windows, batch_tokens);
+    const Tensor cosines = row_dots(normalize_rows(a), normalize_rows(b));
+    for (size_t i = 0; i < out.size(); i++) out[i].outputs = {cosines.data()[i]};
+    return out;
+  }
   const HeadKind& head = head_kind(bert.task);
   const Tensor outputs = head_outputs(bert, examples_of(windows), batch_tokens);
   const int64_t classes = outputs.cols();
-  std::vector<Outcome> out(items.size());
   size_t at = 0;  // in outputs
   for (size_t i = 0; i < items.size(); i++) {
     const std::span<const Window> list = windows[i];
@@ -3335,13 +3322,9 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
 
 RankScores rank_partners(const Asked& how, std::span<const Item> items) {
   std::vector<std::vector<Window>> windows = windows_of(how, items);
-  std::vector<int64_t> texts, partners;  // rows of the vectors
-  for (size_t i = 0; i < windows.size(); i++) {
-    std::erase_if(windows[i], [](const Window& w) { return w.part > 1; });
-    texts.push_back(2 * (int64_t)i), partners.push_back(2 * (int64_t)i + 1);
-  }
-  const Tensor vectors = embed_windows(how.bert, windows, how.pooling, how.batch_tokens);
-  return rank_scores(gather_rows(vectors, texts), gather_rows(vectors, partners));
+  for (std::vector<Window>& list : windows) std::erase_if(list, [](const Window& w) { return w.part > 1; });
+  const auto [texts, partners] = pair_vectors(how.bert, how.pooling, windows, how.batch_tokens);
+  return rank_scores(texts, partners);
 }
 
 // ==== Model =======================================================================================================
@@ -3355,6 +3338,7 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
                                                 int64_t batch_tokens) {
   const Bert& bert = folder.bert;
   need_masked_words(bert, "fill-mask");
+  constexpr size_t kAtOnce = 256;  // masks: the probabilities of thousands would take gigabytes
   std::vector<std::vector<MaskGuess>> out(examples.size());
   for_batches(examples, batch_tokens, [&](Batch batch, const std::vector<int64_t>& rows) {
     std::vector<std::pair<int64_t, int64_t>> places;  // row in the batch, number of the mask in it
@@ -3362,11 +3346,16 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
       for (int64_t t = batch.offsets[(size_t)r], n = 0; t < batch.offsets[(size_t)r + 1]; t++)
         if (batch.ids[(size_t)t] == folder.tokenizer.mask) batch.masked.push_back(t), places.push_back({r, n++});
     if (places.empty()) return;
-    const Tensor p = softmax(finite(bert.masked_logits(bert.forward(batch), batch.masked)));
-    const int64_t V = p.cols(), count = std::clamp<int64_t>(top, 0, V);
+    const Tensor hidden = bert.forward(batch);
+    const int64_t V = bert.config.vocab_size, count = std::clamp<int64_t>(top, 0, V);
     std::vector<int32_t> ids((size_t)V);
+    Tensor p;
     for (size_t m = 0; m < places.size(); m++) {
-      const float* row = p.data() + (int64_t)m * V;
+      if (m % kAtOnce == 0) {
+        const auto first = batch.masked.begin() + (int64_t)m;
+        p = softmax(finite(bert.masked_logits(hidden, {first, first + (int64_t)std::min(kAtOnce, places.size() - m)})));
+      }
+      const float* row = p.data() + (int64_t)(m % kAtOnce) * V;
       std::iota(ids.begin(), ids.end(), 0);
       std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
                         [&](int32_t a, int32_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });

@@ -71,8 +71,6 @@ class WordPiece {
   std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair,
                                        const EncodeOptions& options) const;
   // Texts that are split into words already: Encoding::words counts the given words, offsets are in each word's bytes.
-  Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
-                        const EncodeOptions& options = {}) const;
   std::vector<Encoding> encode_words_windows(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
                                              const EncodeOptions& options) const;
   WordPiece with_settings(const TokenizerSettings& settings) const;   // the same vocabulary under other settings
@@ -180,12 +178,10 @@ struct Batch {
   int64_t rows() const { return (int64_t)offsets.size() - 1; }
   void add_row(std::span<const int32_t> ids, std::span<const int32_t> segments);   // positions count from 0
 };
-// Row numbers cut into batches of at most `tokens` tokens (a longer row stands alone), similar lengths together.
-std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens);
 
 // ==== 4 the model ================================================================================================
 struct Dense { Tensor weight, bias; };             // [out, in], [out]
-struct Norm { Tensor weight, bias; };              // gamma, beta [H]
+using Norm = Dense;                                // gamma, beta [H]
 
 struct Layer {
   Dense qkv;                                       // [3H,H]: query, key, value of the checkpoint, stacked
@@ -271,8 +267,6 @@ struct Pooling {
   int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
   std::string name() const;                        // mean; cls+mean; ...
 };
-// Vectors of a batch's rows from the encoder's output: [R, hidden_size].
-Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
 
 // How texts are compared in training for similarity: the cosine against a number; each text's partner among all partners of the batch
 // (Henderson et al. 2017, section 4.4); alike or not (Hadsell et al. 2006); closer to the second text than to the third (Schroff et al.
@@ -577,7 +571,7 @@ struct Labels {
 // An item's gold without its labels, whose names are left in `names`, for put_in. known: of these names alone. Throws Error that says what
 // does not do.
 Gold make_gold(const Item& item, const Told& told, const Labels& labels, bool known, std::vector<std::string>& names);
-struct Answer {                                    // a part of the context
+struct Answer {                                    // a part of a text; qa: of the context
   std::string text;
   int64_t start = 0, end = 0;                      // bytes
   double score = 0;                                // probability among the best ones
@@ -620,7 +614,6 @@ std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const It
                                  const std::string& prompt = "");
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
-Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
 // All items so, made in parallel; cut: how many have more text than is trained with.
 std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
                                        const std::string& prompt, int64_t& cut);
@@ -777,12 +770,7 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
 // Of texts and their partners: how near each one's partner is among the partners of all.
 RankScores rank_partners(const Asked& how, std::span<const Item> items);
 
-// A named part of a text, with the mean of its words' probabilities.
-struct TextEntity {
-  std::string type, text;
-  int64_t start = 0, end = 0;                      // bytes
-  double score = 0;
-};
+struct TextEntity : Answer { std::string type; };  // a named part of a text, with the mean of its words' probabilities
 std::vector<TextEntity> entities_in(const Outcome& outcome, std::span<const std::string> labels, const std::string& text);
 
 // A folder ready to answer. Read-only: any number of threads.

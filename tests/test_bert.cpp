@@ -200,8 +200,7 @@ TEST_CASE("golden: heads, their losses and every gradient") {
     Losses losses;
     Tape tape;
     const Tensor hidden = m.bert.forward(batch, none);
-    const Tensor logits =
-        h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.logits(hidden, batch, none);
+    const Tensor logits = h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.logits(hidden, batch, none);
     if (h.task == Task::qa) {
       std::vector<float> start, end;
       for (int64_t i = 0; i < logits.rows(); i++) start.push_back(logits.data()[2 * i]), end.push_back(logits.data()[2 * i + 1]);
@@ -1072,6 +1071,9 @@ TEST_CASE("embedding in windows: the mean of them, by the tokens that each decid
   const Asked plain = {m.bert, m.tokenizer, m.pooling, none, 16, 4, 500}, prompted = {m.bert, m.tokenizer, m.pooling, prompt, 16, 4, 500};
   CHECK(answer_items(prompted, {&bare, 1})[0].outputs == answer_items(plain, {&whole, 1})[0].outputs);
   CHECK(answer_items(plain, {&bare, 1})[0].outputs != answer_items(plain, {&whole, 1})[0].outputs);
+  const Item alone = {"dog sleeps", {}};
+  CHECK_THROWS_WITH_AS(answer_items(plain, {&alone, 1}), "similarity: an item of one text; two are compared", Error);
+  CHECK(answer_items(plain, {}).empty());
 }
 
 TEST_CASE("what a model does not answer is refused; a choice of none has no probability") {
@@ -1085,6 +1087,29 @@ TEST_CASE("what a model does not answer is refused; a choice of none has no prob
   const std::vector<float> p = choice.choose("the dog", two);
   REQUIRE(p.size() == 2);
   CHECK(p[0] + p[1] == doctest::Approx(1));
+}
+
+TEST_CASE("guesses of hundreds of masks in one batch are those of each text alone") {
+  const ModelFolder m = load_folder(kGolden + "tiny-pretrain");
+  std::vector<Example> examples;
+  for (int32_t row = 0; row < 12; row++) {
+    Example e{{m.tokenizer.cls}, {}};
+    for (int32_t i = 0; i < 25 + row; i++) e.ids.push_back(i % 4 == row % 4 ? 10 + row : m.tokenizer.mask);
+    e.ids.push_back(m.tokenizer.sep), e.segments.resize(e.ids.size());
+    examples.push_back(e);
+  }
+  const auto all = guess_masks(m, examples, 2, 100000);
+  size_t guesses = 0;
+  for (size_t i = 0; i < examples.size(); i++) {
+    const std::vector<MaskGuess> alone = guess_masks(m, {&examples[i], 1}, 2, 1)[0];
+    REQUIRE(all[i].size() == alone.size());
+    for (size_t g = 0; g < alone.size(); g++) {
+      const MaskGuess &x = all[i][g], &y = alone[g];
+      CHECK((x.mask == y.mask && x.id == y.id && x.probability == y.probability));
+    }
+    guesses += alone.size();
+  }
+  CHECK(guesses > 2 * 256);  // more masks than are computed at once
 }
 
 TEST_CASE("rows for added pieces: the mean of those that a piece would be read as, also where embeddings are narrower than layers") {
@@ -2011,7 +2036,7 @@ TEST_CASE("metrics: by hand") {
   CHECK(m[0].low <= m[0].value);
   CHECK(m[0].high >= m[0].value);
   CHECK(m[1].name == "f1");
-  CHECK(m[1].value == doctest::Approx(4 / 6.0));  // 2 * 2 / (3 + 3)
+  CHECK(m[1].value == doctest::Approx(4 / 6.0));          // 2 * 2 / (3 + 3)
   CHECK(value_of(m, "mcc") == doctest::Approx(1.0 / 3));  // tp 2 fp 1 fn 1 tn 2: (4 - 1) / 9
   CHECK(two.confusion() == std::vector<int64_t>{2, 1, 1, 2});
   Scorer one_said(Task::classify, {"no", "yes"}), right(Task::classify, {"a", "b", "c"});
