@@ -2143,10 +2143,10 @@ void Scorer::add(const Outcome& said, const Gold& is) {
     for (const int32_t t : is.tags) fits(t >= 0 && t < (int64_t)C, "its tag is not one of the model's labels");
     add_tags(said.tags, is.tags, row.data());
   } else {
-    fits(std::isfinite(said.null_margin), "the score of no answer is not finite");
+    fits(!std::isnan(said.null_margin), "the score of no answer is no number");
     const Overlap o = best_overlap(said.answers.empty() ? "" : said.answers[0].text, is.answers);
     row = {(float)o.exact, o.same, o.said, o.right, (float)!is.answers.empty()};
-    margins_.push_back(said.null_margin);
+    margins_.push_back(std::clamp(said.null_margin, -1e9, 1e9));  // infinite where the context holds nothing to answer with
   }
   rows_.insert(rows_.end(), row.begin(), row.end()), items_++;
 }
@@ -2442,7 +2442,6 @@ static void check_tied(const SafeTensors& file, const SafeTensors::Entry& copy, 
 // What load_weights may do.
 struct LoadPlan {
   bool own = false;                         // copy all into memory of its own, so that it can be trained
-  bool pooler = true;                       // false: nothing asks for it, and the file may lack it
   bool classifier = true;                   // false: the file's is for other labels and is left aside
   std::optional<uint64_t> seed = {};        // heads that the file lacks are drawn from it; unset: none may lack
   std::optional<Precision> precision = {};  // of products; unset: of each weight what it is stored in
@@ -2575,6 +2574,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
   };
   std::map<std::string, Found> there = tensors_by_name(files, f);
   std::erase_if(there, [&](const auto& t) { return no_use(t.first) && (report.ignored.push_back(t.second.entry->name), true); });
+  const bool no_pooler = !plan.seed && task == Task::embed && !m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
   std::vector<std::string> missing;
   uint32_t index = 0;
   NarrowMatrix stack;  // of query, key and value as they come
@@ -2585,7 +2585,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     auto found = there.find(plain);
     if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
     if (found == there.end()) {
-      if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
+      if (no_pooler && plain.starts_with("pooler.dense.")) return;
       if (!plan.seed || table || layer || plain.starts_with("embeddings_project.")) return missing.push_back(theirs);
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
@@ -2872,9 +2872,8 @@ ModelFolder load_folder(const std::string& folder, bool pack, std::optional<Prec
   m.pooling = folder_pooling(folder, m.config);
   const Task task = folder_task(folder, m.config);
   if (head_kind(task).output && !head_kind(task).classes(m.config)) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
-  const bool pooler = task != Task::embed || m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
   if (!m.config.quantized && !precision) precision = Precision::f32;
-  load_weights(m, files, task, {.own = !pack, .pooler = pooler, .precision = precision});
+  load_weights(m, files, task, {.own = !pack, .precision = precision});
   if (!m.bert.pooler.weight || !m.bert.pooler.bias) m.bert.pooler = {};
   if (pack) m.bert.pack(precision.value_or(Precision::f32));
   return m;
@@ -3041,8 +3040,8 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
     for (size_t i = 0; i < e.ids.size(); i++)
       if (e.sequence[i] != asked) e.words[i] = -1;
     const size_t n = e.ids.size();
-    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets)});
-    windows.back().starts.resize(n), windows.back().decides.resize(n);
+    const std::vector<uint8_t> no(n);
+    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets), no, no});
   }
   mark_tokens(windows, options.stride);
   return windows;
@@ -3087,12 +3086,10 @@ static void label_window(Task task, Window& w, const Gold& gold) {
 
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold) {
   std::vector<Example> out;
-  for (Window& w : windows) {
-    if ((task == Task::choice || task == Task::embed) && w.part > 0) {  // one example holds all; of a long choice its first window
-      if (w.part != windows[(size_t)(&w - windows.data()) - 1].part) out[0].others.push_back(std::move(w.example));
-      continue;
-    }
-    if (!out.empty() && task != Task::tag && task != Task::qa) continue;  // a long text is trained by its first window
+  for (size_t i = 0; i < windows.size(); i++) {
+    Window& w = windows[i];
+    if (w.part > 0 && w.part != windows[i - 1].part) out[0].others.push_back(std::move(w.example));  // one example holds all parts
+    if (w.part > 0 || (!out.empty() && task != Task::tag && task != Task::qa)) continue;             // a long text: its first window
     label_window(task, w, gold);
     out.push_back(std::move(w.example));
   }

@@ -511,8 +511,7 @@ class StepBatches {
     PretrainSampler::Place after;                  // where a run goes on that has made this step
   };
   StepBatches(PretrainSampler sampler, const std::vector<Phase>& phases, int64_t accumulate, int64_t first, int64_t steps);
-  StepBatches(const StepBatches&) = delete;
-  StepBatches& operator=(const StepBatches&) = delete;
+  StepBatches(StepBatches&&) = delete;             // nor is it copied
   Step next();                                     // of step `first`, then the following ones, up to steps - 1; throws what sampling threw
 
  private:

@@ -2266,6 +2266,14 @@ TEST_CASE("metrics: the null threshold keeps equal margins together and answers 
   ask(equal, "y", {"y"}, 1), ask(equal, "x", {}, 1), ask(equal, "z", {"z"}, 2);
   CHECK(equal.best_null_threshold() == 2);
   CHECK(equal.metrics(1).size() == 6);
+  Scorer empty(Task::qa, {});  // contexts without a word
+  for (const char* right : {"y", ""}) {
+    Outcome nothing;
+    nothing.null_margin = std::numeric_limits<double>::infinity();
+    empty.add(nothing, {.answers = *right ? std::vector<std::string>{right} : std::vector<std::string>{}});
+  }
+  CHECK(empty.metrics({})[1].value == 0.5);
+  CHECK(std::isfinite(empty.best_null_threshold()));
   Scorer all(Task::qa, {});  // SQuAD 1.1: no part without an answer
   ask(all, "y", {"y"}, 1);
   CHECK(all.metrics(1).size() == 2);
