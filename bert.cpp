@@ -2103,8 +2103,7 @@ static constexpr size_t kShownClasses = 20;                // with more, the fig
 static constexpr int64_t kStrict = 5, kTypes = 3 * 3 + 2;  // where in the row
 
 Scorer::Scorer(Task task, std::vector<std::string> labels) : task_(task), labels_(std::move(labels)) {
-  const bool two = task == Task::classify || task == Task::choice || task == Task::regress || task == Task::embed;
-  if (!two && task != Task::multilabel && task != Task::tag && task != Task::qa)
+  if (!head_kind(task).output && task != Task::embed)
     throw Error("score: a model for " + std::string(head_kind(task).name) + " has no labelled data");
   width_ = task == Task::multilabel ? (int64_t)labels_.size() : task == Task::qa ? 5 : 2;
   if (task != Task::tag) return;
@@ -3213,13 +3212,11 @@ Answer Outcome::answer(std::optional<double> null_threshold) const {
 // The mean of the outputs of all windows of a part, part by part.
 static std::vector<float> mean_outputs(std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
   std::vector<float> means;
-  for (size_t w = 0; w < windows.size();) {
-    size_t n = 0;
+  for (size_t w = 0, n; w < windows.size(); w += n) {
     std::vector<double> sum((size_t)classes);
-    for (const int32_t part = windows[w].part; w + n < windows.size() && windows[w + n].part == part; n++)
+    for (n = 0; w + n < windows.size() && windows[w + n].part == windows[w].part; n++)
       for (size_t c = 0; c < sum.size(); c++) sum[c] += (double)outputs[(w + n) * sum.size() + c];
     for (const double s : sum) means.push_back((float)(s / (double)n));
-    w += n;
   }
   return means;
 }
