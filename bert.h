@@ -782,7 +782,8 @@ class Model {
   std::vector<std::vector<float>> embed(std::span<const std::string> texts, int64_t batch_tokens = 8192) const;
   std::vector<MaskGuess> fill_mask(std::string_view text, int64_t top = 5) const;
   TextScore score(std::string_view text) const;                                 // pseudo-log-likelihood
-  std::vector<float> classify(std::string_view text, std::optional<std::string_view> pair = {}) const;   // each label's probability; a value
+  // probability of each label (classify, multilabel), or the value
+  std::vector<float> classify(std::string_view text, std::optional<std::string_view> pair = {}) const;
   std::vector<TextEntity> tag(std::string_view text) const;                     // its entities, in order
   Answer answer(std::string_view question, std::string_view context) const;     // its text is empty where the model finds none
   std::vector<float> choose(std::string_view text, std::span<const std::string> choices) const;   // probability of each
