@@ -119,11 +119,6 @@ static const Family families[] = {
       {"cls.predictions.decoder", "generator_lm_head"},
       {"cls.predictions.bias", "generator_lm_head.bias"}}},
 };
-static const Family& family(const Config& config) {
-  if (const Family* found = find_row(families, [&](const Family& f) { return config.model_type == f.model_type; })) return *found;
-  throw Error("config: model_type '" + config.model_type + "' is not built; bert, distilbert and electra are");
-}
-
 // What else a folder may hold: how its tensors are known, and what this engine lacks for it.
 struct Stranger {
   const char *model_type, *tensors, *lacks;
@@ -142,6 +137,14 @@ static const Stranger strangers[] = {
     {"t5", "encoder.block.0.", "relative positions, a decoder, and a SentencePiece tokenizer"},
     {"gpt2", "h.0.attn.c_attn", "a decoder, and a byte-level BPE tokenizer"},
 };
+
+static const Family& find_family(const std::string& model_type, const std::string& where) {
+  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
+  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
+  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
+  throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
+}
+static const Family& family(const Config& config) { return find_family(config.model_type, "config"); }
 
 // A tensor's name in a file of this family, from BERT's; and back, without what libraries put around it: "module." and the family's
 // prefix in front, gamma and beta for LayerNorm's weight and bias.
@@ -229,20 +232,19 @@ static std::vector<std::string> parse_labels(const Json& id2label, const std::st
   return labels;
 }
 
-// What this engine's encoder is not: refused by name, never computed as if it were BERT.
-static void refuse_variants(const Json& json, const std::string& where) {
-  auto refuse = [&](const char* key, const std::string& what) { throw Error(where + ": " + key + ": " + what); };
-  if (const Json* v = json.find("position_embedding_type"); v && v->is(Json::string) && v->as_string(where) != "absolute")
-    refuse("position_embedding_type", "'" + v->as_string(where) + "' is not built; only absolute positions are");
-  if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
-    refuse("is_decoder", "a decoder is not built");
+static Json read_json(const std::string& path) { return Json::parse(read_file(path), path); }
+// What the object `json` has under a key; null where it has none, or says null.
+static const Json* given(const Json& json, const char* key) {
+  const Json* v = json.find(key);
+  return v && !v->is(Json::null) ? v : nullptr;
 }
 
-static const Family& find_family(const std::string& model_type, const std::string& where) {
-  if (const Family* found = find_row(families, [&](const Family& f) { return model_type == f.model_type; })) return *found;
-  const Stranger* stranger = find_row(strangers, [&](const Stranger& s) { return model_type == s.model_type; });
-  const std::string lacks = stranger ? std::string(": it needs ") + stranger->lacks : "";
-  throw Error(where + ": model_type: '" + model_type + "' is not built" + lacks + "; models of type bert, distilbert and electra are");
+// What this engine's encoder is not: refused by name, never computed as if it were BERT.
+static void refuse_variants(const Json& json, const std::string& where) {
+  if (const Json* v = json.find("position_embedding_type"); v && v->is(Json::string) && v->as_string(where) != "absolute")
+    throw Error(where + ": position_embedding_type: '" + v->as_string(where) + "' is not built; only absolute positions are");
+  if (const Json* v = json.find("is_decoder"); v && v->is(Json::boolean) && v->as_bool(where))
+    throw Error(where + ": is_decoder: a decoder is not built");
 }
 
 // Every head there is.
@@ -270,10 +272,7 @@ static const HeadKind* find_architecture(std::string_view name) {
 Config Config::parse(std::string_view text, const std::string& where, const std::string& type_of_tensors) {
   const Json json = Json::parse(text, where);
   if (!json.is(Json::object)) throw Error(where + ": not an object; a config.json holds {\"vocab_size\": ..., ...}");
-  auto given = [&](const char* key) {  // null where the file has no such key, or says null
-    const Json* v = *key ? json.find(key) : nullptr;
-    return v && !v->is(Json::null) ? v : nullptr;
-  };
+  auto given = [&](const char* key) { return *key ? bert::given(json, key) : nullptr; };
   Config c;
   c.model_type = given("model_type") ? given("model_type")->as_string(where + ": model_type") : type_of_tensors;
   const Family& f = find_family(c.model_type, where);
@@ -392,8 +391,7 @@ const HeadKind& head_kind(const Config& config) {
   throw Error("config.json: architecture " + config.class_name() +
               (config.problem_type.empty() ? "" : " with problem_type " + config.problem_type) +
               " is not built; BertModel, and BertFor with PreTraining, MaskedLM, NextSentencePrediction, SequenceClassification, "
-              "TokenClassification, "
-              "QuestionAnswering and MultipleChoice are");
+              "TokenClassification, QuestionAnswering and MultipleChoice are");
 }
 
 // The one table of parameters: visit(name, tensor, shape of the whole tensor, first row, rows) in checkpoint order. Query, key and
@@ -406,18 +404,15 @@ static void visit_parameters(Bert& m, Visit visit) {
   const int64_t H = c.hidden_size, F = c.intermediate_size, E = c.embedding();
   const std::string bert = m.task == Task::embed ? "" : "bert.";  // BertModel is saved without the prefix
   auto whole = [&](const std::string& name, Tensor& t, const Shape& s) { visit(name, t, s, (int64_t)0, s[0]); };
-  auto dense = [&](const std::string& name, Dense& d, int64_t out, int64_t in) {
-    whole(name + ".weight", d.weight, {out, in}), whole(name + ".bias", d.bias, {out});
-  };
-  auto norm = [&](const std::string& name, Norm& n, int64_t size) {
-    whole(name + ".weight", n.weight, {size}), whole(name + ".bias", n.bias, {size});
+  auto both = [&](const std::string& name, Dense& d, const Shape& s) {
+    whole(name + ".weight", d.weight, s), whole(name + ".bias", d.bias, {s[0]});
   };
 
   whole(bert + "embeddings.word_embeddings.weight", m.word, {c.vocab_size, E});
   whole(bert + "embeddings.position_embeddings.weight", m.position, {c.max_position_embeddings, E});
   if (f.has("type_vocab_size")) whole(bert + "embeddings.token_type_embeddings.weight", m.segment, {c.type_vocab_size, E});
-  norm(bert + "embeddings.LayerNorm", m.embeddings_norm, E);
-  if (E != H) dense(bert + "embeddings_project", m.projection, H, E);
+  both(bert + "embeddings.LayerNorm", m.embeddings_norm, {E});
+  if (E != H) both(bert + "embeddings_project", m.projection, {H, E});
   for (size_t l = 0; l < m.layers.size(); l++) {
     Layer& layer = m.layers[l];
     const std::string at = bert + "encoder.layer." + std::to_string(l) + ".";
@@ -427,20 +422,20 @@ static void visit_parameters(Bert& m, Visit visit) {
       visit(at + "attention.self." + name + ".bias", layer.qkv.bias, Shape{3 * H}, part, H);
       part += H;
     }
-    dense(at + "attention.output.dense", layer.attention_out, H, H), norm(at + "attention.output.LayerNorm", layer.attention_norm, H);
-    dense(at + "intermediate.dense", layer.up, F, H);
-    dense(at + "output.dense", layer.down, H, F), norm(at + "output.LayerNorm", layer.output_norm, H);
+    both(at + "attention.output.dense", layer.attention_out, {H, H}), both(at + "attention.output.LayerNorm", layer.attention_norm, {H});
+    both(at + "intermediate.dense", layer.up, {F, H});
+    both(at + "output.dense", layer.down, {H, F}), both(at + "output.LayerNorm", layer.output_norm, {H});
   }
-  if (head.pooler && (f.is_bert() || head.output)) dense(bert + "pooler.dense", m.pooler, H, H);
+  if (head.pooler && (f.is_bert() || head.output)) both(bert + "pooler.dense", m.pooler, {H, H});
   if (head.masked_words) {
     whole("cls.predictions.bias", m.decoder_bias, {c.vocab_size});
-    dense("cls.predictions.transform.dense", m.transform, E, H), norm("cls.predictions.transform.LayerNorm", m.transform_norm, E);
+    both("cls.predictions.transform.dense", m.transform, {E, H}), both("cls.predictions.transform.LayerNorm", m.transform_norm, {E});
   }
-  if (head.next_sentence) dense("cls.seq_relationship", m.next_sentence, 2, H);
-  if (head.output) dense(head.output, m.classifier, head.classes(c), H);
+  if (head.next_sentence) both("cls.seq_relationship", m.next_sentence, {2, H});
+  if (head.output) both(head.output, m.classifier, {head.classes(c), H});
   if (m.task == Task::replaced) {
-    dense("discriminator_predictions.dense", m.transform, H, H);
-    dense("discriminator_predictions.dense_prediction", m.classifier, 1, H);
+    both("discriminator_predictions.dense", m.transform, {H, H});
+    both("discriminator_predictions.dense_prediction", m.classifier, {1, H});
   }
 }
 
@@ -466,9 +461,7 @@ Bert Bert::empty(const Config& config, Task task) {
   if (MiB > there)
     throw Error("config: a model of this shape needs " + format_number(std::round(MiB)) + " MiB of memory, and this machine has " +
                 format_number(std::round(there)) + " MiB; take a smaller one");
-  visit_parameters(m, [](const std::string&, Tensor& t, const Shape& s, int64_t, int64_t) {
-    if (!t) t = Tensor(s);
-  });
+  visit_parameters(m, [](const std::string&, Tensor& t, const Shape& s, auto...) { t = t ? t : Tensor(s); });
   add_segments(m);
   return m;
 }
@@ -555,7 +548,7 @@ Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute) const {
   Profile::lap();
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
-  if (projection.weight) x = linear(x, projection.weight, projection.bias);             // [N,H], ELECTRA's
+  if (projection.weight) x = linear(x, projection.weight, projection.bias);                            // [N,H], ELECTRA's
   for (const Layer& layer : layers)
     if (recompute)
       x = recomputed(
@@ -582,12 +575,12 @@ static Tensor finite(const Tensor& x) {
 
 // Rows [first, last) of a batch as one of their own.
 static Batch rows_of(const Batch& batch, int64_t first, int64_t last) {
-  const int64_t begin = batch.offsets[(size_t)first], end = batch.offsets[(size_t)last];
-  auto part = [&](const std::vector<int32_t>& all) { return std::vector(all.begin() + begin, all.begin() + end); };
-  Batch b;
-  b.ids = part(batch.ids), b.segments = part(batch.segments), b.positions = part(batch.positions);
-  for (int64_t r = first; r < last; r++) b.offsets.push_back(batch.offsets[(size_t)r + 1] - begin);
-  return b;
+  Batch some;
+  for (int64_t r = first; r < last; r++) {
+    const auto begin = (size_t)batch.offsets[(size_t)r], length = (size_t)batch.offsets[(size_t)r + 1] - begin;
+    some.add_row(std::span(batch.ids).subspan(begin, length), std::span(batch.segments).subspan(begin, length));
+  }
+  return some;
 }
 
 // A few rows at a time go through all layers on one thread: what passes from op to op then stays in that core's second cache, and no
@@ -636,27 +629,55 @@ Tensor Bert::masked_loss(const Tensor& hidden, const Batch& batch, double diviso
   return linear_cross_entropy(masked_hidden(*this, hidden, batch.masked), word, decoder_bias, batch.masked_labels, divisor, right);
 }
 
-Tensor Bert::replaced_logits(const Tensor& hidden) const {
-  return linear(linear(hidden, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);  // [N,1]
+Tensor Bert::logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const {
+  const HeadKind& head = head_kind(task);
+  if (head.next_sentence) return linear(pooled(hidden, batch), next_sentence.weight, next_sentence.bias);
+  Tensor x = head.tokens ? hidden : pooled(hidden, batch);
+  if (task == Task::replaced)
+    return linear(linear(x, transform.weight, transform.bias, config.hidden_act), classifier.weight, classifier.bias);
+  Dropout before = drop;
+  before.hidden = task == Task::qa ? 0 : drop.classifier;  // as transformers does
+  x = dropout(x, before);
+  drop.key = before.key;
+  return linear(x, classifier.weight, classifier.bias);
 }
 
-Tensor Bert::row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const {
-  Tensor x = pooled(hidden, batch);
-  if (!classifier.weight) return linear(x, next_sentence.weight, next_sentence.bias);  // [R,2]
-  Dropout head = drop;
-  head.hidden = drop.classifier;
-  x = dropout(x, head);
-  drop.key = head.key;
-  return linear(x, classifier.weight, classifier.bias);  // [R,C]
+// One way of pooling, of all rows.   hidden [N,H]   ->   [R,H]
+static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden, const Batch& batch) {
+  if (kind == Pooling::mean) return mean_rows(hidden, batch.offsets);
+  if (kind == Pooling::cls) return gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
+  if (kind == Pooling::pooler) return bert.pooled(hidden, batch);
+  const int64_t R = batch.rows(), H = hidden.cols();
+  Tensor v(Shape{R, H}, kind == Pooling::max ? -std::numeric_limits<float>::infinity() : 0.f);
+  parallel_for(R, [&](int64_t r) {
+    const int64_t begin = batch.offsets[(size_t)r], end = batch.offsets[(size_t)r + 1], T = end - begin;
+    float* out = v.data() + r * H;
+    float weights = 0;
+    for (int64_t t = kind == Pooling::last ? end - 1 : begin; t < end; t++) {
+      const float* x = hidden.data() + t * H;
+      const float weight = kind == Pooling::weighted_mean ? (float)(t - begin + 1) : 1;  // the later, the heavier
+      weights += weight;
+      for (int64_t c = 0; c < H; c++) out[c] = kind == Pooling::max ? std::max(out[c], x[c]) : std::fma(weight, x[c], out[c]);
+    }
+    const float divisor = kind == Pooling::weighted_mean ? weights : kind == Pooling::mean_sqrt ? std::sqrt((float)T) : 1;
+    for (int64_t c = 0; c < H; c++) out[c] /= divisor;
+  });
+  return v;
 }
 
-// Every token's; only tags are dropped before, as transformers does.
-Tensor Bert::token_logits(const Tensor& hidden, Dropout& drop) const {
-  Dropout head = drop;
-  head.hidden = task == Task::tag ? drop.classifier : 0;
-  const Tensor x = dropout(hidden, head);
-  drop.key = head.key;
-  return linear(x, classifier.weight, classifier.bias);  // [N,C]
+// Vectors of a batch's rows from the encoder's output: [R, width].
+static Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling) {
+  std::vector<Tensor> parts;
+  for (const Pooling::Kind kind : pooling.kinds) parts.push_back(pool_by(kind, bert, hidden, batch));
+  Tensor v = parts[0];  // [R,H], or several side by side
+  if (parts.size() > 1) {
+    const int64_t R = batch.rows(), H = hidden.cols(), P = (int64_t)parts.size();
+    v = Tensor(Shape{R, P * H});
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t r = 0; r < R; r++) std::copy_n(parts[(size_t)p].data() + r * H, H, v.data() + (r * P + p) * H);
+  }
+  for (const Pooling::Layer& l : pooling.layers) v = linear(v, l.dense.weight, l.dense.bias, l.activation);
+  return pooling.normalize ? normalize_rows(v) : v;
 }
 
 // The k-th row of each group.
@@ -695,8 +716,7 @@ static Tensor pair_loss(const Bert& model, const Tensor& hidden, const Batch& ba
 // The loss of the layer that answers.
 static Tensor output_loss(const Bert& model, const Tensor& hidden, const Batch& batch, const LossCounts& counts, Dropout& drop,
                           const LossRule& rule, Losses& report) {
-  const HeadKind& head = head_kind(model.task);
-  const Tensor logits = head.tokens ? model.token_logits(hidden, drop) : model.row_logits(hidden, batch, drop);
+  const Tensor logits = model.logits(hidden, batch, drop);
   const double each = counts.rows * (double)logits.cols();
   switch (model.task) {
     case Task::classify:
@@ -722,7 +742,7 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
     report.masked += parts.back().item();
   }
   if (head.next_sentence) {
-    parts.push_back(cross_entropy(model.row_logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
+    parts.push_back(cross_entropy(model.logits(hidden, batch, drop), batch.labels, counts.rows, &report.next_right));
     report.next_sentence += parts.back().item();
   }
   if (head.output) parts.push_back(output_loss(model, hidden, batch, counts, drop, rule, report));
@@ -733,43 +753,6 @@ Tensor batch_loss(const Bert& model, const Tensor& hidden, const Batch& batch, c
   return loss;
 }
 
-// One way of pooling, of all rows.   hidden [N,H]   ->   [R,H]
-static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden, const Batch& batch) {
-  if (kind == Pooling::mean) return mean_rows(hidden, batch.offsets);
-  if (kind == Pooling::cls) return gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
-  if (kind == Pooling::pooler) return bert.pooled(hidden, batch);
-  const int64_t R = batch.rows(), H = hidden.cols();
-  Tensor v(Shape{R, H}, kind == Pooling::max ? -std::numeric_limits<float>::infinity() : 0.f);
-  parallel_for(R, [&](int64_t r) {
-    const int64_t begin = batch.offsets[(size_t)r], end = batch.offsets[(size_t)r + 1], T = end - begin;
-    float* out = v.data() + r * H;
-    float weights = 0;
-    for (int64_t t = kind == Pooling::last ? end - 1 : begin; t < end; t++) {
-      const float* x = hidden.data() + t * H;
-      const float weight = kind == Pooling::weighted_mean ? (float)(t - begin + 1) : 1;  // the later, the heavier
-      weights += weight;
-      for (int64_t c = 0; c < H; c++) out[c] = kind == Pooling::max ? std::max(out[c], x[c]) : std::fma(weight, x[c], out[c]);
-    }
-    const float divisor = kind == Pooling::weighted_mean ? weights : kind == Pooling::mean_sqrt ? std::sqrt((float)T) : 1;
-    for (int64_t c = 0; c < H; c++) out[c] /= divisor;
-  });
-  return v;
-}
-
-Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling) {
-  std::vector<Tensor> parts;
-  for (const Pooling::Kind kind : pooling.kinds) parts.push_back(pool_by(kind, bert, hidden, batch));
-  Tensor v = parts[0];  // [R,H], or several side by side
-  if (parts.size() > 1) {
-    const int64_t R = batch.rows(), H = hidden.cols(), P = (int64_t)parts.size();
-    v = Tensor(Shape{R, P * H});
-    for (int64_t p = 0; p < P; p++)
-      for (int64_t r = 0; r < R; r++) std::copy_n(parts[(size_t)p].data() + r * H, H, v.data() + (r * P + p) * H);
-  }
-  for (const Pooling::Layer& l : pooling.layers) v = linear(v, l.dense.weight, l.dense.bias, l.activation);
-  return pooling.normalize ? normalize_rows(v) : v;
-}
-
 // ==== batches =====================================================================================================
 void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_segments) {
   ids.insert(ids.end(), row.begin(), row.end());
@@ -778,7 +761,8 @@ void Batch::add_row(std::span<const int32_t> row, std::span<const int32_t> row_s
   offsets.push_back((int64_t)ids.size());
 }
 
-std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
+// Row numbers cut into batches of at most `tokens` tokens (a longer row stands alone), similar lengths together.
+static std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens) {
   std::vector<int64_t> order = count_up(lengths.size());
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[(size_t)a] < lengths[(size_t)b]; });
   std::vector<std::vector<int64_t>> batches;
@@ -838,13 +822,13 @@ static LossCounts count_labels(std::span<const Batch> batches, Task task, const 
   return {counts.masked > 0 ? counts.masked : 1, counts.rows > 0 ? counts.rows : 1};
 }
 
-// The probabilities of a step's dropout, and its draws' key; `micro` is still to be set.
-static Dropout step_dropout(const Config& c, const TrainSettings& settings, int64_t step) {
+// The probabilities of a micro-batch's dropout, and its draws' key.
+static Dropout step_dropout(const Config& c, const TrainSettings& settings, int64_t step, size_t micro) {
   auto p = [&](double of_config) { return (float)(settings.dropout >= 0 ? settings.dropout : of_config); };
   return {p(c.hidden_dropout_prob),
           p(c.attention_probs_dropout_prob),
           p(c.classifier_dropout.value_or(c.hidden_dropout_prob)),
-          {settings.seed, (uint32_t)step, 0, 0}};
+          {settings.seed, (uint32_t)step, (uint32_t)micro, 0}};
 }
 
 double forward_flops(const Config& c, const Batch& b) {
@@ -924,25 +908,35 @@ static float largest_gradient(const Parameter& p) {
   return p.tensor.has_grad() ? largest(p.tensor.grad() + (p.data() - p.tensor.data()), p.shape().size()) : 0;
 }
 
+// The loss of each row's masked words, 0 for a row without.   [R,1]
+// A row at a time: the scores of all would take more memory than the step did.
+static Tensor row_losses(const Bert& model, const Tensor& hidden, const Batch& batch) {
+  Tensor losses({batch.rows(), 1}, 0.f);
+  for (int64_t r = 0, m = 0; r < batch.rows(); r++) {
+    Batch own;
+    for (; m < (int64_t)batch.masked.size() && batch.masked[(size_t)m] < batch.offsets[(size_t)r + 1]; m++)
+      own.masked.push_back(batch.masked[(size_t)m]), own.masked_labels.push_back(batch.masked_labels[(size_t)m]);
+    if (!own.masked.empty()) losses.data()[r] = model.masked_loss(hidden, own, 0, nullptr).item();
+  }
+  return losses;
+}
+
 // Where a step's numbers part from the finite: the forward is made again, layer by layer, with the same dropout.
-static std::string not_finite(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+static std::string not_finite(const Bert& model, std::span<const Batch> batches, const TrainSettings& settings, int64_t step) {
   const int64_t L = model.config.num_hidden_layers;
   Bert cut = model;
   for (size_t i = 0; i < batches.size(); i++)
     for (int64_t layer = 0; layer <= L + 1; layer++) {
-      Dropout drop = step;
-      drop.key.micro = (uint32_t)i;
+      Dropout drop = step_dropout(model.config, settings, step, i);
       cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
       Tensor x = cut.forward(batches[i], drop);
-      if (layer > L && batches[i].masked.empty()) continue;
-      if (layer > L) x = model.masked_logits(x, batches[i].masked);
-      int64_t token = first_not_finite(x);
-      if (token < 0) continue;
-      if (layer > L) token = batches[i].masked[(size_t)token];
+      if (layer > L) x = row_losses(model, x, batches[i]);
+      const int64_t at = first_not_finite(x);  // a token, or of losses a row
+      if (at < 0) continue;
+      const Offsets& rows = batches[i].offsets;
+      const int64_t row = layer > L ? at : std::upper_bound(rows.begin(), rows.end(), at) - rows.begin() - 1;
       const std::string what =
           layer > L ? "the scores of masked words" : "the output of " + (layer ? "layer " + std::to_string(layer) : "the embeddings");
-      const std::vector<int64_t>& rows = batches[i].offsets;
-      const int64_t row = std::upper_bound(rows.begin(), rows.end(), token) - rows.begin() - 1;
       return "not finite: " + what + ", first in " + row_name(batches, i, row) +
              "; the largest weights there: " + largest_weight(model, layer);
     }
@@ -952,25 +946,19 @@ static std::string not_finite(const Bert& model, std::span<const Batch> batches,
 }
 
 // Where a loss that is too large comes from: the row that has the largest, and the parameter with the largest gradient.
-static std::string largest_of(const Bert& model, std::span<const Batch> batches, const Dropout& step) {
+static std::string largest_of(const Bert& model, std::span<const Batch> batches, const TrainSettings& settings, int64_t step) {
   double worst = -1;
+  float most = -1;
   std::string text, name;
   for (size_t i = 0; i < batches.size(); i++) {
     const Batch& b = batches[i];
-    Dropout drop = step;
-    drop.key.micro = (uint32_t)i;
-    const Tensor logits = model.masked_logits(model.forward(b, drop), b.masked);
-    for (int64_t r = 0; r < b.rows(); r++) {
-      std::vector<int64_t> own;
-      std::vector<int32_t> labels;
-      for (size_t m = 0; m < b.masked.size(); m++)
-        if (b.masked[m] >= b.offsets[(size_t)r] && b.masked[m] < b.offsets[(size_t)r + 1])
-          own.push_back((int64_t)m), labels.push_back(b.masked_labels[m]);
-      const double loss = own.empty() ? 0 : (double)cross_entropy(gather_rows(logits, own), labels).item();
-      if (loss > worst) worst = loss, text = "largest, " + format_number(loss) + ", in " + row_name(batches, i, r);
-    }
+    Dropout drop = step_dropout(model.config, settings, step, i);
+    const Tensor losses = row_losses(model, model.forward(b, drop), b);
+    const float* const most_here = std::max_element(losses.data(), losses.data() + b.rows());
+    if (*most_here <= worst) continue;
+    worst = *most_here;
+    text = "largest, " + format_number(worst) + ", in " + row_name(batches, i, most_here - losses.data());
   }
-  float most = -1;
   for (const Parameter& p : model.parameters())
     if (const float top = largest_gradient(p); top > most) most = top, name = p.name;
   return text + "; the largest gradient is of " + name;
@@ -993,12 +981,10 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   for (Tensor& p : parameters) p.drop_grad();  // what a step that threw, or a backward of the caller, has left
   StepReport report;
   report.step = done_ + 1, report.steps = settings_.steps;
-  const Dropout dropout = step_dropout(model_.config, settings_, done_);
   const LossCounts counts = count_labels(micro_batches, model_.task, settings_.loss.classes);
   sum_gradients(parameters, 0, micro_batches.size(), [&](size_t i) {
     const Batch& batch = micro_batches[i];
-    Dropout drop = dropout;
-    drop.key.micro = (uint32_t)i;
+    Dropout drop = step_dropout(model_.config, settings_, done_, i);
     Tape tape(settings_.products);
     const Tensor hidden = model_.forward(batch, drop, settings_.recompute);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
@@ -1011,10 +997,10 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
   report.lr = settings_.lr * schedule_factor(settings_.schedule, done_, warmup, settings_.steps);
   const bool is_finite = std::isfinite(report.grad_norm) && std::isfinite(report.loss.total);
   if (!is_finite)
-    report.fault = not_finite(model_, micro_batches, dropout);
+    report.fault = not_finite(model_, micro_batches, settings_, done_);
   else if (spike(report))
     report.fault = "a spike: loss " + format_number(report.loss.total) + " after a mean of " + format_number(loss_mean_) + ", " +
-                   largest_of(model_, micro_batches, dropout);
+                   largest_of(model_, micro_batches, settings_, done_);
   report.skipped = settings_.skip_spikes && !report.fault.empty();
   if ((!is_finite && !report.skipped) || (report.skipped && skipped_in_a_row_ + 1 == kMostSkipped)) {
     for (Tensor& p : parameters) p.drop_grad();
@@ -1331,16 +1317,14 @@ void Shards::append(const Block& block, const View& shard, Corpus& to) const {
   auto held = std::lower_bound(held_.begin(), held_.end(), at.first_sentence + block.begin,
                                [](const Stretch& stretch, int64_t sentence) { return stretch.end <= sentence; });
   auto d = std::upper_bound(shard.documents.begin(), shard.documents.end(), block.begin) - 1;
-  for (int64_t s = block.begin; s < block.end; d++) {
-    for (const int64_t end = std::min(d[1], block.end); s < end;) {
-      const bool out = held != held_.end() && held->begin <= at.first_sentence + s;
-      const int64_t to_here = held == held_.end() ? end : std::min(end, (out ? held->end : held->begin) - at.first_sentence);
-      if (!out) to.add_sentences(shard.sentences.subspan((size_t)s, (size_t)(to_here - s) + 1), shard.ids);
-      if (out && held->end <= at.first_sentence + to_here) held++;
-      s = to_here;
-    }
+  for (int64_t s = block.begin; s < block.end; s++) {
+    const int64_t number = at.first_sentence + s;
+    if (held != held_.end() && held->end <= number) held++;
+    if (held == held_.end() || number < held->begin) to.add_sentences(shard.sentences.subspan((size_t)s, 2), shard.ids);
+    if (s + 1 < std::min(d[1], block.end)) continue;
     if (to.documents.back() < to.size().sentences)
       to.end_document(), to.sources.push_back(at.first_document + (d - shard.documents.begin()));
+    d++;
   }
 }
 
@@ -1454,17 +1438,6 @@ PretrainSampler::PretrainSampler(const Corpus& text, const PretrainSettings& set
 PretrainSampler::PretrainSampler(const Shards& text, const PretrainSettings& settings, const MaskVocabulary& vocabulary, uint64_t seed)
     : PretrainSampler(nullptr, &text, settings, vocabulary, seed) {}
 
-// Drops tokens from the longer side, at random from its front or back, until both fit (create_pretraining_data.py, truncate_seq_pair).
-static void fit_pair(int64_t& a_begin, int64_t& a_end, int64_t& b_begin, int64_t& b_end, int64_t most, Random& random) {
-  while ((a_end - a_begin) + (b_end - b_begin) > most) {
-    const bool longer_a = a_end - a_begin > b_end - b_begin, front = random.uniform() < 0.5;
-    if (longer_a)
-      front ? a_begin++ : a_end--;
-    else
-      front ? b_begin++ : b_end--;
-  }
-}
-
 // Rows as create_pretraining_data.py makes them: sentences of the document are gathered until a target length is reached; A is the
 // first of them; B is the rest, or, half of the time, a part of another document, and then the unused sentences are put back.
 void PretrainSampler::plan_pairs(int64_t d, Random& random) {
@@ -1489,7 +1462,10 @@ void PretrainSampler::plan_pairs(int64_t d, Random& random) {
     } else {
       e.b_begin = e.a_end, e.b_end = sentences[(size_t)s + 1];
     }
-    fit_pair(e.a_begin, e.a_end, e.b_begin, e.b_end, most, random);
+    while (e.a_end - e.a_begin + e.b_end - e.b_begin > most) {  // truncate_seq_pair there: the longer side loses a token
+      const bool longer_a = e.a_end - e.a_begin > e.b_end - e.b_begin, front = random.uniform() < 0.5;
+      front ? (longer_a ? e.a_begin : e.b_begin)++ : (longer_a ? e.a_end : e.b_end)--;
+    }
     examples_.push_back(e);
     first = s + 1;
   }
@@ -1572,15 +1548,12 @@ static std::vector<std::vector<int64_t>> mask_candidates(const Batch& batch, int
   bool inside = false;  // whether a continuation piece would continue the last word
   for (int64_t t = begin; t < end; t++) {
     const int32_t id = batch.ids[(size_t)t];
-    if (id == vocabulary.cls || id == vocabulary.sep) {
-      inside = false;
-      continue;
-    }
-    if (whole_word && inside && vocabulary.continues[(size_t)id])
+    const bool added = id == vocabulary.cls || id == vocabulary.sep;
+    if (!added && whole_word && inside && vocabulary.continues[(size_t)id])
       words.back().push_back(t);
-    else
+    else if (!added)
       words.push_back({t});
-    inside = true;
+    inside = !added;
   }
   return words;
 }
@@ -1675,7 +1648,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
     const Tensor hidden = model.forward(batch);
     sums.masked += cross_entropy(finite(model.masked_logits(hidden, batch.masked)), batch.masked_labels, 1, &sums.masked_right).item();
     if (used.next_sentence)
-      sums.next_sentence += cross_entropy(finite(model.row_logits(hidden, batch, none)), batch.labels, 1, &sums.next_right).item();
+      sums.next_sentence += cross_entropy(finite(model.logits(hidden, batch, none)), batch.labels, 1, &sums.next_right).item();
     s.masked += (int64_t)batch.masked.size(), s.rows += batch.rows();
     if (!unigram.empty())
       for (const int32_t label : batch.masked_labels) s.unigram_loss -= std::log(((double)unigram[(size_t)label] + 1) / seen);
@@ -1687,7 +1660,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
 }
 
 // ==== fine-tuning =================================================================================================
-Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which) {
+static Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which) {
   Batch batch;
   for (const int64_t i : which) {
     const Example& e = examples[(size_t)i];
@@ -1730,6 +1703,12 @@ std::string Labels::some() const {
   const auto all = std::span(names);
   return all.size() > 8 ? join(all.first(8), ", ") + ", …" : join(all, ", ");
 }
+
+// Tags of entities, of IOB1, IOB2, BIOES or BILOU: O, or one of their prefixes and a type.
+static bool has_prefix(std::string_view tag) {
+  return !tag.empty() && std::string_view("BIESLU").find(tag[0]) != tag.npos && (tag.size() == 1 || tag[1] == '-');
+}
+static bool entity_tag(std::string_view tag) { return tag == "O" || (tag.size() > 2 && has_prefix(tag)); }
 
 // The names of labels that an item may have.
 static void check_names(const Item& item, const Labels& labels, bool known, const Strings& names) {
@@ -1844,7 +1823,7 @@ LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed) {
 }
 
 FinetuneSampler::FinetuneSampler(std::span<const Example> examples, int64_t batch, int64_t accumulate, uint64_t seed)
-    : examples_(examples), batch_(batch), accumulate_(accumulate), seed_(seed), order_(examples.size()) {
+    : examples_(examples), batch_(batch), accumulate_(accumulate), seed_(seed) {
   if (examples.empty() || batch < 1 || accumulate < 1) throw Error("FinetuneSampler: no examples, or batches of none");
 }
 
@@ -1853,7 +1832,8 @@ int64_t FinetuneSampler::epoch_steps() const { return ((int64_t)examples_.size()
 // Shuffled; then within stretches of fifty batches by length, so that a batch holds similar ones; then the batches shuffled, but for
 // a last one that is not full.
 void FinetuneSampler::arrange(int64_t epoch) {
-  const int64_t n = (int64_t)order_.size(), whole = n / batch_;
+  order_ = count_up(examples_.size()), epoch_ = epoch;
+  const int64_t whole = (int64_t)order_.size() / batch_;
   Random random({seed_, (uint32_t)epoch, 0, kOrderStream});
   random.shuffle(order_);
   auto length = [&](int64_t i) {
@@ -1872,11 +1852,7 @@ void FinetuneSampler::arrange(int64_t epoch) {
 
 std::vector<Batch> FinetuneSampler::next(int64_t step) {
   const int64_t n = (int64_t)examples_.size(), epoch = step / epoch_steps(), first = step % epoch_steps() * batch_ * accumulate_;
-  if (epoch != epoch_) {
-    order_ = count_up(examples_.size());
-    arrange(epoch);
-    epoch_ = epoch;
-  }
+  if (epoch != epoch_) arrange(epoch);
   std::vector<Batch> micro;
   for (int64_t at = first; at < std::min(n, first + batch_ * accumulate_); at += batch_)
     micro.push_back(make_batch(examples_, std::span(order_).subspan((size_t)at, (size_t)std::min(batch_, n - at))));
@@ -1893,35 +1869,39 @@ static void for_batches(std::span<const Example> examples, int64_t batch_tokens,
 
 // What `answer` makes of a batch, C numbers for each row or for each token, in the examples' order.
 template <class Answer>
-static std::vector<float> gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
-  Offsets at{0};  // where each example's begin
-  for (const Example& e : examples) at.push_back(at.back() + C * (tokens ? (int64_t)e.ids.size() : 1));
-  std::vector<float> out((size_t)at.back());
-  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
+static Tensor gather_answers(std::span<const Example> examples, int64_t C, bool tokens, int64_t batch_tokens, Answer answer) {
+  Offsets at{0};  // where each example's rows begin
+  for (const Example& e : examples) at.push_back(at.back() + (tokens ? (int64_t)e.ids.size() : 1));
+  Tensor out({at.back(), C});
+  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& which) {
     const Tensor numbers = answer(batch);
     const float* from = numbers.data();
-    for (const int64_t r : rows) {
-      const int64_t n = at[(size_t)r + 1] - at[(size_t)r];
-      std::copy_n(from, n, out.data() + at[(size_t)r]);
+    for (const int64_t i : which) {
+      const int64_t n = (at[(size_t)i + 1] - at[(size_t)i]) * C;
+      std::copy_n(from, n, out.data() + at[(size_t)i] * C);
       from += n;
     }
   });
   return out;
 }
 
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+Tensor head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   const HeadKind& head = head_kind(model.task);
   if (!head.output && !head.next_sentence)
     throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
-  Dropout none;
   return gather_answers(examples, head.classes(model.config), head.tokens, batch_tokens, [&](const Batch& batch) {
-    const Tensor hidden = model.forward(batch);
-    return finite(head.tokens ? model.token_logits(hidden, none) : model.row_logits(hidden, batch, none));
+    Dropout none;
+    return finite(model.logits(model.forward(batch), batch, none));
   });
 }
 
-std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
+Tensor token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens) {
   return gather_answers(examples, model.config.hidden_size, true, batch_tokens, [&](const Batch& b) { return model.forward(b); });
+}
+
+Tensor embed_examples(const Bert& model, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
+  return gather_answers(examples, pooling.width(model.config.hidden_size), false, batch_tokens,
+                        [&](const Batch& b) { return pool_rows(model, model.forward(b), b, pooling); });
 }
 
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows) {
@@ -1956,14 +1936,7 @@ static double matthews(std::span<const ClassCounts> counts) {
   return below > 0 ? (right * n - pt) / std::sqrt(below) : 0;
 }
 
-double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes) {
-  std::vector<ClassCounts> counts((size_t)classes);
-  for (size_t i = 0; i < truth.size(); i++)
-    counts[(size_t)predicted[i]].said++, counts[(size_t)truth[i]].is++, counts[(size_t)truth[i]].hit += predicted[i] == truth[i];
-  return matthews(counts);
-}
-
-double pearson(std::span<const double> x, std::span<const double> y) {
+static double pearson(std::span<const double> x, std::span<const double> y) {
   const auto n = (double)x.size();
   const double mx = std::accumulate(x.begin(), x.end(), 0.0) / n, my = std::accumulate(y.begin(), y.end(), 0.0) / n;
   double xy = 0, xx = 0, yy = 0;
@@ -1981,27 +1954,28 @@ static std::vector<double> ranks(std::span<const double> x) {
   }
   return rank;
 }
-double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
+static double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
 
 RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
   if (queries.shape() != candidates.shape() || queries.rows() < 1)
     throw Error("rank_scores: queries " + to_string(queries.shape()) + ", candidates " + to_string(candidates.shape()));
   constexpr int64_t kBlock = 512;  // queries and candidates multiplied at once
   const Tensor q = normalize_rows(queries), c = normalize_rows(candidates);
-  const int64_t n = q.rows(), D = q.cols();
+  const int64_t n = q.rows();
+  auto block = [&](const Tensor& x, int64_t at) {
+    return Tensor::borrowed({std::min(kBlock, n - at), x.cols()}, x.data() + at * x.cols(), {});
+  };
   std::vector<int64_t> nearer((size_t)n);
-  std::vector<float> own((size_t)kBlock), cosines((size_t)(kBlock * kBlock));
   for (int64_t q0 = 0; q0 < n; q0 += kBlock) {
-    const int64_t Q = std::min(kBlock, n - q0);
-    const PackedWeights packed(q.data() + q0 * D, Q, D);
-    auto multiply = [&](int64_t c0, int64_t rows) { gemm(rows, c.data() + c0 * D, D, packed, cosines.data(), Q, {}); };
-    multiply(q0, Q);  // by the product that it is compared with, so that equal vectors tie to the bit
-    for (int64_t i = 0; i < Q; i++) own[(size_t)i] = cosines[(size_t)(i * Q + i)];
+    Tensor some = block(q, q0);
+    some.pack();
+    const Tensor own = linear(block(c, q0), some);  // by the product that it is compared with, so that equal vectors tie to the bit
+    const int64_t Q = own.rows();
     for (int64_t c0 = 0; c0 < n; c0 += kBlock) {
-      const int64_t rows = std::min(kBlock, n - c0);
-      multiply(c0, rows);
-      for (int64_t r = 0; r < rows; r++)  // written so that NaN counts as nearer
-        for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosines[(size_t)(r * Q + i)] < own[(size_t)i]);
+      const Tensor cosines = linear(block(c, c0), some);
+      const float *cosine = cosines.data(), *best = own.data();
+      for (int64_t r = 0; r < cosines.rows(); r++)  // written so that NaN counts as nearer
+        for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosine[r * Q + i] < best[i * Q + i]);
     }
   }
   RankScores scores{};
@@ -2018,12 +1992,14 @@ struct Tag {
   std::string_view type;
   bool same(const Tag& other) const { return prefix != 'O' && other.prefix != 'O' && type == other.type; }
 };
-enum class Scheme { iob1, iob2, iobes };
+struct Entity {
+  std::string type;
+  int64_t begin, end;  // words
+  friend bool operator==(const Entity&, const Entity&) = default;
+};
+enum class Scheme { any, iob1, iob2, iobes };
 }  // namespace
 
-static bool has_prefix(std::string_view tag) {
-  return !tag.empty() && std::string_view("BIESLU").find(tag[0]) != std::string_view::npos && (tag.size() == 1 || tag[1] == '-');
-}
 static Tag read_tag(std::string_view tag) {
   if (tag.empty() || tag == "O") return {};
   if (!has_prefix(tag)) return {'S', tag};
@@ -2031,34 +2007,20 @@ static Tag read_tag(std::string_view tag) {
   return {prefix, tag.size() > 2 ? tag.substr(2) : "_"};
 }
 
-bool entity_tag(std::string_view tag) { return tag == "O" || (tag.size() > 2 && has_prefix(tag)); }
-
-std::vector<Entity> find_entities(std::span<const std::string> tags) {
-  std::vector<Entity> found;
-  Tag before;
-  for (int64_t i = 0; i < (int64_t)tags.size(); i++) {
-    const Tag tag = read_tag(tags[(size_t)i]);
-    const bool goes_on = tag.same(before) && (before.prefix == 'B' || before.prefix == 'I') && (tag.prefix == 'I' || tag.prefix == 'E');
-    if (goes_on)
-      found.back().end = i + 1;
-    else if (tag.prefix != 'O')
-      found.push_back({std::string(tag.type), i, i + 1});
-    before = tag;
-  }
-  return found;
-}
-
-// As seqeval's mode "strict" (its scheme.py): only what the scheme allows is an entity.
+// any: by the rule of conlleval, whatever the scheme; also I-X after O, or after another type, begins an entity. The others as seqeval's
+// mode "strict" (its scheme.py): only what the scheme allows is an entity.
 //   iob2   B-X I-X ...                   iobes   S-X, or B-X I-X ... E-X
 //   iob1   I-X I-X ..., or after a word of X: B-X I-X ...; as there not a B-X of one word that B-Y follows
-static std::vector<Entity> find_strict(std::span<const std::string> tags, Scheme scheme) {
+static std::vector<Entity> find_entities(std::span<const std::string> tags, Scheme scheme) {
   std::vector<Entity> found;
   const auto n = (int64_t)tags.size();
   auto at = [&](int64_t i) { return i < 0 || i >= n ? Tag{} : read_tag(tags[(size_t)i]); };
   for (int64_t i = 0, end; i < n; i = end) {
     const Tag tag = at(i);
     end = i + 1;
-    const bool begins = scheme == Scheme::iob1 ? tag.prefix == 'I' || (tag.prefix == 'B' && tag.same(at(i - 1))) : tag.prefix == 'B';
+    const bool begins = scheme == Scheme::any    ? tag.prefix != 'O'
+                        : scheme == Scheme::iob1 ? tag.prefix == 'I' || (tag.prefix == 'B' && tag.same(at(i - 1)))
+                                                 : tag.prefix == 'B';
     if (!begins && tag.prefix != 'S') continue;
     char last = tag.prefix;
     for (; (last == 'B' || last == 'I') && at(end).same(tag) && (at(end).prefix == 'I' || at(end).prefix == 'E'); end++)
@@ -2111,7 +2073,8 @@ struct Overlap {
 };
 }  // namespace
 
-// The best over the right ones: exact if one is, and the words of the one with the largest F1.
+// SQuAD's official scores of an answer, the best over the right ones: exact if one is, and the words of the one with the largest F1. An
+// empty list is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
 static Overlap best_overlap(const std::string& said, std::span<const std::string> right) {
   std::vector<std::vector<std::u32string>> golds;
   for (const std::string& r : right) golds.push_back(answer_words(r));
@@ -2131,11 +2094,6 @@ static Overlap best_overlap(const std::string& said, std::span<const std::string
   return best;
 }
 
-AnswerScore score_answer(const std::string& said, std::span<const std::string> right) {
-  const Overlap o = best_overlap(said, right);
-  return {(double)o.exact, o.f1()};
-}
-
 // ---- Scorer
 // The numbers of an item:
 //   classify, choice   said, is                        regress, embed   said, is
@@ -2145,8 +2103,7 @@ static constexpr size_t kShownClasses = 20;                // with more, the fig
 static constexpr int64_t kStrict = 5, kTypes = 3 * 3 + 2;  // where in the row
 
 Scorer::Scorer(Task task, std::vector<std::string> labels) : task_(task), labels_(std::move(labels)) {
-  const bool two = task == Task::classify || task == Task::choice || task == Task::regress || task == Task::embed;
-  if (!two && task != Task::multilabel && task != Task::tag && task != Task::qa)
+  if (!head_kind(task).output && task != Task::embed)
     throw Error("score: a model for " + std::string(head_kind(task).name) + " has no labelled data");
   width_ = task == Task::multilabel ? (int64_t)labels_.size() : task == Task::qa ? 5 : 2;
   if (task != Task::tag) return;
@@ -2185,10 +2142,10 @@ void Scorer::add(const Outcome& said, const Gold& is) {
     for (const int32_t t : is.tags) fits(t >= 0 && t < (int64_t)C, "its tag is not one of the model's labels");
     add_tags(said.tags, is.tags, row.data());
   } else {
-    fits(std::isfinite(said.null_margin), "the score of no answer is not finite");
+    fits(!std::isnan(said.null_margin), "the score of no answer is no number");
     const Overlap o = best_overlap(said.answers.empty() ? "" : said.answers[0].text, is.answers);
     row = {(float)o.exact, o.same, o.said, o.right, (float)!is.answers.empty()};
-    margins_.push_back(said.null_margin);
+    margins_.push_back(std::clamp(said.null_margin, -1e9, 1e9));  // infinite where the context holds nothing to answer with
   }
   rows_.insert(rows_.end(), row.begin(), row.end()), items_++;
 }
@@ -2225,10 +2182,11 @@ void Scorer::add_tags(std::span<const int32_t> said, std::span<const int32_t> is
   };
   const bool ends =
       std::any_of(labels_.begin(), labels_.end(), [](const std::string& l) { return has_prefix(l) && l[0] != 'B' && l[0] != 'I'; });
-  count(find_entities(said_tags), find_entities(is_tags), 2, true);
-  const Scheme scheme = ends ? Scheme::iobes : Scheme::iob2;
-  count(find_strict(said_tags, scheme), find_strict(is_tags, scheme), kStrict, false);
-  if (!ends) count(find_strict(said_tags, Scheme::iob1), find_strict(is_tags, Scheme::iob1), kStrict + 3, false);
+  auto count_as = [&](Scheme scheme, int64_t at, bool by_type) {
+    count(find_entities(said_tags, scheme), find_entities(is_tags, scheme), at, by_type);
+  };
+  count_as(Scheme::any, 2, true), count_as(ends ? Scheme::iobes : Scheme::iob2, kStrict, false);
+  if (!ends) count_as(Scheme::iob1, kStrict + 3, false);
 }
 
 // Adds precision, recall and F1: of all decisions together, the mean over `classes` of the classes, that weighted by how often each is
@@ -2367,7 +2325,7 @@ std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, cons
   auto name = [&](int32_t label) { return !labels.named() ? std::to_string(label) : label < 0 ? "O" : labels.names[(size_t)label]; };
   if (task == Task::qa) {
     const Answer best = said.answers.empty() ? Answer{.text = "", .score = 1} : said.answers[0];
-    const double f1 = score_answer(best.text, is.answers).f1;
+    const double f1 = best_overlap(best.text, is.answers).f1();
     m.size = (1 - f1) * best.score, m.right = join(is.answers, " | "), m.said = best.text;
     return f1 == 1 ? std::nullopt : std::optional(m);
   }
@@ -2434,7 +2392,7 @@ std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<
 }
 
 std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t C) {
-  if (task == Task::regress) return {outputs.begin(), outputs.end()};
+  if (task == Task::regress || outputs.empty()) return {outputs.begin(), outputs.end()};
   std::vector<float> p(outputs.size());
   if (task == Task::multilabel) {
     for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
@@ -2454,16 +2412,13 @@ static void make_folders(const std::string& path) {
   if (failed) throw Error(path + ": cannot make this folder: " + failed.message());
 }
 
-// Files that travel with a model unchanged: the tokenizer's, and a sentence-transformers recipe.
-static const char* const carried_files[] = {"vocab.txt",
-                                            "tokenizer.json",
-                                            "tokenizer_config.json",
-                                            "special_tokens_map.json",
-                                            "modules.json",
-                                            "sentence_bert_config.json",
-                                            "sentence_distilbert_config.json",
-                                            "config_sentence_transformers.json",
-                                            "1_Pooling/config.json"};
+// Files that travel with a model unchanged.
+static const char* const carried_files[] = {
+    // the tokenizer's
+    "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    // the recipe's
+    "modules.json", "sentence_bert_config.json", "sentence_distilbert_config.json", "config_sentence_transformers.json",
+    "1_Pooling/config.json"};
 
 static std::string list_names(std::span<const std::string> names) {
   if (names.size() <= 4) return join(names, ", ");
@@ -2485,11 +2440,9 @@ static void check_tied(const SafeTensors& file, const SafeTensors::Entry& copy, 
 
 // What load_weights may do.
 struct LoadPlan {
-  bool own = false;         // copy all into memory of its own, so that it can be trained
-  bool pooler = true;       // false: nothing asks for it, and the file may lack it
-  bool classifier = true;   // false: the file's is for other labels and is left aside
-  bool draw_heads = false;  // heads that the file lacks are drawn from the seed
-  uint64_t seed = 1;
+  bool own = false;                         // copy all into memory of its own, so that it can be trained
+  bool classifier = true;                   // false: the file's is for other labels and is left aside
+  std::optional<uint64_t> seed = {};        // heads that the file lacks are drawn from it; unset: none may lack
   std::optional<Precision> precision = {};  // of products; unset: of each weight what it is stored in
 };
 
@@ -2608,44 +2561,41 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
     throw Error(where + ": a model of type " + f.model_type + " has no head for next sentences; pretrain with --no-nsp");
   if (f.model_type == std::string_view("electra") && task == Task::choice)
     throw Error(where + ": ElectraForMultipleChoice is not built: its sequence_summary may be of several kinds; take a BERT or DistilBERT");
-  std::set<std::string> wanted;
-  visit_parameters(model,
-                   [&](const std::string& name, Tensor&, const Shape&, int64_t, int64_t) { wanted.insert(canonical(families[0], name)); });
+  Strings wanted;
+  visit_parameters(model, [&](const std::string& name, auto&&...) { wanted.push_back(canonical(families[0], name)); });
   // A checkpoint may hold more than its architecture uses: bert-base-uncased is a BertForMaskedLM with a next-sentence head and a pooler.
   auto no_use = [&](const std::string& name) {
     if (name == "embeddings.position_ids" || (!plan.classifier && starts_with_any(name, {"classifier.", "qa_outputs."}))) return true;
     for (const std::string head :
          {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "discriminator_predictions.", "qa_outputs."})
-      if (name.starts_with(head)) return !wanted.lower_bound(head)->starts_with(head);
+      if (name.starts_with(head)) return std::none_of(wanted.begin(), wanted.end(), [&](const auto& w) { return w.starts_with(head); });
     return false;
   };
-  wanted.insert("~");  // after all names: lower_bound finds one
   std::map<std::string, Found> there = tensors_by_name(files, f);
   std::erase_if(there, [&](const auto& t) { return no_use(t.first) && (report.ignored.push_back(t.second.entry->name), true); });
+  const bool no_pooler = !plan.seed && task == Task::embed && !m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
   std::vector<std::string> missing;
   uint32_t index = 0;
   NarrowMatrix stack;  // of query, key and value as they come
   visit_parameters(model, [&](const std::string& name, Tensor& t, const Shape& whole, int64_t first, int64_t rows) {
     const uint32_t number = index++;
-    const std::string plain = canonical(families[0], name);
+    const std::string plain = canonical(families[0], name), theirs = name_in_file(f, head_kind(task), name);
+    const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
     auto found = there.find(plain);
     if (found == there.end() && name == "cls.predictions.bias") found = there.find("cls.predictions.decoder.bias");
     if (found == there.end()) {
-      if (!plan.pooler && plain.starts_with("pooler.dense.")) return;
-      if (!plan.draw_heads ||
-          !starts_with_any(plain, {"pooler.dense.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."}))
-        return missing.push_back(name_in_file(f, head_kind(task), name));
+      if (no_pooler && plain.starts_with("pooler.dense.")) return;
+      if (!plan.seed || table || layer || plain.starts_with("embeddings_project.")) return missing.push_back(theirs);
       if (!missing.empty()) return;
       if (!t) t = Tensor(whole);
-      draw({name, t, first, rows}, model.config.initializer_range, plan.seed, number);
-      return report.newly_initialised.push_back(name_in_file(f, head_kind(task), name));
+      draw({name, t, first, rows}, model.config.initializer_range, *plan.seed, number);
+      return report.newly_initialised.push_back(theirs);
     }
     const auto& [file, entry] = found->second;
     const std::vector<int64_t> want = whole.rank() == 1 ? std::vector{rows} : std::vector{rows, whole[1]};
     if (entry->shape != want)
       throw Error(file->where() + ": " + entry->name + ": shape " + shape_text(entry->shape) + ", the config asks for " + shape_text(want));
     if (!missing.empty()) return;  // it fails below
-    const bool table = plain.starts_with("embeddings."), layer = plain.starts_with("encoder.");
     const Tensor values =
         load_tensor(*found, there, plan, whole.rank() == 2 && (layer || plain == "embeddings.word_embeddings.weight"), report);
     if (rows == whole[0] && !plan.own)
@@ -2668,8 +2618,7 @@ static void load_weights(ModelFolder& m, const std::vector<SafeTensors>& files, 
 void check_folder(const std::string& folder, bool weights) {
   const std::string where_from =
       "; a model folder holds config.json, vocab.txt (or tokenizer.json) and model.safetensors (or pytorch_model.bin). Make one with bert "
-      "pretrain, or take one "
-      "from the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
+      "pretrain, or take one from the hub: git clone https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2";
   std::error_code none;
   if (!exists(folder)) throw Error(folder + ": no such folder" + where_from);
   if (!fs::is_directory(folder, none)) throw Error(folder + ": a file, where a model's folder is wanted" + where_from);
@@ -2680,7 +2629,7 @@ void check_folder(const std::string& folder, bool weights) {
                 (has("training_state.safetensors") ? "go on with its own command and --resume" : "let it go on, or start it again"));
   if (has("config.json")) {  // a model of another kind lacks files of ours, but that is not what is wrong with it
     const std::string path = folder + "/config.json";
-    const Json config = Json::parse(read_file(path), path);
+    const Json config = read_json(path);
     if (const Json* type = config.find("model_type"); type && type->is(Json::string)) find_family(type->as_string(path), path);
   }
   std::vector<std::string> missing;
@@ -2725,8 +2674,7 @@ struct Module {
 static std::vector<Module> read_modules(const std::string& folder) {
   std::vector<Module> all;
   const std::string path = folder + "/modules.json";
-  if (!exists(path)) return all;
-  const Json modules = Json::parse(read_file(path), path);
+  const Json modules = exists(path) ? read_json(path) : Json::parse("[]", path);
   for (const Json& module : modules.items(path)) {
     const Json *type = module.find("type"), *at = module.find("path");
     if (!type || !at) throw Error(path + ": a module without type or path");
@@ -2743,7 +2691,7 @@ static std::vector<Module> read_modules(const std::string& folder) {
 static void need_prompts_pooled(const std::string& folder) {
   for (const Module& m : read_modules(folder))
     if (const std::string path = folder + "/" + m.folder + "/config.json"; m.type == "Pooling") {
-      const Json config = Json::parse(read_file(path), path);
+      const Json config = read_json(path);
       if (const Json* v = config.find("include_prompt"); v && !v->as_bool(path + ": include_prompt"))
         throw Error(path + ": include_prompt: false is not built; the model can embed texts without a prompt");
     }
@@ -2753,10 +2701,9 @@ std::string folder_prompt(const std::string& folder, const std::string& name) {
   const std::string path = folder + "/config_sentence_transformers.json";
   if (!exists(path) && name.empty()) return "";
   if (!exists(path)) throw Error(path + ": missing, so the model has no prompts");
-  const Json json = Json::parse(read_file(path), path);
-  const Json *prompts = json.find("prompts"), *standard = json.find("default_prompt_name");
-  const bool has_standard = standard && !standard->is(Json::null);
-  if (name.empty() && !has_standard) return "";
+  const Json json = read_json(path);
+  const Json *prompts = json.find("prompts"), *standard = given(json, "default_prompt_name");
+  if (name.empty() && !standard) return "";
   const std::string wanted = name.empty() ? standard->as_string(path + ": default_prompt_name") : name;
   const Json* found = prompts ? prompts->find(wanted) : nullptr;
   if (found) {
@@ -2783,7 +2730,7 @@ static const PoolingMode pooling_modes[] = {{Pooling::cls, "cls", "pooling_mode_
                                             {Pooling::last, "lasttoken", "pooling_mode_lasttoken"}};
 
 static std::vector<Pooling::Kind> read_pooling_modes(const std::string& path) {
-  const Json config = Json::parse(read_file(path), path);
+  const Json config = read_json(path);
   std::vector<Pooling::Kind> kinds;
   auto add = [&](const std::string& name) {
     const PoolingMode* mode = find_row(pooling_modes, [&](const PoolingMode& m) { return name == m.name; });
@@ -2811,7 +2758,7 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
   static const std::pair<const char*, Activation> known[] = {
       {"Tanh", Activation::tanh}, {"Identity", Activation::none}, {"ReLU", Activation::relu}, {"GELU", Activation::gelu}};
   const std::string path = folder + "/config.json";
-  const Json config = Json::parse(read_file(path), path);
+  const Json config = read_json(path);
   const Json *name = config.find("activation_function"), *residual = config.find("use_residual");
   const std::string text = name ? name->as_string(path + ": activation_function") : "torch.nn.Tanh", act = text.substr(text.rfind('.') + 1);
   const auto* found = find_row(known, [&](const auto& a) { return act == a.first; });
@@ -2819,7 +2766,7 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
     throw Error(path + ": activation_function: '" + text + "' is not built; torch.nn's Tanh, Identity, ReLU and GELU are");
   if (residual && residual->as_bool(path + ": use_residual")) throw Error(path + ": use_residual: true is not built");
   for (const char* key : {"module_input_name", "module_output_name"})
-    if (const Json* v = config.find(key); v && !v->is(Json::null) && v->as_string(path + ": " + key) != "sentence_embedding")
+    if (const Json* v = given(config, key); v && v->as_string(path + ": " + key) != "sentence_embedding")
       throw Error(path + ": " + key + ": '" + v->as_string(path) + "' is not built; sentence_embedding is");
   Pooling::Layer layer{{}, found->second};
   for (const SafeTensors& file : open_checkpoint(folder))
@@ -2835,15 +2782,14 @@ static Pooling::Layer read_dense(const std::string& folder, int64_t in) {
 }
 
 // Pooling, then dense layers, then normalisation, as a sentence-transformers folder says; mean pooling where it says nothing.
-static Pooling read_pooling(const std::string& folder, int64_t hidden) {
+Pooling folder_pooling(const std::string& folder, const Config& config) {
   Pooling pooling;
   for (const Module& m : read_modules(folder)) {
     const std::string at = folder + "/" + m.folder;
-    const int64_t width = pooling.layers.empty() ? hidden * (int64_t)pooling.kinds.size() : pooling.layers.back().dense.weight.rows();
     if (m.type == "Pooling")
       pooling.kinds = read_pooling_modes(at + "/config.json");
     else if (m.type == "Dense" && !pooling.normalize)
-      pooling.layers.push_back(read_dense(at, width));
+      pooling.layers.push_back(read_dense(at, pooling.width(config.hidden_size)));
     else if (m.type == "Normalize")
       pooling.normalize = true;
     else if (m.type != "Transformer" && m.type != "Dropout")
@@ -2852,8 +2798,6 @@ static Pooling read_pooling(const std::string& folder, int64_t hidden) {
   }
   return pooling;
 }
-
-Pooling folder_pooling(const std::string& folder, const Config& config) { return read_pooling(folder, config.hidden_size); }
 
 std::map<std::string, std::string> sentence_files(const Pooling& pooling, int64_t hidden, int64_t max_length) {
   const std::string type = "sentence_transformers.models.";
@@ -2889,12 +2833,11 @@ static void read_sentence_config(const std::string& folder, ModelFolder& m) {
   std::string path = folder + "/sentence_bert_config.json";
   if (!exists(path)) path = folder + "/sentence_distilbert_config.json";
   if (!exists(path)) return;
-  const Json json = Json::parse(read_file(path), path);
-  const Json *length = json.find("max_seq_length"), *lower = json.find("do_lower_case");
-  if (length && !length->is(Json::null))
-    m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
+  const Json json = read_json(path);
+  const Json *length = given(json, "max_seq_length"), *lower = given(json, "do_lower_case");
+  if (length) m.max_length = std::min(m.config.max_position_embeddings, std::max<int64_t>(1, length->as_int(path + ": max_seq_length")));
   TokenizerSettings settings = m.tokenizer.settings();
-  if (!lower || lower->is(Json::null) || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
+  if (!lower || !lower->as_bool(path + ": do_lower_case") || settings.lowercase) return;
   settings.lowercase = true, settings.strip_accents = settings.strip_accents.value_or(false);
   m.tokenizer = m.tokenizer.with_settings(settings);
 }
@@ -2926,12 +2869,11 @@ ModelFolder load_folder(const std::string& folder, bool pack, std::optional<Prec
   check_folder(folder);
   const std::vector<SafeTensors> files = open_checkpoint(folder);
   ModelFolder m = read_folder(folder, files);
-  m.pooling = read_pooling(folder, m.config.hidden_size);
+  m.pooling = folder_pooling(folder, m.config);
   const Task task = folder_task(folder, m.config);
   if (head_kind(task).output && !head_kind(task).classes(m.config)) m.config.labels = {"LABEL_0", "LABEL_1"};  // transformers' default
-  const bool pooler = task != Task::embed || m.pooling.has(Pooling::pooler);  // many sentence encoders come without one
   if (!m.config.quantized && !precision) precision = Precision::f32;
-  load_weights(m, files, task, {.own = !pack, .pooler = pooler, .precision = precision});
+  load_weights(m, files, task, {.own = !pack, .precision = precision});
   if (!m.bert.pooler.weight || !m.bert.pooler.bias) m.bert.pooler = {};
   if (pack) m.bert.pack(precision.value_or(Precision::f32));
   return m;
@@ -2946,7 +2888,7 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
   m.config.labels = labels, m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
   if (task != Task::embed)  // a recipe for sentence vectors would say that it still makes those
     std::erase_if(m.carried, [](const auto& file) { return !starts_with_any(file.first, {"vocab.txt", "tokenizer", "special_tokens"}); });
-  load_weights(m, files, task, {.own = true, .classifier = same_head, .draw_heads = true, .seed = seed});
+  load_weights(m, files, task, {.own = true, .classifier = same_head, .seed = seed});
   return m;
 }
 
@@ -2969,10 +2911,11 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
     if (!narrow) continue;
     NarrowMatrix rows = *narrow;  // those of this parameter
     rows.n = p.rows, rows.data = narrow->row(p.first_row);
-    if (rows.precision == Precision::int8 && dtype != "F32")
+    const bool scaled = rows.precision == Precision::int8;
+    if (scaled && dtype != "F32")
       throw Error(folder + ": " + name + ": int8, whose scales are F32; save it with F32, or load it as numbers first");
-    if (rows.precision == Precision::int8) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
-    tensors[tensors.size() - (rows.precision == Precision::int8 ? 2 : 1)].narrow = std::move(rows);
+    tensors.back().narrow = std::move(rows);
+    if (scaled) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
   }
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
 }
@@ -2990,25 +2933,26 @@ static std::vector<int32_t> old_pieces(const WordPiece& t, std::string_view piec
 }
 
 void extend_rows(Bert& bert, const WordPiece& t, const std::vector<std::string>& pieces) {
-  const int64_t before = t.size(), hidden = bert.config.hidden_size;
+  const auto before = (size_t)t.size();
   bert.config.vocab_size = std::max(bert.config.vocab_size, (int64_t)pieces.size());
-  const std::vector<int32_t> all = count_up<int32_t>((size_t)before);
-  auto extended = [&](const Tensor& old, int64_t width) {
-    Tensor rows(width > 1 ? Shape{bert.config.vocab_size, width} : Shape{bert.config.vocab_size}, 0.f);
-    std::copy(old.data(), old.data() + old.size(), rows.data());
-    for (int64_t i = before; i < (int64_t)pieces.size(); i++) {
+  const std::vector<int32_t> all = count_up<int32_t>(before);
+  auto extend = [&](Tensor& table) {
+    const int64_t width = table.size() / table.shape()[0], V = bert.config.vocab_size;
+    Tensor rows(table.shape().rank() == 1 ? Shape{V} : Shape{V, width}, 0.f);
+    std::copy_n(table.data(), table.size(), rows.data());
+    for (size_t i = before; i < pieces.size(); i++) {
       const auto found = old_pieces(t, pieces[i]);
       const auto& ids = found.empty() ? all : found;
       for (int64_t c = 0; c < width; c++) {
         double sum = 0;
-        for (const int32_t id : ids) sum += old.data()[id * width + c];
-        rows.data()[i * width + c] = (float)(sum / (double)ids.size());
+        for (const int32_t id : ids) sum += table.data()[id * width + c];
+        rows.data()[(int64_t)i * width + c] = (float)(sum / (double)ids.size());
       }
     }
-    return rows;
+    table = rows;
   };
-  bert.word = extended(bert.word, hidden);
-  if (head_kind(bert.task).masked_words) bert.decoder_bias = extended(bert.decoder_bias, 1);
+  extend(bert.word);
+  if (head_kind(bert.task).masked_words) extend(bert.decoder_bias);
 }
 
 int64_t quantized_parts(const Config& config) { return config.num_hidden_layers + 1; }
@@ -3096,8 +3040,8 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
     for (size_t i = 0; i < e.ids.size(); i++)
       if (e.sequence[i] != asked) e.words[i] = -1;
     const size_t n = e.ids.size();
-    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets)});
-    windows.back().starts.resize(n), windows.back().decides.resize(n);
+    const std::vector<uint8_t> no(n);
+    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets), no, no});
   }
   mark_tokens(windows, options.stride);
   return windows;
@@ -3109,20 +3053,15 @@ std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item
   if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
   if (task != Task::choice && task != Task::embed) return text_windows(t, task, item, item.pair, max_length, stride);
   std::vector<Window> all;
-  auto add = [&](const Item& one, const std::optional<std::string>& pair, int32_t part) {
+  int32_t part = 0;
+  auto add = [&](const Item& one, const std::optional<std::string>& pair) {
     for (Window& w : text_windows(t, task, one, pair, max_length, stride)) w.part = part, all.push_back(std::move(w));
+    part++;
   };
-  if (task == Task::embed) {
-    add({prompt + item.text, {}}, {}, 0);
-    if (item.pair) add({prompt + *item.pair, {}}, {}, 1);
-  }
-  for (size_t i = 0; i < item.others.size(); i++) {
-    const int32_t part = (int32_t)i + (task == Task::embed) + (task == Task::embed && item.pair);
-    if (task == Task::embed)
-      add({prompt + item.others[i], {}}, {}, part);
-    else
-      add(item, item.pair ? *item.pair + " " + item.others[i] : item.others[i], part);
-  }
+  auto text = [&](const std::string& alone) { add({prompt + alone, {}}, {}); };
+  if (task == Task::embed) text(item.text);
+  if (task == Task::embed && item.pair) text(*item.pair);
+  for (const std::string& other : item.others) task == Task::embed ? text(other) : add(item, item.pair ? *item.pair + " " + other : other);
   return all;
 }
 
@@ -3147,12 +3086,10 @@ static void label_window(Task task, Window& w, const Gold& gold) {
 
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold) {
   std::vector<Example> out;
-  for (Window& w : windows) {
-    if ((task == Task::choice || task == Task::embed) && w.part > 0) {  // one example holds all; of a long choice its first window
-      if (w.part != windows[(size_t)(&w - windows.data()) - 1].part) out[0].others.push_back(std::move(w.example));
-      continue;
-    }
-    if (!out.empty() && task != Task::tag && task != Task::qa) continue;  // a long text is trained by its first window
+  for (size_t i = 0; i < windows.size(); i++) {
+    Window& w = windows[i];
+    if (w.part > 0 && w.part != windows[i - 1].part) out[0].others.push_back(std::move(w.example));  // one example holds all parts
+    if (w.part > 0 || (!out.empty() && task != Task::tag && task != Task::qa)) continue;             // a long text: its first window
     label_window(task, w, gold);
     out.push_back(std::move(w.example));
   }
@@ -3215,11 +3152,11 @@ std::vector<TextEntity> entities_in(const Outcome& o, std::span<const std::strin
   std::vector<std::string> tags;
   for (const int32_t tag : o.tags) tags.push_back(tag < 0 ? "O" : labels[(size_t)tag]);
   std::vector<TextEntity> list;
-  for (const Entity& e : find_entities(tags)) {
+  for (const Entity& e : find_entities(tags, Scheme::any)) {
     const int64_t begin = o.words[(size_t)e.begin][0], end = o.words[(size_t)e.end - 1][1];
     double score = 0;
     for (int64_t w = e.begin; w < e.end; w++) score += (double)o.scores[(size_t)w] / (double)(e.end - e.begin);
-    list.push_back({e.type, text.substr((size_t)begin, (size_t)(end - begin)), begin, end, score});
+    list.push_back({{text.substr((size_t)begin, (size_t)(end - begin)), begin, end, score}, e.type});
   }
   return list;
 }
@@ -3276,76 +3213,72 @@ Answer Outcome::answer(std::optional<double> null_threshold) const {
 // The mean of the outputs of all windows of a part, part by part.
 static std::vector<float> mean_outputs(std::span<const Window> windows, std::span<const float> outputs, int64_t classes) {
   std::vector<float> means;
-  for (size_t w = 0; w < windows.size();) {
-    size_t n = 0;
+  for (size_t w = 0, n; w < windows.size(); w += n) {
     std::vector<double> sum((size_t)classes);
-    for (const int32_t part = windows[w].part; w + n < windows.size() && windows[w + n].part == part; n++)
+    for (n = 0; w + n < windows.size() && windows[w + n].part == windows[w].part; n++)
       for (size_t c = 0; c < sum.size(); c++) sum[c] += (double)outputs[(w + n) * sum.size() + c];
     for (const double s : sum) means.push_back((float)(s / (double)n));
-    w += n;
   }
   return means;
 }
 
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens) {
-  std::vector<int64_t> row;     // of each window in the result
-  std::vector<double> decided;  // tokens
-  int64_t rows = 0;
-  for (const std::vector<Window>& list : windows)
-    for (const Window& w : list) {
-      if (&w == list.data() || w.part != (&w)[-1].part) rows++;
-      row.push_back(rows - 1);
-      decided.push_back((double)std::count(w.decides.begin(), w.decides.end(), 1));
-    }
   Pooling plain = pooling;
   plain.normalize = false;
   const Tensor v = embed_examples(bert, examples_of(windows), plain, batch_tokens);
-  Tensor out({rows, v.cols()});
-  for (size_t w = 0, n; w < row.size(); w += n) {
-    double all = 0;
-    for (n = 0; w + n < row.size() && row[w + n] == row[w]; n++) all += decided[w + n];
-    for (int64_t h = 0; h < v.cols(); h++) {
-      double sum = 0;
-      for (size_t k = w; k < w + n; k++) sum += decided[k] / all * (double)v.data()[(int64_t)k * v.cols() + h];
-      out.data()[row[w] * v.cols() + h] = n == 1 ? v.data()[(int64_t)w * v.cols() + h] : (float)sum;
+  const int64_t width = v.cols();
+  std::vector<float> means;
+  const float* row = v.data();
+  for (const std::vector<Window>& list : windows)
+    for (size_t begin = 0, end; begin < list.size(); begin = end) {
+      std::vector<double> decided;  // tokens, of the part's windows
+      for (end = begin; end < list.size() && list[end].part == list[begin].part; end++)
+        decided.push_back((double)std::count(list[end].decides.begin(), list[end].decides.end(), 1));
+      const double all = std::accumulate(decided.begin(), decided.end(), 0.0);
+      for (int64_t h = 0; h < width; h++) {
+        double sum = 0;
+        for (size_t k = 0; k < decided.size(); k++) sum += decided[k] / all * (double)row[(int64_t)k * width + h];
+        means.push_back(decided.size() == 1 ? row[h] : (float)sum);
+      }
+      row += (int64_t)decided.size() * width;
     }
-  }
+  const Tensor out(Shape{(int64_t)means.size() / width, width}, means);
   return pooling.normalize ? normalize_rows(out) : out;
 }
 
-// The cosines of items' first two texts; none for an item of one text.
-static std::vector<Outcome> similarity_outcomes(const Bert& bert, const Pooling& pooling, std::span<const std::vector<Window>> windows,
-                                                int64_t batch_tokens) {
-  if (windows.empty()) return {};
-  const Tensor vectors = normalize_rows(embed_windows(bert, windows, pooling, batch_tokens));
-  std::vector<int64_t> first, second;  // rows of `vectors`
-  std::vector<size_t> compared;        // items
+// Vectors of the items' first two texts.   Both [items, width]
+static std::array<Tensor, 2> pair_vectors(const Bert& bert, const Pooling& pooling, std::span<const std::vector<Window>> windows,
+                                          int64_t batch_tokens) {
+  std::vector<int64_t> first, second;  // rows of the vectors
   int64_t row = 0;
-  for (size_t i = 0; i < windows.size(); i++) {
-    const int64_t texts = windows[i].back().part + 1;
-    if (texts > 1) first.push_back(row), second.push_back(row + 1), compared.push_back(i);
-    row += texts;
+  for (const std::vector<Window>& list : windows) {
+    const int64_t texts = list.back().part + 1;
+    if (texts < 2) throw Error("similarity: an item of one text; two are compared");
+    first.push_back(row), second.push_back(row + 1), row += texts;
   }
-  std::vector<Outcome> out(windows.size());
-  if (compared.empty()) return out;
-  const Tensor cosines = row_dots(gather_rows(vectors, first), gather_rows(vectors, second));
-  for (size_t k = 0; k < compared.size(); k++) out[compared[k]].outputs = {cosines.data()[k]};
-  return out;
+  const Tensor vectors = embed_windows(bert, windows, pooling, batch_tokens);
+  return {gather_rows(vectors, first), gather_rows(vectors, second)};
 }
 
 std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, std::span<const Item> items,
                                     std::span<const std::vector<Window>> windows, int64_t batch_tokens) {
-  if (bert.task == Task::embed) return similarity_outcomes(bert, pooling, windows, batch_tokens);
-  const HeadKind& head = head_kind(bert.task);
-  const std::vector<float> outputs = head_outputs(bert, examples_of(windows), batch_tokens);
-  const int64_t classes = head.classes(bert.config);
+  if (items.empty()) return {};
   std::vector<Outcome> out(items.size());
+  if (bert.task == Task::embed) {
+    const auto [a, b] = pair_vectors(bert, pooling, windows, batch_tokens);
+    const Tensor cosines = row_dots(normalize_rows(a), normalize_rows(b));
+    for (size_t i = 0; i < out.size(); i++) out[i].outputs = {cosines.data()[i]};
+    return out;
+  }
+  const HeadKind& head = head_kind(bert.task);
+  const Tensor outputs = head_outputs(bert, examples_of(windows), batch_tokens);
+  const int64_t classes = outputs.cols();
   size_t at = 0;  // in outputs
   for (size_t i = 0; i < items.size(); i++) {
     const std::span<const Window> list = windows[i];
     size_t rows = list.size();
     if (head.tokens) rows = 0, std::for_each(list.begin(), list.end(), [&](const Window& w) { rows += w.words.size(); });
-    const auto own = std::span<const float>(outputs).subspan(at, rows * (size_t)classes);
+    const std::span<const float> own(outputs.data() + at, rows * (size_t)classes);
     if (bert.task == Task::tag)
       out[i] = tag_outcome(items[i], list, own, classes);
     else if (bert.task == Task::qa)
@@ -3384,13 +3317,9 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
 
 RankScores rank_partners(const Asked& how, std::span<const Item> items) {
   std::vector<std::vector<Window>> windows = windows_of(how, items);
-  std::vector<int64_t> texts, partners;  // rows of the vectors
-  for (size_t i = 0; i < windows.size(); i++) {
-    std::erase_if(windows[i], [](const Window& w) { return w.part > 1; });
-    texts.push_back(2 * (int64_t)i), partners.push_back(2 * (int64_t)i + 1);
-  }
-  const Tensor vectors = embed_windows(how.bert, windows, how.pooling, how.batch_tokens);
-  return rank_scores(gather_rows(vectors, texts), gather_rows(vectors, partners));
+  for (std::vector<Window>& list : windows) std::erase_if(list, [](const Window& w) { return w.part > 1; });
+  const auto [texts, partners] = pair_vectors(how.bert, how.pooling, windows, how.batch_tokens);
+  return rank_scores(texts, partners);
 }
 
 // ==== Model =======================================================================================================
@@ -3404,6 +3333,7 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
                                                 int64_t batch_tokens) {
   const Bert& bert = folder.bert;
   need_masked_words(bert, "fill-mask");
+  constexpr size_t kAtOnce = 256;  // masks: the probabilities of thousands would take gigabytes
   std::vector<std::vector<MaskGuess>> out(examples.size());
   for_batches(examples, batch_tokens, [&](Batch batch, const std::vector<int64_t>& rows) {
     std::vector<std::pair<int64_t, int64_t>> places;  // row in the batch, number of the mask in it
@@ -3411,11 +3341,16 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
       for (int64_t t = batch.offsets[(size_t)r], n = 0; t < batch.offsets[(size_t)r + 1]; t++)
         if (batch.ids[(size_t)t] == folder.tokenizer.mask) batch.masked.push_back(t), places.push_back({r, n++});
     if (places.empty()) return;
-    const Tensor p = softmax(finite(bert.masked_logits(bert.forward(batch), batch.masked)));
-    const int64_t V = p.cols(), count = std::clamp<int64_t>(top, 0, V);
+    const Tensor hidden = bert.forward(batch);
+    const int64_t V = bert.config.vocab_size, count = std::clamp<int64_t>(top, 0, V);
     std::vector<int32_t> ids((size_t)V);
+    Tensor p;
     for (size_t m = 0; m < places.size(); m++) {
-      const float* row = p.data() + (int64_t)m * V;
+      if (m % kAtOnce == 0) {
+        const auto first = batch.masked.begin() + (int64_t)m;
+        p = softmax(finite(bert.masked_logits(hidden, {first, first + (int64_t)std::min(kAtOnce, places.size() - m)})));
+      }
+      const float* row = p.data() + (int64_t)(m % kAtOnce) * V;
       std::iota(ids.begin(), ids.end(), 0);
       std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
                         [&](int32_t a, int32_t b) { return row[a] != row[b] ? row[a] > row[b] : a < b; });
@@ -3467,16 +3402,6 @@ Model Model::load(const std::string& folder, std::optional<Precision> precision)
   return m;
 }
 
-Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
-  Tensor out;
-  for_batches(examples, batch_tokens, [&](const Batch& batch, const std::vector<int64_t>& rows) {
-    const Tensor v = pool_rows(bert, bert.forward(batch), batch, pooling);
-    if (!out) out = Tensor({(int64_t)examples.size(), v.cols()});
-    for (size_t r = 0; r < rows.size(); r++) std::copy_n(v.data() + (int64_t)r * v.cols(), v.cols(), out.data() + rows[r] * v.cols());
-  });
-  return out;
-}
-
 // A text as ids. In what is classified "[SEP]" is a word like others: a user's text cannot inject a token. Where masks are asked for it is
 // itself, as here, and in what is embedded too, as sentence-transformers does it: the vectors are to be the same.
 static Example example_of(const ModelFolder& folder, std::string_view text) {
@@ -3515,11 +3440,11 @@ void Model::need(Task task, const char* what) const {
   if (folder_->bert.task != task)
     throw Error(std::string(what) + ": the model is for " + head_kind(folder_->bert.task).name + ", not for " + head_kind(task).name);
 }
-std::vector<float> Model::classify(std::string_view text) const {
-  return probabilities(folder_->bert.task, ask({std::string(text), {}}).outputs);
-}
-std::vector<float> Model::classify(std::string_view text, std::string_view pair) const {
-  return probabilities(folder_->bert.task, ask({std::string(text), std::string(pair)}).outputs);
+std::vector<float> Model::classify(std::string_view text, std::optional<std::string_view> pair) const {
+  const HeadKind& head = head_kind(folder_->bert.task);
+  if (head.tokens || head.task == Task::choice || !(head.output || head.next_sentence))
+    throw Error("classify: the model is for " + std::string(head.name) + ", which has no classes of texts");
+  return probabilities(head.task, ask({std::string(text), pair ? std::optional(std::string(*pair)) : std::nullopt}).outputs);
 }
 std::vector<TextEntity> Model::tag(std::string_view text) const {
   need(Task::tag, "tag");

@@ -71,8 +71,6 @@ class WordPiece {
   std::vector<Encoding> encode_windows(std::string_view text, const std::optional<std::string_view>& pair,
                                        const EncodeOptions& options) const;
   // Texts that are split into words already: Encoding::words counts the given words, offsets are in each word's bytes.
-  Encoding encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
-                        const EncodeOptions& options = {}) const;
   std::vector<Encoding> encode_words_windows(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
                                              const EncodeOptions& options) const;
   WordPiece with_settings(const TokenizerSettings& settings) const;   // the same vocabulary under other settings
@@ -180,12 +178,10 @@ struct Batch {
   int64_t rows() const { return (int64_t)offsets.size() - 1; }
   void add_row(std::span<const int32_t> ids, std::span<const int32_t> segments);   // positions count from 0
 };
-// Row numbers cut into batches of at most `tokens` tokens (a longer row stands alone), similar lengths together.
-std::vector<std::vector<int64_t>> batches_by_tokens(const std::vector<int64_t>& lengths, int64_t tokens);
 
 // ==== 4 the model ================================================================================================
 struct Dense { Tensor weight, bias; };             // [out, in], [out]
-struct Norm { Tensor weight, bias; };              // gamma, beta [H]
+using Norm = Dense;                                // gamma, beta [H]
 
 struct Layer {
   Dense qkv;                                       // [3H,H]: query, key, value of the checkpoint, stacked
@@ -256,9 +252,8 @@ struct Bert {
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
   Tensor masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const;   // [1] for training: not packed
-  Tensor row_logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;            // classifier or next sentence  [R,C]
-  Tensor token_logits(const Tensor& hidden, Dropout& drop) const;                              // of tags, or of start and end  [N,C]
-  Tensor replaced_logits(const Tensor& hidden) const;                                          // above 0: the token was replaced  [N,1]
+  // Of the head that answers about rows [R,C], or about tokens [N,C]: tags; start and end; above 0: the token was replaced.
+  Tensor logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;
 };
 
 // How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
@@ -272,8 +267,6 @@ struct Pooling {
   int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
   std::string name() const;                        // mean; cls+mean; ...
 };
-// Vectors of a batch's rows from the encoder's output: [R, hidden_size].
-Tensor pool_rows(const Bert& bert, const Tensor& hidden, const Batch& batch, const Pooling& pooling);
 
 // How texts are compared in training for similarity: the cosine against a number; each text's partner among all partners of the batch
 // (Henderson et al. 2017, section 4.4); alike or not (Hadsell et al. 2006); closer to the second text than to the third (Schroff et al.
@@ -518,8 +511,7 @@ class StepBatches {
     PretrainSampler::Place after;                  // where a run goes on that has made this step
   };
   StepBatches(PretrainSampler sampler, const std::vector<Phase>& phases, int64_t accumulate, int64_t first, int64_t steps);
-  StepBatches(const StepBatches&) = delete;
-  StepBatches& operator=(const StepBatches&) = delete;
+  StepBatches(StepBatches&&) = delete;             // nor is it copied
   Step next();                                     // of step `first`, then the following ones, up to steps - 1; throws what sampling threw
 
  private:
@@ -578,7 +570,7 @@ struct Labels {
 // An item's gold without its labels, whose names are left in `names`, for put_in. known: of these names alone. Throws Error that says what
 // does not do.
 Gold make_gold(const Item& item, const Told& told, const Labels& labels, bool known, std::vector<std::string>& names);
-struct Answer {                                    // a part of the context
+struct Answer {                                    // a part of a text; qa: of the context
   std::string text;
   int64_t start = 0, end = 0;                      // bytes
   double score = 0;                                // probability among the best ones
@@ -621,7 +613,6 @@ std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const It
                                  const std::string& prompt = "");
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
-Batch make_batch(std::span<const Example> examples, std::span<const int64_t> which);
 // All items so, made in parallel; cut: how many have more text than is trained with.
 std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
                                        const std::string& prompt, int64_t& cut);
@@ -646,10 +637,11 @@ class FinetuneSampler {
   uint64_t seed_;
   std::vector<int64_t> order_;
 };
-// Raw outputs of the head, [examples, C], or of every token [tokens of all, C], computed without tape in batches to a token budget.
-std::vector<float> head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
-// The encoder's output: [tokens of all, H].
-std::vector<float> token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+// Of examples, in their order, computed in batches to a token budget: raw outputs of the head [examples, C], or of every token
+// [tokens of all, C]; the encoder's output [tokens of all, H]; vectors [examples, width].
+Tensor head_outputs(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+Tensor token_vectors(const Bert& model, std::span<const Example> examples, int64_t batch_tokens);
+Tensor embed_examples(const Bert& model, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows);   // one after another
 
 // ==== 8 metrics ==================================================================================================
@@ -694,22 +686,6 @@ struct Mistake {
   std::string text, right, said;
 };
 std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said);
-double matthews(std::span<const int32_t> predicted, std::span<const int32_t> truth, int64_t classes);
-double pearson(std::span<const double> x, std::span<const double> y);
-double spearman(std::span<const double> x, std::span<const double> y);   // average ranks for ties
-// Entities in tags of IOB1, IOB2, BIOES or BILOU (B-PER, I-PER, O ...; a bare PER stands alone), by the rule of conlleval: also I-X after O
-// or after another type begins one.
-struct Entity {
-  std::string type;
-  int64_t begin, end;                              // words
-  friend bool operator==(const Entity&, const Entity&) = default;
-};
-std::vector<Entity> find_entities(std::span<const std::string> tags);
-bool entity_tag(std::string_view tag);             // O, or one of those prefixes and a type
-// SQuAD's official scores of an answer, the best over the right ones: whether it is one of them, and the F1 of their words. An empty list
-// is {""}: there is no answer.   Rajpurkar et al. 2016, section 6.1, and the evaluation script of version 2.0
-struct AnswerScore { double exact = 0, f1 = 0; };
-AnswerScore score_answer(const std::string& said, std::span<const std::string> right);
 // How high each query's own candidate (that of its number) ranks among all by cosine; a candidate as near as it counts as nearer.
 //   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_k: share of those with rank <= k
 struct RankScores { double mrr, recall_1, recall_10; };
@@ -794,12 +770,7 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
 // Of texts and their partners: how near each one's partner is among the partners of all.
 RankScores rank_partners(const Asked& how, std::span<const Item> items);
 
-// A named part of a text, with the mean of its words' probabilities.
-struct TextEntity {
-  std::string type, text;
-  int64_t start = 0, end = 0;                      // bytes
-  double score = 0;
-};
+struct TextEntity : Answer { std::string type; };  // a named part of a text, with the mean of its words' probabilities
 std::vector<TextEntity> entities_in(const Outcome& outcome, std::span<const std::string> labels, const std::string& text);
 
 // A folder ready to answer. Read-only: any number of threads.
@@ -813,8 +784,7 @@ class Model {
   std::vector<MaskGuess> fill_mask(std::string_view text, int64_t top = 5) const;
   TextScore score(std::string_view text) const;                                 // pseudo-log-likelihood
   // probability of each label (classify, multilabel), or the value
-  std::vector<float> classify(std::string_view text) const;
-  std::vector<float> classify(std::string_view text, std::string_view pair) const;
+  std::vector<float> classify(std::string_view text, std::optional<std::string_view> pair = {}) const;
   std::vector<TextEntity> tag(std::string_view text) const;                     // its entities, in order
   Answer answer(std::string_view question, std::string_view context) const;     // its text is empty where the model finds none
   std::vector<float> choose(std::string_view text, std::span<const std::string> choices) const;   // probability of each
@@ -825,8 +795,6 @@ class Model {
   void need(Task task, const char* what) const;
   std::shared_ptr<const ModelFolder> folder_;
 };
-// Vectors of examples, one each, in their order, computed in batches to a token budget.   [examples, hidden_size]
-Tensor embed_examples(const Bert& bert, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens);
 // Vectors of texts in windows: of each item one for each of its parts, the mean of that part's windows, which count by the tokens that
 // they decide about.   [parts of all items, width]
 Tensor embed_windows(const Bert& bert, std::span<const std::vector<Window>> windows, const Pooling& pooling, int64_t batch_tokens);

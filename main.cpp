@@ -2600,8 +2600,10 @@ void cmd_predict(Args& a) {
   auto make = [&](const Row& row) { return usable_windows(s, row, p.task, how); };
   s.each_chunk(make, [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     if (p.logits && s.head().tokens) {
-      for (const std::vector<Window>& list : windows)
-        s.out.line(numbers(head_outputs(s.folder.bert, examples_of({&list, 1}), s.batch_tokens)));
+      for (const std::vector<Window>& list : windows) {
+        const Tensor y = head_outputs(s.folder.bert, examples_of({&list, 1}), s.batch_tokens);
+        s.out.line(numbers({y.data(), (size_t)y.size()}));
+      }
       return;
     }
     const std::vector<Item> items(chunk.begin(), chunk.end());
@@ -2670,7 +2672,7 @@ std::vector<Window> embed_input(Answering& s, const EmbedOptions& o, const Row& 
 
 // A line for each token of the texts: of a text in windows, from the one that decides about it, [CLS] from the first, [SEP] from the last.
 Strings token_lines(const Answering& s, bool json, const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
-  const std::vector<float> vectors = token_vectors(s.folder.bert, examples_of(windows), s.batch_tokens);
+  const Tensor vectors = token_vectors(s.folder.bert, examples_of(windows), s.batch_tokens);
   const auto H = (size_t)s.folder.config.hidden_size;
   const float* v = vectors.data();
   Strings out(chunk.size());

@@ -1309,14 +1309,6 @@ std::vector<Encoding> WordPiece::encode_words_windows(std::span<const std::strin
   for (size_t i = 0; i < pair.size(); i++) tables_->encode_text(pair[i], options.parse_special, (int32_t)i, sides[1]);
   return tables_->finish(sides[0], has_pair ? &sides[1] : nullptr, options, true);
 }
-Encoding WordPiece::encode_words(std::span<const std::string> words, std::span<const std::string> pair, bool has_pair,
-                                 const EncodeOptions& options) const {
-  Encoding sides[2];
-  for (size_t i = 0; i < words.size(); i++) tables_->encode_text(words[i], options.parse_special, (int32_t)i, sides[0]);
-  for (size_t i = 0; i < pair.size(); i++) tables_->encode_text(pair[i], options.parse_special, (int32_t)i, sides[1]);
-  return std::move(tables_->finish(sides[0], has_pair ? &sides[1] : nullptr, options, false)[0]);
-}
-
 std::vector<std::array<int64_t, 2>> code_point_offsets(const Encoding& encoding, std::string_view text, std::string_view pair) {
   // A cursor for begins and one for ends, in each text: both only ever move on, so the whole is linear. An offset before the cursor
   // (the windows' overlap, a swallowed space) starts again.

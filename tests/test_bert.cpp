@@ -14,6 +14,7 @@
 using namespace bert;
 
 namespace {
+std::vector<float> flat(const Tensor& t) { return {t.data(), t.data() + t.size()}; }
 const std::string kGolden = "tests/golden/models/";
 
 std::vector<int32_t> ints(const Json& row, const char* key) {
@@ -109,7 +110,7 @@ TEST_CASE("golden: every output, loss and gradient of a pretraining model, both 
       CHECK(difference(golden, what, x.data(), x.size()) < 4 * (l == 0 ? 5.04e-7 : l == 1 ? 9.51e-7 : 1.38e-6));
     }
     const Tensor pooled = m.bert.pooled(hidden, batch), mlm = m.bert.masked_logits(hidden, batch.masked),
-                 nsp = m.bert.row_logits(hidden, batch, none);
+                 nsp = m.bert.logits(hidden, batch, none);
     CHECK(difference(golden, "pooled", pooled.data(), pooled.size()) < 4 * 7.84e-7);
     CHECK(difference(golden, "mlm_logits", mlm.data(), mlm.size()) < 4 * 1.88e-6);
     CHECK(difference(golden, "nsp_logits", nsp.data(), nsp.size()) < 4 * 6.5e-7);
@@ -199,9 +200,7 @@ TEST_CASE("golden: heads, their losses and every gradient") {
     Losses losses;
     Tape tape;
     const Tensor hidden = m.bert.forward(batch, none);
-    const Tensor logits = h.task == Task::mlm        ? m.bert.masked_logits(hidden, batch.masked)
-                          : head_kind(h.task).tokens ? m.bert.token_logits(hidden, none)
-                                                     : m.bert.row_logits(hidden, batch, none);
+    const Tensor logits = h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.logits(hidden, batch, none);
     if (h.task == Task::qa) {
       std::vector<float> start, end;
       for (int64_t i = 0; i < logits.rows(); i++) start.push_back(logits.data()[2 * i]), end.push_back(logits.data()[2 * i + 1]);
@@ -1030,16 +1029,16 @@ TEST_CASE("one answer: a row's outputs are the same bytes alone, in any batch, a
   }
   std::vector<float> alone;
   for (const Example& e : examples) {
-    const std::vector<float> one = head_outputs(m.bert, {&e, 1}, 1);
+    const std::vector<float> one = flat(head_outputs(m.bert, {&e, 1}, 1));
     alone.insert(alone.end(), one.begin(), one.end());
   }
   for (const int threads : {1, 2, 3})
     for (const int64_t tokens : {1, 64, 500, 100000}) {
       UseThreads use(threads);
-      CHECK(head_outputs(m.bert, examples, tokens) == alone);
+      CHECK(flat(head_outputs(m.bert, examples, tokens)) == alone);
     }
   const ModelFolder plain = load_folder(folder, false);  // not packed: the same bytes too
-  CHECK(head_outputs(plain.bert, examples, 500) == alone);
+  CHECK(flat(head_outputs(plain.bert, examples, 500)) == alone);
 }
 
 TEST_CASE("embedding in windows: the mean of them, by the tokens that each decides about; one window is the text itself") {
@@ -1072,6 +1071,68 @@ TEST_CASE("embedding in windows: the mean of them, by the tokens that each decid
   const Asked plain = {m.bert, m.tokenizer, m.pooling, none, 16, 4, 500}, prompted = {m.bert, m.tokenizer, m.pooling, prompt, 16, 4, 500};
   CHECK(answer_items(prompted, {&bare, 1})[0].outputs == answer_items(plain, {&whole, 1})[0].outputs);
   CHECK(answer_items(plain, {&bare, 1})[0].outputs != answer_items(plain, {&whole, 1})[0].outputs);
+  const Item alone = {"dog sleeps", {}};
+  CHECK_THROWS_WITH_AS(answer_items(plain, {&alone, 1}), "similarity: an item of one text; two are compared", Error);
+  CHECK(answer_items(plain, {}).empty());
+}
+
+TEST_CASE("what a model does not answer is refused; a choice of none has no probability") {
+  for (const char* name : {"token-classification", "question-answering", "multiple-choice", "masked-lm"}) {
+    const Model model = Model::load(kGolden + "heads/" + name);
+    CHECK_THROWS_WITH_AS(model.classify("the dog", "sleeps"), doctest::Contains("classify: the model is for "), Error);
+  }
+  const Model choice = Model::load(kGolden + "heads/multiple-choice");
+  CHECK(choice.choose("the dog", {}).empty());
+  const std::vector<std::string> two = {"sleeps", "reads a house"};
+  const std::vector<float> p = choice.choose("the dog", two);
+  REQUIRE(p.size() == 2);
+  CHECK(p[0] + p[1] == doctest::Approx(1));
+}
+
+TEST_CASE("guesses of hundreds of masks in one batch are those of each text alone") {
+  const ModelFolder m = load_folder(kGolden + "tiny-pretrain");
+  std::vector<Example> examples;
+  for (int32_t row = 0; row < 12; row++) {
+    Example e{{m.tokenizer.cls}, {}};
+    for (int32_t i = 0; i < 25 + row; i++) e.ids.push_back(i % 4 == row % 4 ? 10 + row : m.tokenizer.mask);
+    e.ids.push_back(m.tokenizer.sep), e.segments.resize(e.ids.size());
+    examples.push_back(e);
+  }
+  const auto all = guess_masks(m, examples, 2, 100000);
+  size_t guesses = 0;
+  for (size_t i = 0; i < examples.size(); i++) {
+    const std::vector<MaskGuess> alone = guess_masks(m, {&examples[i], 1}, 2, 1)[0];
+    REQUIRE(all[i].size() == alone.size());
+    for (size_t g = 0; g < alone.size(); g++) {
+      const MaskGuess &x = all[i][g], &y = alone[g];
+      CHECK((x.mask == y.mask && x.id == y.id && x.probability == y.probability));
+    }
+    guesses += alone.size();
+  }
+  CHECK(guesses > 2 * 256);  // more masks than are computed at once
+}
+
+TEST_CASE("rows for added pieces: the mean of those that a piece would be read as, also where embeddings are narrower than layers") {
+  const std::vector<std::string> old = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "do", "##g"}, more = {"dog", "x"};
+  const WordPiece tokenizer = WordPiece::from_vocab(join(old, "\n") + "\n", {}, "old");
+  Config config = Config::named("tiny", 7);
+  config.model_type = "electra", config.hidden_size = 24, config.embedding_size = 16, config.num_attention_heads = 2;
+  const Bert before = Bert::random(config, Task::mlm, 1);
+  Bert after = before;
+  std::vector<std::string> pieces = old;
+  pieces.insert(pieces.end(), more.begin(), more.end());
+  extend_rows(after, tokenizer, pieces);
+  REQUIRE(after.word.shape() == Shape{9, 16});
+  REQUIRE(after.decoder_bias.shape() == Shape{9});
+  const float *was = before.word.data(), *is = after.word.data();
+  CHECK(std::equal(was, was + 7 * 16, is));
+  for (int64_t c = 0; c < 16; c++) {
+    double all = 0;
+    for (int64_t i = 0; i < 7; i++) all += (double)was[i * 16 + c] / 7;
+    CHECK(is[7 * 16 + c] == doctest::Approx(((double)was[5 * 16 + c] + (double)was[6 * 16 + c]) / 2));
+    CHECK(is[8 * 16 + c] == doctest::Approx(all));
+  }
+  CHECK(after.masked_logits(Tensor(Shape{1, 24}, 1.f), {0}).cols() == 9);
 }
 
 TEST_CASE("one model, many threads at once: each gets the answer it would get alone") {
@@ -1286,7 +1347,6 @@ static std::string without(std::string text, const std::string& key) {  // a lin
   if (text.find('[', at) < end) end = text.find("],\n", at) + 1;
   return text.erase(at, end + 2 - at);
 }
-static std::vector<float> flat(const Tensor& t) { return {t.data(), t.data() + t.size()}; }
 
 TEST_CASE("folders: one model in every container gives the same bytes") {
   const Batch batch = read_rows(kGolden + "tiny-pretrain/rows.json", Task::pretrain);
@@ -1296,7 +1356,7 @@ TEST_CASE("folders: one model in every container gives the same bytes") {
     const Tensor hidden = m.bert.forward(batch);
     Dropout none;
     std::vector<float> all = flat(hidden);
-    for (const Tensor& t : {m.bert.masked_logits(hidden, batch.masked), m.bert.row_logits(hidden, batch, none)})
+    for (const Tensor& t : {m.bert.masked_logits(hidden, batch.masked), m.bert.logits(hidden, batch, none)})
       all.insert(all.end(), t.data(), t.data() + t.size());
     return all;
   };
@@ -1381,9 +1441,7 @@ TEST_CASE("golden: DistilBERT and ELECTRA, layer by layer, their heads, saved an
       std::vector<int64_t> every((size_t)batch.tokens());
       for (size_t i = 0; i < every.size(); i++) every[i] = (int64_t)i;
       Dropout none;
-      const Tensor logits = v.task == Task::mlm        ? m.bert.masked_logits(hidden, every)
-                            : v.task == Task::classify ? m.bert.row_logits(hidden, batch, none)
-                                                       : m.bert.replaced_logits(hidden);
+      const Tensor logits = v.task == Task::mlm ? m.bert.masked_logits(hidden, every) : m.bert.logits(hidden, batch, none);
       CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * v.logits);
     }
     const Config c = Config::parse(read_file(saved / "config.json"), "c");
@@ -1439,9 +1497,7 @@ TEST_CASE("golden: the other heads of DistilBERT and ELECTRA, saved and loaded a
       std::vector<int64_t> every((size_t)batch.tokens());
       std::iota(every.begin(), every.end(), 0);
       Dropout none;
-      const Tensor logits = task == Task::mlm        ? m.bert.masked_logits(hidden, every)
-                            : head_kind(task).tokens ? m.bert.token_logits(hidden, none)
-                                                     : m.bert.row_logits(hidden, batch, none);
+      const Tensor logits = task == Task::mlm ? m.bert.masked_logits(hidden, every) : m.bert.logits(hidden, batch, none);
       CHECK(difference(SafeTensors::open(folder + "/golden.safetensors"), "logits", logits.data(), logits.size()) < 4 * 7.75e-7);
     }
   }
@@ -1642,9 +1698,7 @@ std::vector<float> everything(const Bert& bert, const Batch& batch) {
   const HeadKind& head = head_kind(bert.task);
   Dropout none;
   if (head.masked_words) append(all, bert.masked_logits(hidden, every));
-  if (head.next_sentence || (head.output && !head.tokens)) append(all, bert.row_logits(hidden, batch, none));
-  if (head.output && head.tokens) append(all, bert.token_logits(hidden, none));
-  if (bert.task == Task::replaced) append(all, bert.replaced_logits(hidden));
+  if (head.next_sentence || head.output || bert.task == Task::replaced) append(all, bert.logits(hidden, batch, none));
   return all;
 }
 double farthest(const std::vector<float>& a, const std::vector<float>& b) {
@@ -1721,7 +1775,7 @@ TEST_CASE("bf16 and int8: near f32 and not f32; one answer alone, in any batch, 
     std::iota(every.begin(), every.end(), 0);
     for (const int threads : {1, 2, 3}) {
       UseThreads use(threads);
-      for (const int64_t tokens : {1, 64, 500, 100000}) CHECK(token_vectors(m.bert, examples, tokens) == alone);
+      for (const int64_t tokens : {1, 64, 500, 100000}) CHECK(flat(token_vectors(m.bert, examples, tokens)) == alone);
       CHECK(flat(m.bert.masked_logits(all, every)) == alone_words);
     }
   }
@@ -1878,7 +1932,7 @@ TEST_CASE("golden: rxnfp (a pytorch_model.bin of the older format, a config.json
     CHECK(difference(golden, name, x.data(), x.size()) < 4 * float32);
   }
   const Tensor hidden = m.bert.forward(batch), pooled = m.bert.pooled(hidden, batch), mlm = m.bert.masked_logits(hidden, batch.masked),
-               nsp = m.bert.row_logits(hidden, batch, none);
+               nsp = m.bert.logits(hidden, batch, none);
   CHECK(difference(golden, "pooled", pooled.data(), pooled.size()) < 4 * 3.3e-7);
   CHECK(difference(golden, "mlm_logits", mlm.data(), mlm.size()) < 4 * 4.42e-6);
   CHECK(difference(golden, "nsp_logits", nsp.data(), nsp.size()) < 5 * 1.63e-6);  // ten numbers of up to 13.8: 8 units in the last place
@@ -1960,15 +2014,20 @@ TEST_CASE("labels: what a data file says becomes a gold, and what does not do is
   CHECK((split("", ',') == std::vector<std::string>{""} && split("a,", ',').size() == 2));
 }
 
+static double value_of(const std::vector<Metric>& metrics, const std::string& name) {
+  for (const Metric& m : metrics)
+    if (m.name == name) return m.value;
+  return std::numeric_limits<double>::quiet_NaN();
+}
+
 TEST_CASE("metrics: by hand") {
   const std::vector<int32_t> said = {1, 1, 0, 0, 1, 0}, is = {1, 0, 0, 0, 1, 1};
-  CHECK(matthews(said, is, 2) == doctest::Approx(1.0 / 3));  // tp 2 fp 1 fn 1 tn 2: (4 - 1) / 9
-  CHECK(matthews(std::vector<int32_t>{1, 1}, std::vector<int32_t>{0, 1}, 2) == 0);
-  CHECK(matthews(std::vector<int32_t>{0, 1, 2}, std::vector<int32_t>{0, 1, 2}, 3) == doctest::Approx(1));
-  const std::vector<double> x = {1, 2, 2, 4}, y = {10, 30, 20, 40};
-  CHECK(pearson(x, y) == doctest::Approx(0.923380516876694));   // numpy.corrcoef
-  CHECK(spearman(x, y) == doctest::Approx(0.948683298050514));  // scipy.stats.spearmanr
-  CHECK(spearman(std::vector<double>{1, 1}, std::vector<double>{1, 2}) == 0);
+  Scorer numbers(Task::regress, {}), equal(Task::regress, {});
+  for (const auto& [x, y] : {std::pair{1.f, 10.f}, {2, 30}, {2, 20}, {4, 40}}) numbers.add({.outputs = {x}}, {.targets = {y}});
+  CHECK(value_of(numbers.metrics({}), "pearson") == doctest::Approx(0.923380516876694));   // numpy.corrcoef
+  CHECK(value_of(numbers.metrics({}), "spearman") == doctest::Approx(0.948683298050514));  // scipy.stats.spearmanr
+  for (const float y : {1.f, 2.f}) equal.add({.outputs = {1}}, {.targets = {y}});
+  CHECK(value_of(equal.metrics({}), "spearman") == 0);
   Scorer two(Task::classify, {"no", "yes"});
   for (size_t i = 0; i < 6; i++) two.add({.outputs = {said[i] ? -1.f : 1.f, 0}}, {.label = is[i]});
   const std::vector<Metric> m = two.metrics(1);
@@ -1977,8 +2036,14 @@ TEST_CASE("metrics: by hand") {
   CHECK(m[0].low <= m[0].value);
   CHECK(m[0].high >= m[0].value);
   CHECK(m[1].name == "f1");
-  CHECK(m[1].value == doctest::Approx(4 / 6.0));  // 2 * 2 / (3 + 3)
+  CHECK(m[1].value == doctest::Approx(4 / 6.0));          // 2 * 2 / (3 + 3)
+  CHECK(value_of(m, "mcc") == doctest::Approx(1.0 / 3));  // tp 2 fp 1 fn 1 tn 2: (4 - 1) / 9
   CHECK(two.confusion() == std::vector<int64_t>{2, 1, 1, 2});
+  Scorer one_said(Task::classify, {"no", "yes"}), right(Task::classify, {"a", "b", "c"});
+  for (const int32_t label : {0, 1}) one_said.add({.outputs = {0, 1}}, {.label = label});
+  CHECK(value_of(one_said.metrics({}), "mcc") == 0);
+  for (const int32_t label : {0, 1, 2}) right.add({.outputs = {label == 0 ? 1.f : 0.f, label == 1 ? 1.f : 0.f, 0.5f}}, {.label = label});
+  CHECK(value_of(right.metrics({}), "mcc") == doctest::Approx(1));
   Scorer three(Task::classify, {"a", "b", "c"});  // said 0 1 0; the third class neither said nor true
   three.add({.outputs = {1, 0, 0}}, {.label = 0}), three.add({.outputs = {0, 1, 0}}, {.label = 1});
   three.add({.outputs = {1, 0, 0}}, {.label = 1});
@@ -2030,11 +2095,6 @@ std::vector<double> doubles(const Json& row, const char* key) {
   for (const Json& x : row.find(key)->items(key)) v.push_back(x.as_double(key));
   return v;
 }
-double value_of(const std::vector<Metric>& metrics, const std::string& name) {
-  for (const Metric& m : metrics)
-    if (m.name == name) return m.value;
-  return std::numeric_limits<double>::quiet_NaN();
-}
 // Every figure of the golden is there with its value, and there is no other.
 void check_metrics(const std::vector<Metric>& got, const Json& want) {
   CHECK(got.size() == want.members().size());
@@ -2046,6 +2106,19 @@ void check_metrics(const std::vector<Metric>& got, const Json& want) {
 std::vector<std::string> split(const std::string& line) {
   std::istringstream in(line);
   return {std::istream_iterator<std::string>(in), {}};
+}
+struct Found {
+  std::string type;
+  int64_t begin, end;  // words
+  friend bool operator==(const Found&, const Found&) = default;
+};
+// The entities that these tags of words mark.
+std::vector<Found> entities_of(const std::vector<std::string>& tags) {
+  Outcome o;
+  for (int32_t i = 0; i < (int32_t)tags.size(); i++) o.tags.push_back(i), o.scores.push_back(1), o.words.push_back({i, i + 1});
+  std::vector<Found> found;
+  for (const TextEntity& e : entities_in(o, tags, std::string(tags.size(), ' '))) found.push_back({e.type, e.start, e.end});
+  return found;
 }
 }  // namespace
 
@@ -2127,10 +2200,10 @@ TEST_CASE("metrics: entities of 1,000 tag sequences as seqeval's") {
       if (row.find("group")->as_int("group") != g) continue;
       const std::vector<std::string> said = split(row.find("said")->as_string("said"));
       CAPTURE(row.find("said")->as_string("said"));
-      std::vector<Entity> want;
+      std::vector<Found> want;
       for (const Json& e : row.find("found")->items("found"))
         want.push_back({e.items("e")[0].as_string("type"), e.items("e")[1].as_int("begin"), e.items("e")[2].as_int("end")});
-      CHECK(find_entities(said) == want);
+      CHECK(entities_of(said) == want);
       std::vector<int32_t> tags = numbers(said);
       for (int32_t& t : tags) t = labels[(size_t)t] == "O" && g % 2 ? -1 : t;  // a word that the model says nothing of
       scorer.add({.tags = tags}, {.tags = numbers(split(row.find("is")->as_string("is")))});
@@ -2143,8 +2216,7 @@ TEST_CASE("metrics: entities of 1,000 tag sequences as seqeval's") {
 }
 
 TEST_CASE("metrics: tags without a scheme stand alone; parts of speech have no entities") {
-  CHECK(find_entities(std::vector<std::string>{"PER", "PER", "O", "I", "I", ""}) ==
-        std::vector<Entity>{{"PER", 0, 1}, {"PER", 1, 2}, {"_", 3, 5}});
+  CHECK(entities_of({"PER", "PER", "O", "I", "I", ""}) == std::vector<Found>{{"PER", 0, 1}, {"PER", 1, 2}, {"_", 3, 5}});
   Scorer bare(Task::tag, {"O", "LOC", "PER"});
   bare.add({.tags = {2, 2, 0, 1}}, {.tags = {2, 1, 0, 1}});
   CHECK(value_of(bare.metrics(1), "entity_f1") == doctest::Approx(2 / 3.0));
@@ -2166,10 +2238,11 @@ TEST_CASE("metrics: answers as SQuAD's script scores them, to the last digit") {
     Gold gold;
     for (const Json& a : row.find("answers")->items("answers")) gold.answers.push_back(a.as_string("answer"));
     CAPTURE(said);
-    const AnswerScore score = score_answer(said, gold.answers);
-    CHECK(score.exact == row.find("exact")->as_double("exact"));
-    CHECK(score.f1 == row.find("f1")->as_double("f1"));
-    scorer.add({.answers = {{.text = said}}, .null_margin = row.find("margin")->as_double("margin")}, gold);
+    const Outcome outcome{.answers = {{.text = said}}, .null_margin = row.find("margin")->as_double("margin")};
+    Scorer one(Task::qa, {});
+    for (Scorer* s : {&one, &scorer}) s->add(outcome, gold);
+    CHECK(value_of(one.metrics({}), "exact") == row.find("exact")->as_double("exact"));
+    CHECK(value_of(one.metrics({}), "f1") == row.find("f1")->as_double("f1"));
   }
   const Json want = metrics_file("answers.json");
   const double threshold = scorer.best_null_threshold();
@@ -2193,6 +2266,14 @@ TEST_CASE("metrics: the null threshold keeps equal margins together and answers 
   ask(equal, "y", {"y"}, 1), ask(equal, "x", {}, 1), ask(equal, "z", {"z"}, 2);
   CHECK(equal.best_null_threshold() == 2);
   CHECK(equal.metrics(1).size() == 6);
+  Scorer empty(Task::qa, {});  // contexts without a word
+  for (const char* right : {"y", ""}) {
+    Outcome nothing;
+    nothing.null_margin = std::numeric_limits<double>::infinity();
+    empty.add(nothing, {.answers = *right ? std::vector<std::string>{right} : std::vector<std::string>{}});
+  }
+  CHECK(empty.metrics({})[1].value == 0.5);
+  CHECK(std::isfinite(empty.best_null_threshold()));
   Scorer all(Task::qa, {});  // SQuAD 1.1: no part without an answer
   ask(all, "y", {"y"}, 1);
   CHECK(all.metrics(1).size() == 2);

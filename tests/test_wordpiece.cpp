@@ -183,7 +183,7 @@ std::string words_case(const Json& c, const WordPiece& tokenizer) {
   EncodeOptions o;
   o.add_special = yes(c, "add_special_tokens");
   const auto words = strings(field(c, "words")), pair = has(c, "pair_words") ? strings(field(c, "pair_words")) : std::vector<std::string>();
-  const Encoding got = tokenizer.encode_words(words, pair, has(c, "pair_words"), o);
+  const Encoding got = tokenizer.encode_words_windows(words, pair, has(c, "pair_words"), o)[0];
   std::string wrong;
   for (const auto& [key, values] : {std::pair<const char*, std::vector<int64_t>>{"ids", numbers(got.ids)},
                                     {"type_ids", numbers(got.type_ids)},
