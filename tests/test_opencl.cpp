@@ -29,9 +29,6 @@ struct OnDevice {
 bool same_bytes(const Tensor& a, const Tensor& b) {
   return a.size() == b.size() && !std::memcmp(a.data(), b.data(), sizeof(float) * (size_t)a.size());
 }
-// A file of this program's build folder, so that a sanitizer's ./bert is tested by a sanitizer's tests.
-std::string beside_us(const std::string& file) { return std::filesystem::read_symlink("/proc/self/exe").parent_path() / file; }
-
 // ./bert with the stub in the place of OpenCL.
 struct Stub {
   TemporaryFolder folder;
@@ -41,8 +38,7 @@ struct Stub {
     REQUIRE_MESSAGE(made.status == 0, made.err);
   }
   Ran bert(const std::string& arguments) const {
-    return testing::run("XDG_CACHE_HOME=" + testing::device_cache() + " LD_LIBRARY_PATH=" + folder.path + " " + beside_us("bert") + " " +
-                        arguments);
+    return testing::run("XDG_CACHE_HOME=" + testing::device_cache() + " LD_LIBRARY_PATH=" + folder.path + " ./bert " + arguments);
   }
 };
 const std::string kModel = "tests/golden/models/tiny-pretrain";
@@ -183,7 +179,7 @@ TEST_CASE("opencl: without a device, with a bad library or driver: one clear lin
   }
   TemporaryFolder folder;
   std::ofstream(folder / "libOpenCL.so.1") << "no library\n";
-  const Ran r = testing::run("LD_LIBRARY_PATH=" + folder.path + " " + beside_us("bert") + " " + embed);
+  const Ran r = testing::run("LD_LIBRARY_PATH=" + folder.path + " ./bert " + embed);
   CHECK(r.status == 1);
   CHECK_MESSAGE(r.err.find("libOpenCL.so.1") != std::string::npos, r.err);
   const Stub good("");
@@ -206,7 +202,7 @@ struct Training {
   TemporaryFolder folder;
   std::string pretrain, finetune;
   Training() {
-    const Ran vocab = testing::run(beside_us("bert") + " vocab --input data/english-heldout.txt --size 400 --output " + (folder / "vocab"));
+    const Ran vocab = testing::run("./bert vocab --input data/english-heldout.txt --size 400 --output " + (folder / "vocab"));
     REQUIRE_MESSAGE(vocab.status == 0, vocab.err);
     testing::run("head -n 120 data/spam/train.tsv > " + (folder / "train.tsv") + "; head -n 40 data/spam/dev.tsv > " +
                  (folder / "dev.tsv"));
@@ -215,7 +211,7 @@ struct Training {
     finetune = "finetune --task classify --train " + (folder / "train.tsv") + " --dev " + (folder / "dev.tsv") + " --epochs 1 --model ";
   }
   Ran bert(const std::string& arguments) const {
-    return testing::run("XDG_CACHE_HOME=" + testing::device_cache() + " " + beside_us("bert") + " " + arguments);
+    return testing::run("XDG_CACHE_HOME=" + testing::device_cache() + " ./bert " + arguments);
   }
 };
 

@@ -13,12 +13,12 @@ namespace testing {
 
 // The folder of large goldens and real models beside the repository; tests that need it skip, saying so, where it is absent.
 inline const std::string shared = "../shared/";
-inline int skipped = 0;   // counted by SKIP_WITHOUT, printed by the test program's last line
-#define SKIP_WITHOUT(path)                                            \
-  if (!std::filesystem::exists(path)) {                               \
-    testing::skipped++;                                               \
-    MESSAGE("skipped: " << (path) << " is not here");                 \
-    return;                                                           \
+inline int skipped = 0;  // counted by SKIP_WITHOUT, printed by the test program's last line
+#define SKIP_WITHOUT(path)                            \
+  if (!std::filesystem::exists(path)) {               \
+    testing::skipped++;                               \
+    MESSAGE("skipped: " << (path) << " is not here"); \
+    return;                                           \
   }
 
 // Uniform in [-1, 1), from Philox.
@@ -33,7 +33,7 @@ inline double largest_difference(const float* a, const float* b, int64_t n) {
   double worst = 0;
   for (int64_t i = 0; i < n; i++) {
     const double d = std::fabs((double)a[i] - (double)b[i]);
-    if (!(d <= worst) && !std::isnan(worst)) worst = d;   // a NaN stays
+    if (!(d <= worst) && !std::isnan(worst)) worst = d;  // a NaN stays
   }
   return worst;
 }
@@ -47,7 +47,7 @@ inline double grad_error(std::vector<bert::Tensor> in, const std::function<bert:
     bert::Tape tape;
     tape.backward(bert::weighted_sum(f(), w));
   }
-  const float h = 1e-2f;   // float32: truncation ~ h^2 and rounding ~ 1e-7 / h are both small
+  const float h = 1e-2f;  // float32: truncation ~ h^2 and rounding ~ 1e-7 / h are both small
   double worst = 0;
   for (bert::Tensor& t : in)
     for (int64_t i = 0; i < t.size(); i++) {
@@ -55,7 +55,7 @@ inline double grad_error(std::vector<bert::Tensor> in, const std::function<bert:
       auto at = [&](float x) {
         t.data()[i] = x;
         const bert::Tensor y = f();
-        double s = 0;   // in double: the sum's rounding would be divided by h
+        double s = 0;  // in double: the sum's rounding would be divided by h
         for (int64_t j = 0; j < y.size(); j++) s += (double)y.data()[j] * (double)w.data()[j];
         return s;
       };
@@ -86,12 +86,15 @@ inline std::string device_cache() {
   return folder.path;
 }
 
-// Runs a shell command; its exit status, and what it wrote on either stream.
+// Runs a shell command; its exit status, and what it wrote on either stream. ./bert is that of this program's build folder: a sanitizer's
+// tests run a sanitizer's bert.
 struct Ran {
   int status;
   std::string out, err;
 };
-inline Ran run(const std::string& command) {
+inline Ran run(std::string command) {
+  static const std::string bert = std::filesystem::relative(std::filesystem::read_symlink("/proc/self/exe").parent_path() / "bert");
+  for (size_t at = 0; (at = command.find("./bert ", at)) != command.npos; at += bert.size()) command.replace(at, 6, bert);
   TemporaryFolder folder;
   const int code = std::system(("( " + command + " ) > " + (folder / "out") + " 2> " + (folder / "err")).c_str());
   return {WIFEXITED(code) ? WEXITSTATUS(code) : 128 + WTERMSIG(code), bert::read_file(folder / "out"), bert::read_file(folder / "err")};
