@@ -2585,15 +2585,16 @@ static constexpr int64_t kQueries = 256;  // scored at once
 static void score_rows(const float* queries, std::span<Best> best, int64_t first, const Tensor& vectors, bool later) {
   const int64_t Q = (int64_t)best.size(), D = vectors.cols(), n = vectors.rows();
   const PackedWeights packed(queries, Q, D);
-  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 16384);  // their products stay in the cache
-  std::vector<float> products((size_t)(block * Q));
+  const int64_t block = std::clamp<int64_t>((1 << 20) / Q, 1024, 65536);  // their products stay in the cache
+  const Tensor products({std::min(block, n) * Q});
+  float* const scores = products.data();
   for (int64_t row0 = later ? first + 1 : 0; row0 < n; row0 += block) {
     const int64_t rows = std::min(block, n - row0);
-    gemm(rows, vectors.data() + row0 * D, D, packed, products.data(), Q, {});
+    gemm(rows, vectors.data() + row0 * D, D, packed, scores, Q, {});
     parallel_ranges(Q, 16, [&](int64_t begin, int64_t end) {
       for (int64_t r = 0; r < rows; r++)
         for (int64_t q = begin; q < end; q++)
-          if (const float score = products[(size_t)(r * Q + q)]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
+          if (const float score = scores[r * Q + q]; score >= best[(size_t)q].floor() && (!later || row0 + r > first + q))
             best[(size_t)q].offer({score, first + q, row0 + r});
     });
   }
