@@ -920,8 +920,10 @@ const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, 0);
 #define BODY (int64_t i, auto w) INLINE  // of a lambda for chunks()
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)  // the numbers at these places of a, then b
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I4{__VA_ARGS__})
 #endif
 #define EACH UNROLL for (int q = 0; q < K; q++)
 #define MAKE(T, part) \
@@ -1060,6 +1062,7 @@ typedef int16_t S __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
 typedef uint8_t B __attribute__((vector_size(W)));
 typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
 
 struct P {
   V v[K];
@@ -1305,10 +1308,10 @@ TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
 OP void transpose(const float* rows, int64_t apart, F4 (&to)[4]) {
   F4 r[4];
   UNROLL for (int i = 0; i < 4; i++) std::memcpy(&r[i], rows + i * apart, sizeof(F4));
-  const F4 p = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), q = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  const F4 s = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), t = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  to[0] = __builtin_shufflevector(p, s, 0, 1, 4, 5), to[1] = __builtin_shufflevector(p, s, 2, 3, 6, 7);
-  to[2] = __builtin_shufflevector(q, t, 0, 1, 4, 5), to[3] = __builtin_shufflevector(q, t, 2, 3, 6, 7);
+  const F4 p = SHUFFLE(r[0], r[1], 0, 4, 1, 5), q = SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+  const F4 s = SHUFFLE(r[2], r[3], 0, 4, 1, 5), t = SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+  to[0] = SHUFFLE(p, s, 0, 1, 4, 5), to[1] = SHUFFLE(p, s, 2, 3, 6, 7);
+  to[2] = SHUFFLE(q, t, 0, 1, 4, 5), to[3] = SHUFFLE(q, t, 2, 3, 6, 7);
 }
 
 // Rows are summed four at a time, each in a lane. They come from memory: what follows 384 bytes on is asked for.
