@@ -2888,12 +2888,13 @@ Named model_facts(const std::string& path) {
 // The largest difference of each tensor, and of all: inf where shapes differ. A tensor that only one model has counts for nothing.
 Named model_differences(const std::string& one, const std::string& other) {
   const ModelFolder a = open_model(one, false), b = open_model(other, false);
+  auto plain = [](const std::string& name) { return name.starts_with("bert.") ? name.substr(5) : name; };  // as without a head
   std::map<std::string, Parameter> rest;
-  for (const Parameter& p : b.bert.parameters()) rest.emplace(p.name, p);
+  for (const Parameter& p : b.bert.parameters()) rest.emplace(plain(p.name), p);
   Named facts;
   double largest = 0;
   for (const Parameter& p : a.bert.parameters()) {
-    const auto found = rest.extract(p.name);
+    const auto found = rest.extract(plain(p.name));
     if (!found || found.mapped().shape() != p.shape()) {
       if (found) largest = INFINITY;
       facts.emplace_back(p.name,
@@ -2906,7 +2907,7 @@ Named model_differences(const std::string& one, const std::string& other) {
     largest = std::max(largest, worst);
     facts.emplace_back(p.name, format_number(worst));
   }
-  for (const auto& [name, p] : rest) facts.emplace_back(name, "only in " + other);
+  for (const auto& [name, p] : rest) facts.emplace_back(p.name, "only in " + other);
   facts.emplace_back("largest_difference", format_number(largest));
   return facts;
 }

@@ -910,6 +910,9 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
     const Ran cosine = testing::run("printf 'the dog barks\\tthe dog barks\\n' | ./bert predict --model " + out);
     CHECK_MESSAGE(std::fabs(std::atof(cosine.out.c_str()) - 1) < 1e-6, (cosine.out + cosine.err));
   }
+  const Ran apart = bert_run("info --model " + pretrained() + " --compare " + (folder / "cosine"));  // with a head, and without
+  CHECK_MESSAGE(!has(apart.out, "embeddings.word_embeddings.weight\tonly in"), apart.out);
+  CHECK(has(apart.out, "cls.seq_relationship.weight\tonly in " + pretrained()));
   for (const char* loss : {"inbatch", "triplet"})
     CHECK(bert_run("finetune --task similarity --dev-split 0 --train " + (folder / "partners.jsonl") + " --loss " + loss + rest +
                    (folder / loss))
