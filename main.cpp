@@ -2266,7 +2266,7 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
-  if (const int32_t only = scorer.only_answer(); only >= 0)
+  if (const int32_t only = scorer.only_answer(); only >= 0 && ending == "_dev")  // of the model that is kept
     say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
         ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
   e.report =

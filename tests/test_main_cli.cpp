@@ -951,6 +951,7 @@ TEST_CASE("finetune: frozen layers stay, the options of other tasks are refused,
   const Ran none = bert_run("finetune --task classify --epochs 1 --lr 1e-9 --model " + pretrained() + " --train " +
                             (small().folder / "train.tsv") + " --output " + (folder / "none"));
   CHECK_MESSAGE(has(none.err, "every text was given one label"), none.err);
+  CHECK(none.err.find("every text was given") == none.err.rfind("every text was given"));  // once, not at every epoch
   CHECK(has(bert::read_file((folder / "none") + "/report.html"), "The worst mistakes"));
 }
 
