@@ -1655,7 +1655,8 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
   }
   const double masked = std::max(1.0, (double)s.masked);  // none where every word is longer than its row's share of masks
   s.masked_loss = sums.masked / masked, s.masked_accuracy = (double)sums.masked_right / masked, s.unigram_loss /= masked;
-  if (used.next_sentence) s.next_loss = sums.next_sentence / (double)s.rows, s.next_accuracy = (double)sums.next_right / (double)s.rows;
+  if (!used.next_sentence) return s;
+  s.pairs = s.rows, s.next_loss = sums.next_sentence / (double)s.pairs, s.next_accuracy = (double)sums.next_right / (double)s.pairs;
   return s;
 }
 
@@ -1781,11 +1782,12 @@ std::vector<float> balanced_weights(const std::vector<double>& counts) {
 
 void check_partners(LabelledSet& set, PairLoss loss) {
   auto& [items, golds] = set;
-  static const char* const wants[] = {"two texts and their cosine", "two texts", "two texts and 1 or 0",
+  static const char* const wants[] = {"two texts and their cosine, from -1 to 1", "two texts", "two texts and 1 or 0",
                                       "a text, a positive and a negative one"};
   for (size_t i = 0; i < items.size(); i++) {
     const size_t texts = (items[i].pair ? 2 : 1) + items[i].others.size();
-    const bool scored = !golds[i].targets.empty();
+    const float score = golds[i].targets.empty() ? NAN : golds[i].targets[0];
+    const bool scored = loss == PairLoss::contrastive ? score == 0 || score == 1 : std::fabs(score) <= 1;
     const bool fits = loss == PairLoss::triplet ? texts == 3 : texts >= 2 && (loss == PairLoss::inbatch || scored);
     if (!fits)
       throw Error("--loss of similarity: row " + std::to_string(i + 1) + " does not hold " + wants[(size_t)loss] +
@@ -2894,15 +2896,6 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
 
 void save_folder(const std::string& folder, const Bert& bert, const std::map<std::string, std::string>& carried, const std::string& dtype) {
   make_folders(folder);
-  std::error_code none;
-  for (const char* name : carried_files)  // of a model that was here before: its tokenizer and pooling are not this one's
-    if (!carried.count(name)) fs::remove(folder + "/" + name, none);
-  for (const auto& [name, bytes] : carried) {
-    make_folders(fs::path(folder + "/" + name).parent_path());
-    write_file(folder + "/" + name, bytes);
-  }
-  const char* torch_dtype = dtype == "F16" ? "float16" : dtype == "BF16" ? "bfloat16" : "float32";
-  write_file(folder + "/config.json", bert.config.to_json(torch_dtype));
   std::vector<NamedTensor> tensors;
   for (const Parameter& p : bert.parameters()) {
     const std::string name = name_in_file(family(bert.config), head_kind(bert.task), p.name);
@@ -2917,7 +2910,17 @@ void save_folder(const std::string& folder, const Bert& bert, const std::map<std
     tensors.back().narrow = std::move(rows);
     if (scaled) tensors.push_back({name + "_scale", {p.rows}, narrow->scales.data() + p.first_row});
   }
+  // The large file first: where a disk is full, what stood here before stays as it is.
   save_safetensors(folder + "/model.safetensors", tensors, {{"format", "pt"}}, dtype);  // transformers asks for "pt"
+  std::error_code none;
+  for (const char* name : carried_files)  // of a model that was here before: its tokenizer and pooling are not this one's
+    if (!carried.count(name)) fs::remove(folder + "/" + name, none);
+  for (const auto& [name, bytes] : carried) {
+    make_folders(fs::path(folder + "/" + name).parent_path());
+    write_file(folder + "/" + name, bytes);
+  }
+  const char* torch_dtype = dtype == "F16" ? "float16" : dtype == "BF16" ? "bfloat16" : "float32";
+  write_file(folder + "/config.json", bert.config.to_json(torch_dtype));
 }
 
 // The old pieces that a new one would be read as, longest first.
@@ -3071,13 +3074,18 @@ static void label_window(Task task, Window& w, const Gold& gold) {
   e.label = gold.label, e.targets = gold.targets;
   if (task == Task::tag) {
     e.labels.assign(e.ids.size(), kIgnored);
-    for (size_t i = 0; i < e.ids.size(); i++)
-      if (w.starts[i]) e.labels[i] = gold.tags.at((size_t)w.words[i]);
+    for (size_t i = 0; i < e.ids.size(); i++) {
+      if (!w.starts[i]) continue;
+      if ((size_t)w.words[i] >= gold.tags.size())
+        throw Error("tags: " + std::to_string(gold.tags.size()) + ", but the text has more words; give one a word");
+      e.labels[i] = gold.tags[(size_t)w.words[i]];
+    }
   }
   if (task != Task::qa) return;
   e.labels = {0, 0};
   if (gold.answers.empty()) return;
-  const int64_t begin = gold.starts.at(0), end = begin + (int64_t)gold.answers[0].size();
+  if (gold.starts.empty()) throw Error("the answer '" + gold.answers[0] + "' without its place in the context; give its start in bytes");
+  const int64_t begin = gold.starts[0], end = begin + (int64_t)gold.answers[0].size();
   int32_t first = -1, last = -1;
   for (size_t i = 0; i < e.ids.size(); i++)
     if (w.words[i] >= 0 && w.places[i][0] < end && w.places[i][1] > begin) last = (int32_t)i, first = first < 0 ? last : first;

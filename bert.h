@@ -525,6 +525,7 @@ struct PretrainScores {   // on held-out text, masked once from the seed
   double masked_loss = 0, next_loss = 0, masked_accuracy = 0, next_accuracy = 0;
   double unigram_loss = 0;   // of the add-one-smoothed unigram of the training text on the same targets
   int64_t masked = 0, rows = 0;
+  int64_t pairs = 0;         // rows asked for the next sentence; 0: next_loss and next_accuracy say nothing
 };
 PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, const PretrainSettings& settings,
                                     const MaskVocabulary& vocabulary, uint64_t seed, const std::vector<int64_t>& unigram_counts);

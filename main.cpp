@@ -328,6 +328,8 @@ struct Common {
 class Lines {
  public:
   explicit Lines(const std::string& path) : name_(path == "-" ? "standard input" : path), in_(path == "-" ? std::cin : file_) {
+    std::error_code code;
+    if (path != "-" && fs::is_directory(path, code)) throw Error(path + ": this is a folder; give a file of text");
     errno = 0;
     if (path != "-") file_.open(path, std::ios::binary);
     if (path != "-" && !file_) throw Error(path + ": cannot open: " + std::strerror(errno) + "; give a file that exists and may be read");
@@ -590,7 +592,7 @@ class Rows {
     row.told.answers.push_back(answer), row.told.starts.push_back((int64_t)at);
   }
   // A string; {"text": [...], "answer_start": [...]}; or a list of {"text", "answer_start"}.
-  static void add_answers(Row& row, const Json& v) {
+  static void add_answers(Row& row, const Json& v) try {
     row.told.listed = true;
     if (v.is(Json::string)) {
       if (!v.as_string("answer").empty()) add_answer(row, v, nullptr);
@@ -609,6 +611,8 @@ class Rows {
     } else {
       throw BadLine("answers are neither a string nor a list of texts");
     }
+  } catch (const Error& e) {  // also of another type than is wanted
+    throw BadLine(e.what());
   }
   // What SQuAD's format has under a key.
   const Json& need(const Json& v, const char* key) const {
@@ -720,7 +724,7 @@ class Rows {
       else if (pair_ < 0 || context)
         pair_ = i;
     }
-    if (text_ < 0) std::swap(text_, pair_);  // a context alone is the text
+    if (text_ < 0 && s_.task != Task::qa) std::swap(text_, pair_);  // a context alone is the text
     const Strings& known_labels = s_.task == Task::tag ? kTagNames : s_.task == Task::qa ? kAnswerNames : kLabelNames;
     for (const std::string& name : known_labels)
       if (label_ < 0) label_ = index_of(name, names);
@@ -732,6 +736,9 @@ class Rows {
     if (label_ < 0 && s_.labels && (s_.task != Task::embed || others_.empty())) missing("label", known_labels);
     if (s_.task == Task::choice && others_.empty()) missing("choices", {"choices", "choice0"});
     if (s_.task == Task::qa && pair_ < 0) missing("context", {"context"});
+    for (const int number : {text_, pair_, label_})
+      if (s_.columns.empty() && number >= 0 && std::count(names.begin(), names.end(), names[(size_t)number]) > 1)
+        throw BadLine("'" + names[(size_t)number] + "' stands there twice; rename one, or give --columns their numbers");
     std::string found;
     for (const auto& [number, what] : {std::pair(text_, "text is "), {pair_, ", pair is "}, {label_, ", label is "}})
       if (number >= 0) found += what + ("'" + (number < (int)names.size() ? names[number] : "column " + to_string(number))) + "'";
@@ -747,6 +754,7 @@ class Rows {
         throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
       const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
       *to = number ? *number : index_of(value, names);
+      if (*to < 0 && names.empty()) throw Usage("--columns " + s_.columns + ": '" + value + "' is no number from 0");
       if (*to < 0) throw BadLine("no '" + value + "' among " + join(names, ", ") + "; correct --columns");
     }
   }
@@ -906,7 +914,10 @@ int64_t read_text(Source source, const WordPiece& tokenizer, int64_t skip, Corpu
   return number;
 }
 
-[[noreturn]] void nothing(const Source& source, const std::string& wanted) { throw Error(join(source.files, ", ") + ": no " + wanted); }
+[[noreturn]] void nothing(Source source, const std::string& wanted) {
+  std::replace(source.files.begin(), source.files.end(), std::string("-"), std::string("standard input"));
+  throw Error(join(source.files, ", ") + ": no " + wanted);
+}
 constexpr const char* kNoText = "text; give a file with a paragraph a line";
 
 Corpus read_corpus(const Source& source, const WordPiece& tokenizer) {
@@ -1872,7 +1883,7 @@ void Pretraining::read() {
     throw Error(vocab + ": [CLS], [SEP] or [MASK] is missing in the vocabulary; pretraining needs them");
   if (!init.empty()) check_folder(init), check_vocabulary(init, vocab, t);
   const std::string file = init.empty() ? config_name : init + "/config.json";
-  config = fs::exists(file) || file.ends_with(".json") ? open_config(file) : Config::named(file, t.size());
+  config = (fs::exists(file) && !fs::is_directory(file)) || file.ends_with(".json") ? open_config(file) : Config::named(file, t.size());
   if (config.vocab_size < t.size())
     throw Error(vocab + ": " + to_string(t.size()) + " pieces, but the model has room for " + to_string(config.vocab_size) +
                 "; give the model's own vocabulary, or a config.json with vocab_size " + to_string(t.size()));
@@ -1995,8 +2006,8 @@ void cmd_pretrain(Args& a) {
   p.check();
   const RemovedAtEnd shards{p.dry_run && !a.given("cache") && !fs::exists(p.cache) ? p.cache : ""};
   p.read();
-  if (p.dry_run) return dry_run(p);
   p.sampler();  // so that text that does not do is refused before anything is written
+  if (p.dry_run) return dry_run(p);
   Run run("Pretraining " + (p.init.empty() ? p.config_name : p.init), p.run);
   TrainSettings settings = p.train;
   settings.skip_spikes = p.skip_spikes;
@@ -2154,7 +2165,9 @@ void Finetuning::read() {
   train = read_labelled(train_input, labels, &config.labels);
   if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
     throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
-  if (task == Task::embed) check_partners(train, settings.loss.pairs);
+  if (task == Task::embed) try {
+      check_partners(train, settings.loss.pairs);
+    } catch (const Error& e) { throw Error(join(train_input.files, ", ") + ": " + e.what()); }
   if (dev_input) dev = read_labelled(*dev_input, labels);
   if (test_input) test = read_labelled(*test_input, labels);
 }
@@ -2253,7 +2266,7 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
-  if (const int32_t only = scorer.only_answer(); only >= 0)
+  if (const int32_t only = scorer.only_answer(); only >= 0 && ending == "_dev")  // of the model that is kept
     say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
         ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
   e.report =
@@ -2361,7 +2374,7 @@ void cmd_finetune(Args& a) {
   }
   if (!f.tsv.empty()) lines.insert(lines.end(), {{"s", now() - began}, {"MiB", peak_mib()}});
   for (auto& line : lines)
-    if (!f.tsv.empty()) line.first = "finetune\tours-f32\t" + f.tsv + "\t" + line.first;
+    if (!f.tsv.empty()) line.first = std::string("finetune\tours-") + name_of(f.settings.products) + "\t" + f.tsv + "\t" + line.first;
   print(lines);
   note(f.run.output + ": the model" + (f.seeds > 1 ? "s, one a seed" : "; curves in " + f.run.output + "/report.html"));
 }
@@ -2438,7 +2451,8 @@ Numbers text_scores(const ModelFolder& folder, const Source& source, uint64_t se
   const PretrainScores s =
       evaluate_pretraining(folder.bert, read_corpus(source, folder.tokenizer), settings, mask_vocabulary(folder.tokenizer), seed, {});
   Numbers list = {{"loss", s.masked_loss}, {"perplexity", std::exp(s.masked_loss)}, {"accuracy", s.masked_accuracy}};
-  if (settings.next_sentence) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
+  if (s.pairs) list.insert(list.end(), {{"nsp_loss", s.next_loss}, {"nsp_accuracy", s.next_accuracy}});
+  if (settings.next_sentence && !s.pairs) note("bert: no next-sentence figures: they need two documents, with a blank line between them");
   list.emplace_back("masked", (double)s.masked);
   return list;
 }
@@ -2559,7 +2573,7 @@ struct Prediction {
 };
 
 // The windows of a row, or its ids as they are. Throws BadLine for what the model cannot answer.
-std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task, const std::string& how) {
+std::vector<Window> usable_windows(Answering& s, const Row& row, Task task, const std::string& how) {
   const ModelFolder& f = s.folder;
   if (!row.ids.empty()) {
     check_ids(row, f.config);
@@ -2577,6 +2591,7 @@ std::vector<Window> usable_windows(const Answering& s, const Row& row, Task task
   if (how == "window" || !in_windows(windows)) return windows;
   if (how == "error")
     throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
+  s.were_cut++, s.cut_to = f.max_length;
   std::vector<Window> first;  // of each part
   for (Window& w : windows)
     if (first.empty() || first.back().part != w.part) w.decides.assign(w.words.size(), 1), first.push_back(std::move(w));
@@ -2870,16 +2885,18 @@ Named model_facts(const std::string& path) {
   return facts;
 }
 
-// The largest difference of each tensor, and of all. A tensor that only one model has, or of another shape, is no number.
+// The largest difference of each tensor, and of all: inf where shapes differ. A tensor that only one model has counts for nothing.
 Named model_differences(const std::string& one, const std::string& other) {
   const ModelFolder a = open_model(one, false), b = open_model(other, false);
+  auto plain = [](const std::string& name) { return name.starts_with("bert.") ? name.substr(5) : name; };  // as without a head
   std::map<std::string, Parameter> rest;
-  for (const Parameter& p : b.bert.parameters()) rest.emplace(p.name, p);
+  for (const Parameter& p : b.bert.parameters()) rest.emplace(plain(p.name), p);
   Named facts;
   double largest = 0;
   for (const Parameter& p : a.bert.parameters()) {
-    const auto found = rest.extract(p.name);
+    const auto found = rest.extract(plain(p.name));
     if (!found || found.mapped().shape() != p.shape()) {
+      if (found) largest = INFINITY;
       facts.emplace_back(p.name,
                          !found ? "only in " + one : bert::to_string(p.shape()) + " against " + bert::to_string(found.mapped().shape()));
       continue;
@@ -2890,7 +2907,7 @@ Named model_differences(const std::string& one, const std::string& other) {
     largest = std::max(largest, worst);
     facts.emplace_back(p.name, format_number(worst));
   }
-  for (const auto& [name, p] : rest) facts.emplace_back(name, "only in " + other);
+  for (const auto& [name, p] : rest) facts.emplace_back(p.name, "only in " + other);
   facts.emplace_back("largest_difference", format_number(largest));
   return facts;
 }

@@ -2010,6 +2010,14 @@ TEST_CASE("labels: what a data file says becomes a gold, and what does not do is
       {Task::embed, {"x", {}}, {false, {"1"}, {}}, "one text with a score; two are compared"},
       {Task::qa, {"q", {}}, none, "a question without a context"}};
   for (const auto& [task, item, told, message] : bad) CHECK_THROWS_WITH_AS(gold(task, item, told), message, Error);
+  const WordPiece t = WordPiece::from_vocab("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n", {}, "vocab");
+  const Item tagged = {"", {}, {"a", "b"}}, question = {"a", "a b"};
+  Gold lacking;
+  lacking.tags = {0}, lacking.answers = {"b"};
+  for (const auto& [task, item, message] :
+       {std::tuple(Task::tag, tagged, "tags: 1, but the text has more words; give one a word"),
+        {Task::qa, question, "the answer 'b' without its place in the context; give its start in bytes"}})
+    CHECK_THROWS_WITH_AS(make_examples(task, make_windows(t, task, item, 16, 4), lacking), message, Error);
   CHECK(split("a||b", '|') == std::vector<std::string>{"a", "", "b"});
   CHECK((split("", ',') == std::vector<std::string>{""} && split("a,", ',').size() == 2));
 }

@@ -254,6 +254,7 @@ TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, n
       {"id\ttext\n1\ta\n2\n", "in.tsv", "in.tsv:3: 1 field, but column 1"},
       {"u\tv\na\tb\n", "in.tsv", "in.tsv:1: no text"},
       {"", "in.tsv", "empty"},
+      {"text\ttext\na\tb\n", "in.tsv", "in.tsv:1: 'text' stands there twice"},
       {"id,text\n1,\"a\n", "in.csv", "in.csv:2: a quote opens here and is never closed"},
       {"id,text\n1,\"a\"b\n", "in.csv", "in.csv:2: something follows a closing quote"},
   };
@@ -262,7 +263,10 @@ TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, n
     CHECK(r.status == 1);
     CHECK_MESSAGE(has(r.err, message), r.err);
   }
+  CHECK(t.text("text\ttext\na\tb\n", "in.tsv", "--columns text=1").out == "b\n");
   CHECK(has(t.text("text\na\n", "in.tsv", "--columns text=zz").err, "no 'zz'"));
+  const Ran below = t.text("a\tb\n", "in.tsv", "--no-header --columns text=-1");
+  CHECK_MESSAGE((below.status == 2 && has(below.err, "'-1' is no number from 0")), below.err);
   const Ran skipped = t.text("id\ttext\n1\ta\n2\n3\tb\n", "in.tsv", "--skip-bad");
   CHECK(skipped.status == 0);
   CHECK(skipped.out == "a\nb\n");
@@ -290,7 +294,7 @@ TEST_CASE("readers: missing, empty, unreadable, binary input is one clear line; 
   const Tokenizing t;
   const std::string vocab = "tokenize --vocab " + (t.folder / "vocab.txt") + " --input ";
   for (const auto& [file, message] :
-       {std::pair<std::string, const char*>{t.folder / "none", "cannot open"}, {t.folder.path, "directory"}}) {
+       {std::pair<std::string, const char*>{t.folder / "none", "cannot open"}, {t.folder.path, "this is a folder; give a file"}}) {
     const Ran r = bert_run(vocab + file);
     CHECK(r.status == 1);
     CHECK_MESSAGE(has(r.err, message), r.err);
@@ -722,6 +726,12 @@ TEST_CASE("pretrain: --phases, killed on both sides of the boundary, ends with t
   CHECK(has(spans.err, "stretches of sentences"));
   CHECK(has(spans.out, "loss_dev\t"));
   CHECK(has(bert_run(alone + (small().folder / "pairs")).err, "at least two documents"));
+  const Ran dry_run = bert_run(alone + (small().folder / "pairs") + " --dry-run");
+  CHECK_MESSAGE((dry_run.status == 1 && has(dry_run.err, "at least two documents")), dry_run.err);
+  const Ran scores = bert_run("evaluate --model " + pretrained() + " --input " + (small().folder / "one.txt"));
+  CHECK_MESSAGE((scores.status == 0 && has(scores.out, "loss\t") && !has(scores.out, "nsp_")), scores.out);
+  CHECK(has(scores.err, "no next-sentence figures"));
+  CHECK(has(bert_run("evaluate --model " + pretrained() + " --input " + (small().folder / "text.txt")).out, "nsp_accuracy\t"));
   std::string dry = alone;
   dry.replace(dry.find("--dev-split 0.1"), 15, "--dry-run --dev " + (small().folder / "one.txt"));
   CHECK(has(bert_run(dry + (small().folder / "dry-pairs")).err, "at least two held-out documents"));
@@ -854,6 +864,15 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
             "table.tsv:2: the answer 'd' does not stand in the context"));
   put(folder / "bad.jsonl", "{\"question\":\"q\",\"answers\":[]}\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl")).err, "no context"));
+  put(folder / "bad.jsonl", "{\"context\":\"a b\"}\n");
+  CHECK(has(bert_run("predict --model " + model + " --input " + (folder / "bad.jsonl")).err, "bad.jsonl:1: no text (text, sentence"));
+  for (const char* answers : {"{\"text\":\"a\",\"answer_start\":0}", "[{\"text\":\"a\",\"answer_start\":0.5}]", "[{\"text\":7}]"}) {
+    put(folder / "bad.jsonl", std::string("{\"question\":\"q\",\"context\":\"a b\",\"answers\":") + answers + "}\n");
+    const Ran wrong = bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl"));
+    CHECK_MESSAGE((wrong.status == 1 && has(wrong.err, "bad.jsonl:1: ") && has(wrong.err, "--skip-bad")), wrong.err);
+  }
+  const Ran cut = bert_run("predict --long truncate --model " + model + " --input " + (folder / "ask.jsonl"));
+  CHECK_MESSAGE(has(cut.err, "1 of 1 texts were longer than 64 tokens and were cut"), cut.err);
   CHECK(has(testing::run("echo only a question | ./bert predict --model " + model).err, "a question and its context are wanted"));
 }
 
@@ -891,12 +910,21 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
     const Ran cosine = testing::run("printf 'the dog barks\\tthe dog barks\\n' | ./bert predict --model " + out);
     CHECK_MESSAGE(std::fabs(std::atof(cosine.out.c_str()) - 1) < 1e-6, (cosine.out + cosine.err));
   }
+  const Ran apart = bert_run("info --model " + pretrained() + " --compare " + (folder / "cosine"));  // with a head, and without
+  CHECK_MESSAGE(!has(apart.out, "embeddings.word_embeddings.weight\tonly in"), apart.out);
+  CHECK(has(apart.out, "cls.seq_relationship.weight\tonly in " + pretrained()));
   for (const char* loss : {"inbatch", "triplet"})
     CHECK(bert_run("finetune --task similarity --dev-split 0 --train " + (folder / "partners.jsonl") + " --loss " + loss + rest +
                    (folder / loss))
               .status == 0);
   CHECK(has(bert_run("finetune --task similarity --loss triplet --train " + (folder / "pairs.tsv") + rest + (folder / "no")).err,
-            "a text, a positive and a negative one"));
+            "pairs.tsv: --loss of similarity: row 1 does not hold a text, a positive and a negative one"));
+  put(folder / "five.tsv", "text\tpair\tscore\nthe dog\tthe cat\t0.5\nthe dog\tthe dog\t5\n");
+  for (const auto& [loss, message] : {std::pair("cosine", "row 2 does not hold two texts and their cosine, from -1 to 1"),
+                                      {"contrastive", "row 1 does not hold two texts and 1 or 0"}}) {
+    const Ran r = bert_run("finetune --task similarity --train " + (folder / "five.tsv") + " --loss " + loss + rest + (folder / "no"));
+    CHECK_MESSAGE((r.status == 1 && has(r.err, message)), r.err);
+  }
   put(folder / "one.tsv", "text\tscore\nthe dog\t1\nthe cat\t0\n");
   CHECK(has(bert_run("finetune --task similarity --train " + (folder / "one.tsv") + rest + (folder / "no")).err, "one.tsv:2: one text"));
   CHECK(!std::filesystem::exists(folder / "no"));
@@ -923,6 +951,7 @@ TEST_CASE("finetune: frozen layers stay, the options of other tasks are refused,
   const Ran none = bert_run("finetune --task classify --epochs 1 --lr 1e-9 --model " + pretrained() + " --train " +
                             (small().folder / "train.tsv") + " --output " + (folder / "none"));
   CHECK_MESSAGE(has(none.err, "every text was given one label"), none.err);
+  CHECK(none.err.find("every text was given") == none.err.rfind("every text was given"));  // once, not at every epoch
   CHECK(has(bert::read_file((folder / "none") + "/report.html"), "The worst mistakes"));
 }
 
@@ -1014,6 +1043,8 @@ TEST_CASE("training: fine-tuning resumed ends with the same bytes; --seeds gives
   const Ran rows = bert_run(small().finetune(pretrained(), small().folder / "scratch") + "--epochs 1 --from-scratch --tsv toy");
   REQUIRE_MESSAGE(rows.status == 0, rows.err);
   CHECK(has(rows.out, "finetune\tours-f32\ttoy\taccuracy_dev\t"));
+  const Ran half = bert_run(small().finetune(pretrained(), small().folder / "half") + "--epochs 1 --tsv toy --dtype bf16");
+  CHECK_MESSAGE(has(half.out, "finetune\tours-bf16\ttoy\taccuracy_dev\t"), half.out);
 }
 
 TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; --minutes ends") {
@@ -1023,6 +1054,10 @@ TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; 
   CHECK(has(dry.out, "parameters\t"));
   CHECK(has(dry.out, "gradients\t3\n"));
   CHECK(!std::filesystem::exists(none));
+  std::filesystem::create_directory(small().folder / "tiny");  // a folder of that name is no config
+  const Ran named = testing::run("bert=$PWD/bert; cd " + small().folder.path +
+                                 " && $bert pretrain --input text.txt --vocab vocab --config tiny --steps 2 --dry-run --output dry");
+  CHECK_MESSAGE((named.status == 0 && has(named.out, "parameters\t")), named.err);
   // The memory that it foretells, by kind, and what a run then takes.
   const std::string vocab = small().folder / "vocab-of-4000";
   REQUIRE(bert_run("vocab --input data/english.txt --size 4000 --output " + vocab).status == 0);
@@ -1152,8 +1187,15 @@ TEST_CASE("convert: any folder into one of ours; info --compare: the largest dif
   CHECK(bert::Json::parse(json.out, "info").find("largest_difference")->as_double("info") > 0);
   const Ran other = bert_run("info --model " + to + " --compare tests/golden/models/heads/masked-lm");
   CHECK(has(other.out, "cls.seq_relationship.weight\tonly in " + to));
+  CHECK(has(bert_run("info --model " + to + " --compare " + pretrained()).out, "\nlargest_difference\tinf\n"));
   CHECK(bert_run("info --compare " + to).status == 2);
   CHECK(bert_run("convert --model " + from + " --output " + to + " --dtype int8").status == 2);
+  // Where there is no room for the weights, the model that stood there still answers.
+  const std::string embed = "echo a | ./bert embed --model " + to, before = testing::run(embed).out;
+  const Ran full = testing::run("ulimit -f 20; ./bert convert --overwrite --model " + pretrained() + " --output " + to);
+  CHECK_MESSAGE((full.status == 1 && has(full.err, "model.safetensors")), full.err);
+  const Ran after = testing::run(embed);
+  CHECK_MESSAGE((after.status == 0 && after.out == before), after.err);
 }
 
 TEST_CASE("bench: attention by length of the rows; --profile: each op's time and share, of inference and training") {
