@@ -999,7 +999,8 @@ TEST_CASE("training: SIGINT and SIGTERM save, say how to go on, and exit 130 and
     const Ran r = testing::run(command + out + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":5,' " + out +
                                "/log.jsonl; do sleep 0.01; done; kill -" + name + " $p; wait $p");
     CHECK(r.status == status);
-    CHECK(has(r.err, "go on with\n  ./bert pretrain"));
+    CHECK(has(r.err, "go on with\n  "));
+    CHECK(has(r.err, "bert pretrain"));
     CHECK(has(r.err, "--resume"));
     CHECK(bert_run("info --model " + out).status == 0);
     if (status == 143) continue;
