@@ -2626,7 +2626,7 @@ void check_folder(const std::string& folder, bool weights) {
   if (!fs::is_directory(folder, none)) throw Error(folder + ": a file, where a model's folder is wanted" + where_from);
   auto has = [&](const char* file) { return exists(folder + "/" + file); };
   weights = weights && !has_checkpoint(folder);  // whether they are missing
-  if (weights && has("log.jsonl"))
+  if (has("log.jsonl") && (weights || !has("config.json")))  // which is written last
     throw Error(folder + ": a training run began here, but has no model yet; " +
                 (has("training_state.safetensors") ? "go on with its own command and --resume" : "let it go on, or start it again"));
   if (has("config.json")) {  // a model of another kind lacks files of ours, but that is not what is wrong with it

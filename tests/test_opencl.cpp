@@ -211,7 +211,7 @@ struct Training {
     finetune = "finetune --task classify --train " + (folder / "train.tsv") + " --dev " + (folder / "dev.tsv") + " --epochs 1 --model ";
   }
   Ran bert(const std::string& arguments) const {
-    return testing::run("XDG_CACHE_HOME=" + testing::device_cache() + " ./bert " + arguments);
+    return testing::run("BERT_GEMM=own XDG_CACHE_HOME=" + testing::device_cache() + " ./bert " + arguments);  // not OpenBLAS's bytes
   }
 };
 
