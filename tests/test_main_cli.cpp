@@ -1032,7 +1032,7 @@ TEST_CASE("training: fine-tuning resumed ends with the same bytes; --seeds gives
   CHECK(!std::filesystem::exists(early + "/model.safetensors"));
   const std::string no_model = "no model yet; go on with its own command and --resume";
   CHECK(has(bert_run("predict --model " + early + " < /dev/null").err, no_model));
-  write_file(early + "/model.safetensors", "");  // as if killed before config.json, which is written last
+  bert::write_file(early + "/model.safetensors", "");  // as if killed before config.json, which is written last
   CHECK(has(bert_run("predict --model " + early + " < /dev/null").err, no_model));
   std::filesystem::remove(early + "/model.safetensors");
   CHECK(has(bert_run(few + early).err, "--resume"));
