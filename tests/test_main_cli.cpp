@@ -1060,7 +1060,7 @@ TEST_CASE("training: --dry-run writes nothing; --dump-batches holds every step; 
   CHECK(has(dry.out, "gradients\t3\n"));
   CHECK(!std::filesystem::exists(none));
   std::filesystem::create_directory(small().folder / "tiny");  // a folder of that name is no config
-  const Ran named = testing::run("bert=$PWD/bert; cd " + small().folder.path +
+  const Ran named = testing::run("bert=$(realpath ./bert ); cd " + small().folder.path +
                                  " && $bert pretrain --input text.txt --vocab vocab --config tiny --steps 2 --dry-run --output dry");
   CHECK_MESSAGE((named.status == 0 && has(named.out, "parameters\t")), named.err);
   // The memory that it foretells, by kind, and what a run then takes.
