@@ -999,8 +999,7 @@ TEST_CASE("training: SIGINT and SIGTERM save, say how to go on, and exit 130 and
     const Ran r = testing::run(command + out + " & p=$!; while kill -0 $p 2>/dev/null && ! grep -q '\"step\":5,' " + out +
                                "/log.jsonl; do sleep 0.01; done; kill -" + name + " $p; wait $p");
     CHECK(r.status == status);
-    CHECK(has(r.err, "go on with\n  "));
-    CHECK(has(r.err, "bert pretrain"));
+    CHECK(has(r.err, "go on with\n  " + testing::program() + " pretrain"));
     CHECK(has(r.err, "--resume"));
     CHECK(bert_run("info --model " + out).status == 0);
     if (status == 143) continue;
@@ -1230,7 +1229,7 @@ TEST_CASE("bench: attention by length of the rows; --profile: each op's time and
     CAPTURE(part);
     got = bench(part + " " + config);
     CHECK(got.size() == 5);
-    CHECK(got[config + " %_of_gemm_peak"] > 0.1);  // of 100; on a busy machine each of the two may be timed in a slow moment
+    CHECK(got[config + " %_of_gemm_peak"] > 1);  // of 100; on a busy machine each of the two may be timed in a slow moment
     CHECK(got[config + " %_of_gemm_peak"] < 400);
     const std::map<std::string, double> profiled = bench(part + " " + config + " --profile");
     double all = 0, shares = 0;

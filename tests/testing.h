@@ -86,15 +86,20 @@ inline std::string device_cache() {
   return folder.path;
 }
 
-// Runs a shell command; its exit status, and what it wrote on either stream. ./bert is that of this program's build folder: a sanitizer's
-// tests run a sanitizer's bert.
+// The bert of this program's build folder, as a path from here.
+inline const std::string& program() {
+  static const std::string path = std::filesystem::relative(std::filesystem::read_symlink("/proc/self/exe").parent_path() / "bert");
+  return path;
+}
+
+// Runs a shell command; its exit status, and what it wrote on either stream. ./bert is program(): a sanitizer's tests run a sanitizer's
+// bert.
 struct Ran {
   int status;
   std::string out, err;
 };
 inline Ran run(std::string command) {
-  static const std::string bert = std::filesystem::relative(std::filesystem::read_symlink("/proc/self/exe").parent_path() / "bert");
-  for (size_t at = 0; (at = command.find("./bert ", at)) != command.npos; at += bert.size()) command.replace(at, 6, bert);
+  for (size_t at = 0; (at = command.find("./bert ", at)) != command.npos; at += program().size()) command.replace(at, 6, program());
   TemporaryFolder folder;
   const int code = std::system(("( " + command + " ) > " + (folder / "out") + " 2> " + (folder / "err")).c_str());
   return {WIFEXITED(code) ? WEXITSTATUS(code) : 128 + WTERMSIG(code), bert::read_file(folder / "out"), bert::read_file(folder / "err")};
