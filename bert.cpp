@@ -296,6 +296,10 @@ Config Config::parse(std::string_view text, const std::string& where, const std:
     if (!c.quantized) throw Error(where + ": quantized: '" + name + "'; it may be bf16 or int8");
   }
   if (const Json* v = given("null_threshold")) c.null_threshold = bounded(*v, where + ": null_threshold", -1e9, 1e9);
+  if (const Json* v = given("window_length")) {
+    const std::string at = where + ": window_length";
+    bounded(*v, at, 8, (double)c.max_position_embeddings), c.window_length = v->as_int(at);
+  }
   if (c.hidden_size % c.num_attention_heads)
     throw Error(where + ": hidden_size " + std::to_string(c.hidden_size) + " is not a multiple of num_attention_heads " +
                 std::to_string(c.num_attention_heads));
@@ -360,6 +364,7 @@ std::string Config::to_json(const std::string& dtype) const {
   if (classifier_dropout) lines[f.key("classifier_dropout")] = format_number(*classifier_dropout);
   if (quantized) lines["quantized"] = json_quote(name_of(*quantized));
   if (null_threshold) lines["null_threshold"] = format_number(*null_threshold);
+  if (window_length) lines["window_length"] = std::to_string(*window_length);
   lines.erase("");  // what the family has not
   if (!architecture.empty()) lines["architectures"] = "[\n    " + json_quote(class_name()) + "\n  ]";
   if (!problem_type.empty()) lines["problem_type"] = json_quote(problem_type);
@@ -2827,10 +2832,10 @@ std::string Pooling::name() const {
 }
 
 // What sentence_bert_config.json says of the text: that it is lower-cased (as Hugging Face's Lowercase does it: accents stay, whatever the
-// tokenizer itself does then), and how long it may be. Its max_seq_length, else the tokenizer's limit, else the positions there are; never
-// more than those.
+// tokenizer itself does then), and how long it may be. Its max_seq_length, else the tokenizer's limit, else what a task was trained in, else
+// the positions there are; never more than those.
 static void read_sentence_config(const std::string& folder, ModelFolder& m) {
-  m.max_length = m.config.max_position_embeddings;
+  m.max_length = m.config.window_length.value_or(m.config.max_position_embeddings);
   if (m.tokenizer.model_max_length > 0) m.max_length = std::min(m.max_length, m.tokenizer.model_max_length);
   std::string path = folder + "/sentence_bert_config.json";
   if (!exists(path)) path = folder + "/sentence_distilbert_config.json";
@@ -2888,6 +2893,7 @@ ModelFolder load_folder_for(const std::string& folder, Task task, const std::vec
   const HeadKind& head = head_kind(task);
   const bool same_head = folder_task(folder, m.config) == task && m.config.labels == labels;  // else its rows mean something else
   m.config.labels = labels, m.config.architecture = head.architecture, m.config.problem_type = head.problem_type;
+  m.config.window_length.reset();
   if (task != Task::embed)  // a recipe for sentence vectors would say that it still makes those
     std::erase_if(m.carried, [](const auto& file) { return !starts_with_any(file.first, {"vocab.txt", "tokenizer", "special_tokens"}); });
   load_weights(m, files, task, {.own = true, .classifier = same_head, .seed = seed});

@@ -153,6 +153,7 @@ struct Config {   // config.json, by the names there
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
   std::optional<Precision> quantized;          // products are in what each weight is stored in; the one of most: of `bert quantize`
   std::optional<double> null_threshold;        // qa: above it "no answer" is the answer; unset: there always is one
+  std::optional<int64_t> window_length;        // tokens of the windows that a task was trained in, and answers in; unset: all positions
   // Throws Error "where: key: ..." for what is missing or impossible. type_of_tensors: the model_type where the file does not say it.
   static Config parse(std::string_view json, const std::string& where, const std::string& type_of_tensors = "bert");
   static Config named(const std::string& name, int64_t vocab_size);   // tiny mini small medium base large minilm (facts: table of sizes)

@@ -2193,6 +2193,7 @@ ModelFolder Finetuning::start() const {
   if (reinit) folder.bert.draw_again(reinit, settings.seed);
   if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
   if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
+  folder.bert.config.window_length = task == Task::embed ? std::nullopt : std::optional(max_length);
   return folder;
 }
 
@@ -3407,7 +3408,7 @@ int run(const Strings& words) {
   const std::string first = words.empty() ? "" : words[0];
   if (first.empty()) return help(stderr), 2;
   if (first == "version" || first == "--version") {
-    std::printf("bert %s\n%s\n", kVersion, backend_description().c_str());
+    std::printf("bert %s\n%s\nUnicode tables from %s\n", kVersion, backend_description().c_str(), unicode_tables());
   } else if (among(first, {"help", "--help", "-h"})) {
     if (words.size() > 2) throw Usage("bert help COMMAND: one command is wanted");
     words.size() > 1 ? help_command(words[1]) : help(stdout);

@@ -249,6 +249,7 @@ TEST_CASE("config: what is missing, absurd or not BERT is refused by name") {
             "tie_word_embeddings"},
         Bad{"\"num_hidden_layers\": 2", "\"num_hidden_layers\": 100000", "num_hidden_layers"},
         Bad{"\"vocab_size\": 1000", "\"vocab_size\": 1000, \"id2label\": [\"no\", \"yes\"]", "id2label"},
+        Bad{"\"vocab_size\": 1000", "\"vocab_size\": 1000, \"window_length\": 513", "window_length"},
         Bad{"\"vocab_size\": 1000", "\"vocab_size\": 1000, \"num_labels\": 0", "num_labels"}}) {
     CAPTURE(b.to);
     try {
