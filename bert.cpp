@@ -2832,8 +2832,8 @@ std::string Pooling::name() const {
 }
 
 // What sentence_bert_config.json says of the text: that it is lower-cased (as Hugging Face's Lowercase does it: accents stay, whatever the
-// tokenizer itself does then), and how long it may be. Its max_seq_length, else the tokenizer's limit, else what a task was trained in, else
-// the positions there are; never more than those.
+// tokenizer itself does then), and how long it may be. Its max_seq_length, else the tokenizer's limit, else the length of the windows of
+// training, else the positions there are; never more than those.
 static void read_sentence_config(const std::string& folder, ModelFolder& m) {
   m.max_length = m.config.window_length.value_or(m.config.max_position_embeddings);
   if (m.tokenizer.model_max_length > 0) m.max_length = std::min(m.max_length, m.tokenizer.model_max_length);
@@ -2994,14 +2994,16 @@ constexpr int64_t kQuestionPieces = 64;  // of a question; google-research/bert 
 
 // The windows of a pair: over the longer text, the other one being cut to half of the room if it needs more.
 static std::vector<Encoding> pair_windows(const WordPiece& t, Task task, std::string_view a, std::string_view b, EncodeOptions& options,
-                                          int32_t& asked) {
+                                          int32_t& asked, int64_t& cut_to) {
   const int64_t room = options.max_length - 3;
   const int64_t of_a = piece_count(t, a), of_b = piece_count(t, b);
   asked = task == Task::qa || of_b > of_a;
   const int64_t most = task == Task::qa ? std::min(kQuestionPieces, room / 2) : std::max(room / 2, room - (asked ? of_b : of_a));
+  const int64_t of_other = asked ? of_a : of_b;
+  cut_to = of_other > most ? most : 0;
   (asked ? a : b) = cut_text(t, asked ? a : b, most);
   options.truncation = asked ? Truncation::only_second : Truncation::only_first;
-  options.stride = std::min(options.stride, (room - std::min(most, asked ? of_a : of_b)) / 2);
+  options.stride = std::min(options.stride, (room - std::min(most, of_other)) / 2);
   return t.encode_windows(a, b, options);
 }
 
@@ -3041,8 +3043,9 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
   options.parse_special = task == Task::embed, options.max_length = max_length;
   options.stride = std::min(stride, (max_length - 2) / 2);
   int32_t asked = 0;
+  int64_t cut_to = 0;
   std::vector<Encoding> encodings = !item.words.empty() ? t.encode_words_windows(item.words, {}, false, options)
-                                    : pair              ? pair_windows(t, task, item.text, *pair, options, asked)
+                                    : pair              ? pair_windows(t, task, item.text, *pair, options, asked, cut_to)
                                                         : t.encode_windows(item.text, {}, options);
   std::vector<Window> windows;
   for (Encoding& e : encodings) {
@@ -3050,7 +3053,7 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
       if (e.sequence[i] != asked) e.words[i] = -1;
     const size_t n = e.ids.size();
     const std::vector<uint8_t> no(n);
-    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets), no, no});
+    windows.push_back({{std::move(e.ids), std::move(e.type_ids)}, std::move(e.words), std::move(e.offsets), no, no, 0, cut_to});
   }
   mark_tokens(windows, options.stride);
   return windows;
@@ -3110,6 +3113,11 @@ std::vector<Example> make_examples(Task task, std::vector<Window> windows, const
   return out;
 }
 
+int64_t cut_to(std::span<const Window> windows) {
+  const auto cut = std::find_if(windows.begin(), windows.end(), [](const Window& w) { return w.cut_to > 0; });
+  return cut == windows.end() ? 0 : cut->cut_to;
+}
+
 bool in_windows(std::span<const Window> windows) {
   auto same_part = [](const Window& a, const Window& b) { return a.part == b.part; };
   return std::adjacent_find(windows.begin(), windows.end(), same_part) != windows.end();
@@ -3121,7 +3129,7 @@ std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, co
   std::vector<uint8_t> is_cut(made.size());
   parallel_each((int64_t)made.size(), 8, [&](int64_t i) {
     std::vector<Window> windows = make_windows(tokenizer, task, set.items[(size_t)i], max_length, stride, prompt);
-    is_cut[(size_t)i] = task != Task::tag && task != Task::qa && in_windows(windows);
+    is_cut[(size_t)i] = (task != Task::tag && task != Task::qa && in_windows(windows)) || cut_to(windows);
     made[(size_t)i] = make_examples(task, std::move(windows), set.golds[(size_t)i]);
   });
   cut = std::count(is_cut.begin(), is_cut.end(), 1);
@@ -3299,6 +3307,7 @@ std::vector<Outcome> answer_windows(const Bert& bert, const Pooling& pooling, st
       out[i] = answer_outcome(items[i], list, own);
     else
       out[i].outputs = mean_outputs(list, own, classes);
+    out[i].cut_to = cut_to(list);
     at += own.size();
   }
   return out;

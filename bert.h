@@ -153,7 +153,7 @@ struct Config {   // config.json, by the names there
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
   std::optional<Precision> quantized;          // products are in what each weight is stored in; the one of most: of `bert quantize`
   std::optional<double> null_threshold;        // qa: above it "no answer" is the answer; unset: there always is one
-  std::optional<int64_t> window_length;        // tokens of the windows that a task was trained in, and answers in; unset: all positions
+  std::optional<int64_t> window_length;        // tag, qa: tokens of a window, in training and in answering; unset: all positions
   // Throws Error "where: key: ..." for what is missing or impossible. type_of_tensors: the model_type where the file does not say it.
   static Config parse(std::string_view json, const std::string& where, const std::string& type_of_tensors = "bert");
   static Config named(const std::string& name, int64_t vocab_size);   // tiny mini small medium base large minilm (facts: table of sizes)
@@ -585,6 +585,7 @@ struct Outcome {
   std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
   std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
   double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
+  int64_t cut_to = 0;                              // as of its windows
   Answer answer(std::optional<double> null_threshold) const;   // qa: the best part; an empty one where the margin is above the threshold
 };
 
@@ -607,6 +608,7 @@ struct Window {
   std::vector<std::array<int64_t, 2>> places = {}; // [T] its bytes there; of given words: in the word
   std::vector<uint8_t> starts = {}, decides = {};  // [T] the first piece of a word; no other window sees more around it
   int32_t part = 0;                                // choice: which one; similarity: which text
+  int64_t cut_to = 0;                              // of a pair's text that stands in every window: the pieces left of it; 0: all
 };
 // The item in windows of at most max_length tokens, `stride` tokens of each repeated in the next (at most half of what a window has room
 // for). Of a pair the longer text goes through the windows; of a question at most its first 64 pieces stand in each. Similarity: each
@@ -619,6 +621,7 @@ std::vector<Example> make_examples(Task task, std::vector<Window> windows, const
 std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, const LabelledSet& set, int64_t max_length, int64_t stride,
                                        const std::string& prompt, int64_t& cut);
 bool in_windows(std::span<const Window> windows);  // some text of the item did not fit into one
+int64_t cut_to(std::span<const Window> windows);   // what is left of the pair's other text, in pieces; 0: all of it
 // Takes items out as a held-out set: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
 LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed);
 // How often each label is right: of items, or of words.   [C]

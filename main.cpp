@@ -2193,7 +2193,7 @@ ModelFolder Finetuning::start() const {
   if (reinit) folder.bert.draw_again(reinit, settings.seed);
   if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
   if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
-  folder.bert.config.window_length = task == Task::embed ? std::nullopt : std::optional(max_length);
+  if (head_kind(task).tokens) folder.bert.config.window_length = max_length;
   return folder;
 }
 
@@ -2408,8 +2408,19 @@ struct Answering {
     check_ids(row, folder.config);
     Example e = encode_row(folder.tokenizer, row, limit, true, cut);
     if (cut && !long_cure.empty()) throw BadLine("longer than the model's " + to_string(limit) + " tokens; " + long_cure);
-    if (cut) were_cut++, cut_to = limit;
+    if (cut) count_cut(limit);
     return e;
+  }
+  void count_cut(int64_t tokens) {  // what a text was cut to; 0: it was not
+    if (tokens) were_cut++, cut_to = tokens;
+  }
+  // Says in the end what the input was like.
+  void report(const Rows& rows) {
+    rows.report();
+    if (were_cut)
+      note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
+           " tokens and were cut");
+    were_cut = 0;
   }
   // Runs answer(rows, made) over the input, a chunk at a time; returns the number of rows. made[i] = make(rows[i]), which throws BadLine
   // for what the model cannot answer; it runs in parallel. pass_over: so many rows at the start were answered before.
@@ -2436,11 +2447,7 @@ struct Answering {
       if (good) answer(chunk, made);
       out.flush();
     }
-    rows.report();
-    if (were_cut)
-      note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
-           " tokens and were cut");
-    were_cut = 0;
+    report(rows);
     return answered;
   }
 };
@@ -2471,8 +2478,8 @@ Numbers label_scores(Answering& s) {
     if (only_partners(labels.task, set.golds))
       std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
-      score_items(how, set.items, set.golds, scorer);
-  rows.report();
+      score_items(how, set.items, set.golds, scorer, [&](size_t, const Outcome& o) { s.count_cut(o.cut_to); });
+  s.report(rows);
   if (!partners.empty()) return partner_scores(how, partners);
   if (!scorer.size()) nothing(s.source, kNoLabelled);
   Numbers list;
@@ -2589,10 +2596,12 @@ std::vector<Window> usable_windows(Answering& s, const Row& row, Task task, cons
   Item item = row;
   if (task == Task::tag && !row.words.empty()) item.text.clear();
   std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride, f.prompt);
-  if (how == "window" || !in_windows(windows)) return windows;
-  if (how == "error")
-    throw BadLine("longer than the model's " + to_string(f.max_length) + " tokens; shorten it, or leave out --long error");
-  s.were_cut++, s.cut_to = f.max_length;
+  const bool too_long = in_windows(windows);
+  const int64_t other = cut_to(windows);
+  if (how == "error" && (too_long || other))
+    throw BadLine("longer than " + to_string(too_long ? f.max_length : other) + " tokens; shorten it, or leave out --long error");
+  s.count_cut(how == "truncate" && too_long ? f.max_length : other);
+  if (how == "window" || !too_long) return windows;
   std::vector<Window> first;  // of each part
   for (Window& w : windows)
     if (first.empty() || first.back().part != w.part) w.decides.assign(w.words.size(), 1), first.push_back(std::move(w));

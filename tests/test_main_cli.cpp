@@ -875,6 +875,13 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   }
   const Ran cut = bert_run("predict --long truncate --model " + model + " --input " + (folder / "ask.jsonl"));
   CHECK_MESSAGE(has(cut.err, "1 of 1 texts were longer than 48 tokens and were cut"), cut.err);
+  // A question may take half of a window's 45 pieces: more is cut, and said.
+  put(folder / "ask.jsonl", "{\"question\":\"" + filler.substr(0, 400) + "\",\"context\":\"the dog sleeps\",\"answers\":\"dog\"}\n");
+  for (const char* command : {"predict", "evaluate"}) {
+    const Ran said = bert_run(command + (" --model " + model) + " --input " + (folder / "ask.jsonl"));
+    CHECK_MESSAGE(has(said.err, "1 of 1 texts were longer than 22 tokens and were cut"), said.err);
+  }
+  CHECK(has(bert_run("predict --long error --model " + model + " --input " + (folder / "ask.jsonl")).err, "longer than 22 tokens"));
   CHECK(has(testing::run("echo only a question | ./bert predict --model " + model).err, "a question and its context are wanted"));
 }
 
