@@ -2193,7 +2193,7 @@ ModelFolder Finetuning::start() const {
   if (reinit) folder.bert.draw_again(reinit, settings.seed);
   if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
   if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
-  if (head_kind(task).tokens) folder.bert.config.window_length = max_length;
+  folder.bert.config.window_length = head_kind(task).tokens ? std::optional(max_length) : std::nullopt;
   return folder;
 }
 

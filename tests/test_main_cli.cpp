@@ -789,6 +789,12 @@ TEST_CASE("tags: trained from CoNLL, answered as CoNLL, as entities with offsets
   REQUIRE_MESSAGE(r.status == 0, r.err);
   CHECK_MESSAGE(has(r.out, "entity_f1_dev\t1\n"), r.out);
   CHECK(has(bert_run("info --model " + model).out, "max_length\t24\n"));  // it answers in windows like those that it was trained in
+  put(folder / "classes.tsv", "text\tlabel\nthe cat swims\ta\nthe bird sings\tb\n");
+  const std::string other = folder / "classifier";  // which begins with the tagger's config.json: a class sees all that the model can
+  REQUIRE(bert_run("finetune --task classify --from-scratch --dev-split 0 --epochs 1 --model " + model + " --train " +
+                   (folder / "classes.tsv") + " --output " + other)
+              .status == 0);
+  CHECK(has(bert_run("info --model " + other).out, "max_length\t64\n"));
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "dev.conll")).out, "entity_f1\t1\n"));
   put(folder / "words.conll", "the\ncat\nswims\n\na\nbird\n");
   const Ran lines = bert_run("predict --model " + model + " --input " + (folder / "words.conll"));
