@@ -1,7 +1,7 @@
 # make          builds ./bert                      make demo     trains and answers on data/ alone, a few minutes
 # make test     builds and runs the tests          make check    everything slow: sanitizers, clang, scalar kernels, one thread
 # make layers   links each drop-in set alone       make install PREFIX=/usr/local
-# make fuzz     arbitrary input for every reader, 70 minutes (SECONDS=600 each; clang)
+# make fuzz     arbitrary input for every reader, 80 minutes (SECONDS=600 each; clang)
 # make check-arm    the NEON kernels, cross-compiled and emulated: a few minutes
 #
 # Yours to set:  make CXX=clang++ CXXFLAGS="-O3 -g" BLAS=none OUT=build-mine
@@ -63,7 +63,7 @@ $(OUT)/layers-finetune: $(OUT)/tests/layers/finetune.o $(LIB)
 	$(LINK)
 
 # Arbitrary bytes for every reader: clang's libFuzzer, ten minutes for each (SECONDS=600).
-fuzz: fuzz-tokenizer fuzz-files
+fuzz: fuzz-tokenizer fuzz-files fuzz-rows
 fuzz-tokenizer:
 	@mkdir -p build-fuzz
 	clang++ -std=c++20 -O1 -g -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Wno-ignored-optimization-argument \
@@ -80,6 +80,12 @@ fuzz-files:
 	  mkdir -p build-fuzz/files-$$what && FUZZ=$$what build-fuzz/files -max_total_time=$(or $(SECONDS),600) -timeout=10 -rss_limit_mb=1024 \
 	    -verbosity=0 -print_final_stats=1 -artifact_prefix=build-fuzz/ build-fuzz/files-$$what tests/golden/files || exit 1; \
 	done
+fuzz-rows: $(LIB)
+	@mkdir -p build-fuzz/rows-corpus
+	clang++ -std=c++20 -O1 -g -I. $(CPPFLAGS) -pthread -ffp-contract=off -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  -Wno-ignored-optimization-argument -o build-fuzz/rows tests/fuzz/fuzz_rows.cpp $^ $(BLAS_LIBS) -ldl
+	build-fuzz/rows -max_total_time=$(or $(SECONDS),600) -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
+	  -artifact_prefix=build-fuzz/ build-fuzz/rows-corpus tests/fuzz/rows
 # What must hold of any text: checked on ten million with the sanitizers, and on fewer for races.
 random-texts:
 	@mkdir -p build-fuzz
@@ -131,6 +137,6 @@ install: bert
 clean:
 	rm -rf build build-* bert demo
 
-.PHONY: bert test check check-arm fuzz fuzz-tokenizer fuzz-files random-texts demo layers install clean
+.PHONY: bert test check check-arm fuzz fuzz-tokenizer fuzz-files fuzz-rows random-texts demo layers install clean
 .DELETE_ON_ERROR:
 -include $(wildcard $(OUT)/*.d $(OUT)/tests/*.d $(OUT)/tests/layers/*.d)
