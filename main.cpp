@@ -1000,9 +1000,6 @@ int64_t stored_number(const About& about, const char* key) { return parse_number
 // The folder that a command writes: made, and locked against a second run.
 FolderLock lock_output(const std::string& path, std::optional<bool> resume, bool overwrite) {
   check_output(path, resume, overwrite);
-  std::error_code code;
-  fs::create_directories(path, code);
-  if (code) throw Error(path + ": cannot make the folder: " + code.message() + "; give another --output");
   return FolderLock(path);
 }
 

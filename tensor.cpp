@@ -3568,7 +3568,10 @@ static bool bears_name(int file, const std::string& path) {
   return fstat(file, &mine) == 0 && stat(path.c_str(), &named) == 0 && mine.st_ino == named.st_ino;
 }
 
-FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
+FolderLock::FolderLock(const std::string& folder) : folder_(folder), path_(folder + "/.lock") {
+  std::error_code code;
+  made_ = std::filesystem::create_directories(folder, code);
+  if (code) throw Error(folder + ": cannot make the folder: " + code.message() + "; give another one");
   for (;;) {
     file_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (file_ < 0) throw Error(folder + ": cannot write here: " + std::strerror(errno) + "; give a folder that may be written");
@@ -3595,6 +3598,7 @@ FolderLock::FolderLock(const std::string& folder) : path_(folder + "/.lock") {
 FolderLock::~FolderLock() {
   unlink(path_.c_str());
   ::close(file_);
+  if (made_) rmdir(folder_.c_str());  // only where nothing was written to it
 }
 
 struct VectorIndex::Header {

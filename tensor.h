@@ -727,7 +727,8 @@ void save_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
 // NumPy's file format 1.0 of float32 [rows, columns]: what stands in front of the numbers.
 std::string npy_header(int64_t rows, int64_t columns);
 
-// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends.
+// One process writes a folder: flock on FOLDER/.lock, let go by the kernel when the process ends. A folder that is not there is made,
+// and goes again with the lock where nothing was written to it.
 class FolderLock {
  public:
   explicit FolderLock(const std::string& folder);  // throws Error naming host and pid of the holder
@@ -736,7 +737,8 @@ class FolderLock {
   FolderLock& operator=(const FolderLock&) = delete;
 
  private:
-  std::string path_;
+  std::string folder_, path_;
+  bool made_ = false;
   int file_ = -1;
 };
 

@@ -403,6 +403,7 @@ TEST_CASE("vocab: a folder that holds something is refused unless --overwrite; e
   put(folder / "blank.txt", "\n\n");
   CHECK(bert_run("vocab --input " + (folder / "empty.txt") + " --size 100 --output " + (folder / "w")).status == 1);
   CHECK(has(bert_run("vocab --input " + (folder / "blank.txt") + " --size 100 --output " + (folder / "w")).err, "no words"));
+  CHECK_FALSE(std::filesystem::exists(folder / "w"));
   put(folder / "file", "x");
   CHECK(has(bert_run("vocab --input " + (folder / "text.txt") + " --size 100 --output " + (folder / "file")).err, "a file"));
 }
