@@ -153,7 +153,9 @@ struct Config {   // config.json, by the names there
   std::vector<std::string> labels;             // id2label in order; empty where the file has none
   std::optional<Precision> quantized;          // products are in what each weight is stored in; the one of most: of `bert quantize`
   std::optional<double> null_threshold;        // qa: above it "no answer" is the answer; unset: there always is one
-  std::optional<int64_t> window_length;        // tag, qa: tokens of a window, in training and in answering; unset: all positions
+  // Of a fine-tuned folder: tokens of a window, and those that two of them share, in training and in answering; unset: all positions, 128
+  std::optional<int64_t> window_length, window_stride;
+  int64_t stride() const { return window_stride.value_or(128); }
   // Throws Error "where: key: ..." for what is missing or impossible. type_of_tensors: the model_type where the file does not say it.
   static Config parse(std::string_view json, const std::string& where, const std::string& type_of_tensors = "bert");
   static Config named(const std::string& name, int64_t vocab_size);   // tiny mini small medium base large minilm (facts: table of sizes)
@@ -589,8 +591,8 @@ struct Outcome {
   Answer answer(std::optional<double> null_threshold) const;   // qa: the best part; an empty one where the margin is above the threshold
 };
 
-// Similarity: throws Error unless every item holds what the loss compares; where that is no score, the scores go.
-void check_partners(LabelledSet& set, PairLoss loss);
+// Similarity: throws Error unless an item holds what the loss compares; where that is no score, its score goes.
+void check_partner(const Item& item, Gold& gold, PairLoss loss);
 bool only_partners(Task task, std::span<const Gold> golds);   // texts to compare, and no score
 
 // One labelled text or pair as ids.
@@ -623,7 +625,8 @@ std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, co
 bool in_windows(std::span<const Window> windows);  // some text of the item did not fit into one
 int64_t cut_to(std::span<const Window> windows);   // what is left of the pair's other text, in pieces; 0: all of it
 // Takes items out as a held-out set: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
-LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed);
+// by_context: questions about one context stay together, where there are several contexts.
+LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed, bool by_context = false);
 // How often each label is right: of items, or of words.   [C]
 std::vector<double> label_counts(std::span<const Gold> golds, size_t classes);
 // What makes all labels count alike: n / (C its own number), as scikit-learn's "balanced"; 0 where there is none.   [C]
@@ -667,6 +670,7 @@ class Scorer {
   double best_null_threshold() const;
   std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
   int32_t only_answer() const;                     // classify: the label that all items were given, where not all have one; else -1
+  bool flat() const;                               // regress, similarity: all said is one number, or all right ones are: no correlation
 
  private:
   using Which = std::span<const int64_t>;          // items, some of them perhaps several times: that is how the bootstrap draws
@@ -690,7 +694,8 @@ struct Mistake {
   double size;
   std::string text, right, said;
 };
-std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said);
+std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said,
+                                    std::optional<double> null_threshold = {});
 // How high each query's own candidate (that of its number) ranks among all by cosine; a candidate as near as it counts as nearer.
 //   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_k: share of those with rank <= k
 struct RankScores { double mrr, recall_1, recall_10; };

@@ -400,6 +400,7 @@ struct Source {
   bool header = true, skip_bad = false;
   std::optional<Task> task;  // what the rows are for, where it needs more than texts and a label
   bool labels = false;       // every row must have one
+  bool training = false;     // an answer must stand where the file says; to score one its text is enough
   bool word_lists = false;   // tokenize --split-words
   bool keep_bytes = false;   // invalid UTF-8 is counted but left: offsets are then into the input's own bytes
   bool raw = false;          // running text: a TAB is white space, an empty line the end of a document
@@ -454,6 +455,7 @@ class Rows {
         row = Row();
         row.format = format_, row.number = number_ + 1;
         if (read(row)) {
+          check_pair(row);
           count_++, number_++;
           if (s_.word_lists && row.words.empty()) row.words = split_words(row.text), row.pair_words = split_words(row.pair.value_or(""));
           row.text.insert(0, s_.prompt);
@@ -475,10 +477,13 @@ class Rows {
   }
   // What was repaired or skipped, said once at the end.
   void report() const {
-    if (skipped_) say("bert: " + counted(skipped_, "line") + " could not be used and skipped");
+    if (skipped_) say("bert: " + counted(skipped_, format_ == kConll ? "sentence" : "line") + " could not be used and skipped");
     if (repaired_)
       say("bert: invalid UTF-8 in " + counted(repaired_, "line") + ", the first is " + first_repaired_ +
           "; each invalid part became U+FFFD");
+    if (misplaced_)
+      say("bert: " + counted(misplaced_, "answer") + " not where the file says in the context, the first in " + first_misplaced_ +
+          "; for the score the text counts");
   }
   int64_t count() const { return count_; }
   bool waits() const { return lines_ && lines_->waits(); }
@@ -490,14 +495,15 @@ class Rows {
   size_t file_ = 0;
   Strings names_;                           // of the columns or keys that were picked from last
   bool picked_ = false, said_ = false;      // all that is needed, and that this was said of the file
+  bool paired_ = false;                     // the first row was a pair
   int text_ = -1, pair_ = -1, label_ = -1;  // their numbers
   std::vector<int> others_;                 // of choices, or of what is and what is not alike
   size_t columns_ = 0;                      // conll: of the file's first line
   Json squad_;                              // the file, and its questions with their paragraphs, the last one first
   std::vector<std::array<const Json*, 2>> questions_;
   std::string text_line_;  // read last; its room is used again
-  int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0;
-  std::string first_repaired_;
+  int64_t number_ = 0, count_ = 0, skipped_ = 0, repaired_ = 0, misplaced_ = 0;
+  std::string first_repaired_, first_misplaced_;
 
   bool open() {
     if (file_ >= s_.files.size()) return false;
@@ -555,6 +561,15 @@ class Rows {
     return true;
   }
 
+  // Labelled texts come alone or all in pairs: one that lacks its second text would be learned as something else.
+  void check_pair(const Row& row) {
+    const Task task = s_.task.value_or(Task::embed);
+    if (!s_.labels || (task != Task::classify && task != Task::multilabel && task != Task::regress)) return;
+    if (!count_) paired_ = row.pair.has_value();
+    if (paired_ != row.pair.has_value())
+      throw BadLine(paired_ ? "one text, where the rows before have two" : "two texts, where the rows before have one");
+  }
+
   // A sentence of a CoNLL file: a word a line, first the token, last the tag.
   bool sentence(Row& row) {
     std::string text, first, wrong;
@@ -582,17 +597,20 @@ class Rows {
   }
 
   // Where the answer stands in the context: at `start` code points, or at its first place where none is given.
-  static void add_answer(Row& row, const Json& text, const Json* start) {
+  void add_answer(Row& row, const Json& text, const Json* start) {
     const std::string& answer = text.as_string("text");
     size_t at = start ? 0 : row.pair->find(answer);
     for (int64_t i = start ? start->as_int("answer_start") : 0; i > 0 && at < row.pair->size(); i--)
       at += std::max<size_t>(utf8_length(*row.pair, at), 1);
-    if (answer.empty() || at >= row.pair->size() || row.pair->compare(at, answer.size(), answer))
+    const bool stands = !answer.empty() && at < row.pair->size() && row.pair->compare(at, answer.size(), answer) == 0;
+    if (!stands && (s_.training || answer.empty()))
       throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
-    row.told.answers.push_back(answer), row.told.starts.push_back((int64_t)at);
+    row.told.answers.push_back(answer);
+    if (s_.training) row.told.starts.push_back((int64_t)at);
+    if (!stands && !misplaced_++) first_misplaced_ = row.where;
   }
   // A string; {"text": [...], "answer_start": [...]}; or a list of {"text", "answer_start"}.
-  static void add_answers(Row& row, const Json& v) try {
+  void add_answers(Row& row, const Json& v) try {
     row.told.listed = true;
     if (v.is(Json::string)) {
       if (!v.as_string("answer").empty()) add_answer(row, v, nullptr);
@@ -733,7 +751,7 @@ class Rows {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
     };
     if (text_ < 0) missing("text", kTextNames);
-    if (label_ < 0 && s_.labels && (s_.task != Task::embed || others_.empty())) missing("label", known_labels);
+    if (label_ < 0 && s_.labels && (s_.task != Task::embed || (others_.empty() && pair_ < 0))) missing("label", known_labels);
     if (s_.task == Task::choice && others_.empty()) missing("choices", {"choices", "choice0"});
     if (s_.task == Task::qa && pair_ < 0) missing("context", {"context"});
     for (const int number : {text_, pair_, label_})
@@ -752,6 +770,7 @@ class Rows {
       int* to = key == "text" ? &text_ : key == "pair" ? &pair_ : key == "label" || key == "labels" ? &label_ : nullptr;
       if (!to || value.empty())
         throw Usage("--columns " + s_.columns + ": text=…,pair=…,label=… is wanted, each a name or a number from 0");
+      if (*to >= 0) throw Usage("--columns " + s_.columns + ": " + key + " is given twice");
       const auto number = format_ == kJsonl ? std::nullopt : parse_number<int>(value);
       *to = number ? *number : index_of(value, names);
       if (*to < 0 && names.empty()) throw Usage("--columns " + s_.columns + ": '" + value + "' is no number from 0");
@@ -775,7 +794,12 @@ class Rows {
     fields(v.members(), row);
   }
   // What was picked of a row's columns or keys.
-  void fields(const std::vector<std::pair<std::string, Json>>& values, Row& row) const {
+  void fields(const std::vector<std::pair<std::string, Json>>& values, Row& row) {
+    size_t filled = values.size();
+    while (filled > names_.size() && values[filled - 1].second.as_string("").empty()) filled--;
+    if (table(format_) && s_.header && filled > names_.size())
+      throw BadLine(counted((int64_t)values.size(), "field") + ", but the header has " + to_string(names_.size()) +
+                    "; a separator inside of a text? check them");
     int last = std::max({text_, pair_, label_});
     for (const int i : others_) last = std::max(last, i);
     if ((int)values.size() <= last)
@@ -2037,11 +2061,15 @@ void cmd_pretrain(Args& a) {
 
 // ==== 11 finetune =================================================================================================
 // The next rows, at most `most`; false: there are none. Of training data the names of their labels, else these as numbers.
-bool next_labelled(Rows& rows, const Labels& labels, size_t most, LabelledSet& set, std::vector<Strings>* of_training = nullptr) {
+// pairs: what those of similarity must hold.
+bool next_labelled(Rows& rows, const Labels& labels, size_t most, LabelledSet& set, std::vector<Strings>* of_training = nullptr,
+                   std::optional<PairLoss> pairs = {}) {
   set = {};
   for (Row row; set.items.size() < most && rows.next(row);) try {
       Strings names;
-      set.golds.push_back(make_gold(row, row.told, labels, !of_training, names));
+      Gold gold = make_gold(row, row.told, labels, !of_training, names);
+      if (pairs) check_partner(row, gold, *pairs);
+      set.golds.push_back(std::move(gold));
       if (of_training)
         of_training->push_back(std::move(names));
       else
@@ -2055,12 +2083,12 @@ bool next_labelled(Rows& rows, const Labels& labels, size_t most, LabelledSet& s
 constexpr const char* kNoLabelled = "labelled text; give a file with some";
 
 // All of them. Training data is told the labels of the model that it starts from.
-LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model = nullptr) {
-  source.labels = true, source.task = labels.task;
+LabelledSet read_labelled(Source source, Labels& labels, const Strings* of_model = nullptr, std::optional<PairLoss> pairs = {}) {
+  source.labels = true, source.training = of_model != nullptr, source.task = labels.task;
   LabelledSet set;
   Rows rows(source);
   std::vector<Strings> names;
-  const bool any = next_labelled(rows, labels, SIZE_MAX, set, of_model ? &names : nullptr);
+  const bool any = next_labelled(rows, labels, SIZE_MAX, set, of_model ? &names : nullptr, pairs);
   rows.report();
   if (!any) nothing(source, kNoLabelled);
   if (of_model && labels.named()) labels.learn(names, *of_model);
@@ -2118,11 +2146,13 @@ struct Finetuning {
   void check() const;
   void read();
   void split(uint64_t seed);
-  bool tunes_null() const {  // some held-out questions have no answer, and nobody said when to say so
-    return task == Task::qa && !null_threshold &&
-           std::any_of(dev.golds.begin(), dev.golds.end(), [](const Gold& g) { return g.answers.empty(); });
+  bool some_unanswerable(const LabelledSet& set) const {
+    return task == Task::qa && std::any_of(set.golds.begin(), set.golds.end(), [](const Gold& g) { return g.answers.empty(); });
   }
+  bool tunes_null() const { return !null_threshold && some_unanswerable(dev); }  // nobody said when there is no answer
   ModelFolder start() const;
+  // Of the i-th seed.
+  std::string folder(int64_t i) const { return run.output + (seeds > 1 ? "/seed-" + to_string(settings.seed + (uint64_t)i) : ""); }
   Asked asked(const Bert& bert) const { return {bert, tokenizer, settings.loss.pooling, prompt, max_length, stride, 8192}; }
 };
 
@@ -2144,34 +2174,45 @@ void Finetuning::check() const {
   };
   only("class-weights", task == Task::classify || task == Task::tag, "classify and tag");
   only("label-smoothing", task == Task::classify || task == Task::tag, "classify and tag");
+  if (similar && settings.loss.pairs == PairLoss::inbatch && batch < 2)
+    a.fail("--batch 1: --loss inbatch compares the texts of a batch; give 2 at least");
+  if (patience && !dev_input && dev_split == 0) a.fail("--patience needs held-out texts, and --dev-split 0 leaves none");
+  a.exclude("freeze", "from-scratch");
   only("loss", similar, "similarity"), only("temperature", similar, "similarity"), only("null-threshold", task == Task::qa, "qa");
 }
 
 void Finetuning::read() {
   check_folder(model, !from_scratch);
   refuse_same_folder(model, run.output);
+  for (int64_t i = 0; i < seeds; i++) refuse_same_folder(model, folder(i));
   if (seeds == 1) check_output(run.output, run.resume, run.overwrite);
   const Config config = open_config(model + "/config.json");
   for (const auto& [option, n] : {std::pair("freeze", settings.freeze), {"reinit", reinit}})
     if (n > config.num_hidden_layers)
       throw Error(std::string("--") + option + " " + to_string(n) + ": the model has " + to_string(config.num_hidden_layers) + " layers");
+  if (settings.freeze + reinit > config.num_hidden_layers)
+    throw Error("--freeze " + to_string(settings.freeze) + " --reinit " + to_string(reinit) +
+                ": layers that begin anew would stay as drawn; the model has " + to_string(config.num_hidden_layers));
+  if (seeds > 1 && fs::exists(run.output + "/log.jsonl"))
+    throw Error(run.output + ": holds a run of its own, not one a seed; give another --output");
   max_length = task == Task::qa && !max_length ? std::min<int64_t>(384, config.max_position_embeddings) : length_limit(max_length, config);
   tokenizer = open_tokenizer(model);
   if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config), prompt = folder_prompt(model, "");
   if (task == Task::regress) labels.set({"LABEL_0"});
-  train = read_labelled(train_input, labels, &config.labels);
+  train = read_labelled(train_input, labels, &config.labels, task == Task::embed ? std::optional(settings.loss.pairs) : std::nullopt);
   if (labels.named() && labels.names.size() < (task == Task::multilabel ? 1u : 2u))
     throw Error(join(train_input.files, ", ") + ": only one label (" + labels.some() + "); there is nothing to tell apart");
-  if (task == Task::embed) try {
-      check_partners(train, settings.loss.pairs);
-    } catch (const Error& e) { throw Error(join(train_input.files, ", ") + ": " + e.what()); }
   if (dev_input) dev = read_labelled(*dev_input, labels);
   if (test_input) test = read_labelled(*test_input, labels);
+  for (const auto& [set, input] : {std::pair(&dev, &dev_input), {&test, &test_input}})
+    if (!set->items.empty() && task != Task::embed && set->items[0].pair.has_value() != train.items[0].pair.has_value())
+      throw Error(join((*input)->files, ", ") + ": " + (set->items[0].pair ? "pairs of texts" : "single texts") +
+                  ", but the training data is not; give data of one kind");
 }
 
 // Holds out a share of the training data, unless there is --dev, and makes what is trained with.
 void Finetuning::split(uint64_t seed) {
-  if (!dev_input && dev_split > 0) dev = hold_out(train, dev_split, seed);
+  if (!dev_input && dev_split > 0) dev = hold_out(train, dev_split, seed, task == Task::qa);
   examples = training_examples(tokenizer, task, train, max_length, stride, prompt, cut);
   if (balanced) settings.loss.classes.weights = balanced_weights(label_counts(train.golds, labels.names.size()));
 }
@@ -2190,7 +2231,8 @@ ModelFolder Finetuning::start() const {
   if (reinit) folder.bert.draw_again(reinit, settings.seed);
   if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
   if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
-  folder.bert.config.window_length = head_kind(task).tokens ? std::optional(max_length) : std::nullopt;
+  if (!tunes_null() && !null_threshold && some_unanswerable(train)) folder.bert.config.null_threshold = 0;  // nothing to tune it on
+  if (task != Task::embed) folder.bert.config.window_length = max_length, folder.bert.config.window_stride = std::min(stride, max_length);
   return folder;
 }
 
@@ -2245,6 +2287,13 @@ Named data_facts(const Finetuning& f) {
           {"training texts cut to --max-length", some(f.cut)}};
 }
 
+// What the figures do not say by themselves.
+void remark(const Scorer& scorer, const Labels& labels) {
+  if (labels.task == Task::classify && labels.names.size() == 2)
+    note("bert: f1, precision and recall are those of label " + labels.names[1]);
+  if (scorer.flat()) say("bert: all answers, or all right ones, are one number: no correlation is defined, and 0 stands for it");
+}
+
 // A set's metrics, their names with `ending`, and what was learned beside: the null threshold that they are at, and a part of the page.
 struct Evaluation {
   Numbers metrics;
@@ -2256,17 +2305,24 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   if (only_partners(f.task, set.golds)) return {partner_scores(f.asked(bert), set.items, ending), {}, ""};
   Evaluation e;
   Scorer scorer(f.task, f.labels.names);
-  std::multimap<double, Mistake, std::greater<>> worst;
-  score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t i, const Outcome& o) {
-    if (const auto m = find_mistake(f.labels, set.items[i], set.golds[i], o)) worst.emplace(m->size, *m);
-    if (worst.size() > kMistakes) worst.erase(std::prev(worst.end()));
+  const bool last = ending == "_dev";  // of the model that is kept: the page shows it
+  std::vector<Outcome> said;
+  score_items(f.asked(bert), set.items, set.golds, scorer, [&](size_t, const Outcome& o) {
+    if (last) said.push_back(o);
   });
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
   for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
-  if (const int32_t only = scorer.only_answer(); only >= 0 && ending == "_dev")  // of the model that is kept
+  if (!last) return e;
+  remark(scorer, f.labels);
+  if (const int32_t only = scorer.only_answer(); only >= 0)
     say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
         ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
+  std::multimap<double, Mistake, std::greater<>> worst;
+  for (size_t i = 0; i < said.size(); i++) {
+    if (const auto m = find_mistake(f.labels, set.items[i], set.golds[i], said[i], e.null_threshold)) worst.emplace(m->size, *m);
+    if (worst.size() > kMistakes) worst.erase(std::prev(worst.end()));
+  }
   e.report =
       confusion_table(f.task == Task::classify ? scorer.confusion() : std::vector<int64_t>(), f.labels.names) + mistakes_table(worst);
   return e;
@@ -2313,9 +2369,18 @@ Numbers finetune_once(const Finetuning& f, const Named& taken) {
   settings.steps = std::max<int64_t>(1, (int64_t)std::ceil(f.epochs * (double)sampler.epoch_steps()));
   Trainer trainer(std::move(start.bert), settings);
   Fingerprint fingerprint;
+  auto add = [&](const Strings& texts) {
+    for (const std::string& text : texts) fingerprint.bytes(text);
+    fingerprint.number(texts.size());
+  };
   for (const Example& e : f.examples) fingerprint.add(e);
-  for (const Item& item : f.dev.items) fingerprint.bytes(item.text), fingerprint.bytes(item.pair.value_or(""));
-  for (const std::string& name : f.labels.names) fingerprint.add(name);
+  for (size_t i = 0; i < f.dev.items.size(); i++) {
+    const Item& item = f.dev.items[i];
+    const Gold& gold = f.dev.golds[i];
+    for (const Strings& texts : {Strings{item.text, item.pair.value_or("")}, item.words, item.others, gold.answers}) add(texts);
+    fingerprint.number((uint64_t)gold.label), fingerprint.add(gold.targets), fingerprint.add(gold.tags);
+  }
+  add(f.labels.names);
   BestOnDev best;
   if (const About stored = run.take_up(trainer, taken, fingerprint); !stored.empty()) {
     best.set(stored);
@@ -2355,7 +2420,8 @@ void cmd_finetune(Args& a) {
   for (int64_t i = 0; i < f.seeds; i++) {
     Finetuning one = f;
     one.settings.seed += (uint64_t)i;
-    if (f.seeds > 1) one.run.output += "/seed-" + to_string(one.settings.seed), one.run.resume &= fs::exists(one.run.output);
+    one.run.output = f.folder(i);
+    if (f.seeds > 1) one.run.resume &= fs::exists(one.run.output);
     one.split(one.settings.seed);
     for (const auto& [name, value] : data_facts(one))
       if (!i && !value.empty()) note(name + ": " + value);
@@ -2387,13 +2453,14 @@ struct Answering {
   const std::string model = a.need("model", "DIR", which);
   Source source = take_source(a);
   Results out{a};
-  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30, "tokens of a batch"), stride = 128;
+  int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30, "tokens of a batch"), stride = 0;
   ModelFolder folder = {};                        // by open()
   std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
 
   void open() {  // when every option is taken
     a.done();
     folder = open_model(model, true, common.precision);
+    if (!a.given("stride")) stride = folder.config.stride();
   }
   const HeadKind& head() const { return head_kind(folder.bert.task); }
   [[noreturn]] void wrong_model(const std::string& wanted) const {
@@ -2477,8 +2544,11 @@ Numbers label_scores(Answering& s) {
     else
       score_items(how, set.items, set.golds, scorer, [&](size_t, const Outcome& o) { s.count_cut(o.cut_to); });
   s.report(rows);
+  if (!partners.empty() && scorer.size())
+    throw Error(join(s.source.files, ", ") + ": some pairs have a score and some have none; give files of one kind");
   if (!partners.empty()) return partner_scores(how, partners);
   if (!scorer.size()) nothing(s.source, kNoLabelled);
+  remark(scorer, labels);
   Numbers list;
   for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {
     list.emplace_back(m.name, m.value);
@@ -2577,10 +2647,14 @@ struct Prediction {
   }
 };
 
-// The windows of a row, or its ids as they are. Throws BadLine for what the model cannot answer.
-std::vector<Window> usable_windows(Answering& s, const Row& row, Task task, const std::string& how) {
+// The windows of a row, or its ids as they are. Throws BadLine for what the model cannot answer. how: of texts over the limit
+std::vector<Window> usable_windows(Answering& s, const Row& row, const Prediction& p, const std::string& how) {
   const ModelFolder& f = s.folder;
+  const Task task = p.task;
+  if (row.others.empty() && task == Task::choice) throw BadLine("no choices; give jsonl with text and choices");
   if (!row.ids.empty()) {
+    if (task == Task::embed) throw BadLine("one list of ids; two texts are compared, joined by a TAB");
+    if (s.head().tokens && !p.logits) throw BadLine("ids have no text for an answer to stand in; give the text, or ask for --logits");
     check_ids(row, f.config);
     Window w = {{row.ids, row.segments}};
     w.words.assign(row.ids.size(), -1), w.places.resize(row.ids.size()), w.starts = w.decides = std::vector<uint8_t>(row.ids.size());
@@ -2589,7 +2663,6 @@ std::vector<Window> usable_windows(Answering& s, const Row& row, Task task, cons
   if (!row.pair && s.head().next_sentence) throw BadLine("one text, but a model for next sentences wants two, joined by a TAB");
   if (!row.pair && task == Task::qa) throw BadLine("one text; a question and its context are wanted, joined by a TAB");
   if (!row.pair && row.others.empty() && task == Task::embed) throw BadLine("one text; two are compared, joined by a TAB");
-  if (row.others.empty() && task == Task::choice) throw BadLine("no choices; give jsonl with text and choices");
   Item item = row;
   if (task == Task::tag && !row.words.empty()) item.text.clear();
   std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride, f.prompt);
@@ -2610,16 +2683,18 @@ void cmd_predict(Args& a) {
   Prediction p{a};
   const Strings ways = {"window", "error", "truncate"};
   const std::string how = ways[(size_t)a.take_choice("long", ways, "of texts over the limit: in windows that share")];
-  s.stride = a.take_int("stride", 128, 0, 1 << 20, "so many tokens");
+  s.stride = a.take_int("stride", 0, 0, 1 << 20, "so many tokens, at most half of a window; default: as it was trained");
+  if (how != "window" && a.given("stride")) a.fail("--stride is for --long window");
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   s.open();
   p.task = s.folder.bert.task, p.labels = s.folder.config.labels, p.null_threshold = s.folder.config.null_threshold;
   if (s.head().next_sentence) p.labels = {"follows", "random"};
   if (!s.head().output && !s.head().next_sentence && p.task != Task::embed) s.wrong_model("a task; make one with bert finetune");
+  if (a.given("offsets") && !s.head().tokens) a.fail("--offsets is for tags and questions; this model is for " + task_name(p.task));
   const bool one_of = p.task == Task::classify || p.task == Task::choice || s.head().next_sentence;
   if (a.given("top") && !one_of) a.fail("--top is for one label of several; this model is for " + task_name(p.task));
   s.source.task = p.task, s.source.raw = p.task == Task::tag;  // one text a line
-  auto make = [&](const Row& row) { return usable_windows(s, row, p.task, how); };
+  auto make = [&](const Row& row) { return usable_windows(s, row, p, how); };
   s.each_chunk(make, [&](const std::vector<Row>& chunk, const std::vector<std::vector<Window>>& windows) {
     if (p.logits && s.head().tokens) {
       for (const std::vector<Window>& list : windows) {
@@ -3368,7 +3443,9 @@ const Command kCommands[] = {
     {"finetune", "train a model for a task on labelled texts", cmd_finetune, "--task TASK --model DIR --train FILE --output DIR"},
     {"evaluate", "score a model on labelled texts, or on plain text", cmd_evaluate, "--model DIR --input FILE",
      "  a task model wants labelled data; a masked-word model wants plain text, masked from --seed\n"},
-    {"predict", "a task model's answers", cmd_predict, "--model DIR [--input FILE…] [--output FILE]"},
+    {"predict", "a task model's answers", cmd_predict, "--model DIR [--input FILE…] [--output FILE]",
+     "  tags: of text its entities, where an I- that goes on with nothing begins one (conlleval's rule); of conll the tags as they are "
+     "said\n"},
     {"fill-mask", "guess the words that [MASK] hides", cmd_fill_mask, "--model DIR [--input FILE…] [--output FILE]"},
     {"embed", "one vector a text", cmd_embed, "--model DIR [--input FILE…] [--output FILE]"},
     {"search", "the lines of a file that are closest in meaning", cmd_search, "--model DIR --corpus FILE [--input FILE…] [--output FILE]",

@@ -2004,7 +2004,10 @@ TEST_CASE("labels: what a data file says becomes a gold, and what does not do is
        "a label that is empty, or holds a TAB or an end of line; results are lines of columns"},
       {Task::classify, {"x", {}}, {false, {"c"}, {}}, "label 'c', which training never saw (it knows a, b); correct it"},
       {Task::tag, {"x", {}, {"x", "y"}}, {true, {"a"}, {}}, "words: 2, tags: 1; one a word is wanted"},
-      {Task::tag, {"x", {}, {"x", "y"}}, {true, {"B-P", "P"}, {}}, "label 'B-P', which training never saw (it knows a, b); correct it"},
+      {Task::tag,
+       {"x", {}, {"x", "y"}},
+       {true, {"B-P", "P"}, {}},
+       "word 1 (x): label 'B-P', which training never saw (it knows a, b); correct it"},
       {Task::choice, {"x", {}, {}, {"p"}}, {false, {"0"}, {}}, "fewer than two choices"},
       {Task::choice, {"x", {}, {}, {"p", "q"}}, {false, {"2"}, {}}, "'2' is no choice's number, from 0 to 1"},
       {Task::regress, {"x", {}}, {false, {"inf"}, {}}, "'inf' is no number, which this task wants"},
@@ -2019,8 +2022,38 @@ TEST_CASE("labels: what a data file says becomes a gold, and what does not do is
        {std::tuple(Task::tag, tagged, "tags: 1, but the text has more words; give one a word"),
         {Task::qa, question, "the answer 'b' without its place in the context; give its start in bytes"}})
     CHECK_THROWS_WITH_AS(make_examples(task, make_windows(t, task, item, 16, 4), lacking), message, Error);
+  // A space at an answer's end is none of its tokens; a window that holds a part of it says "not here".
+  const Item asked = {"a", "b a b a b a b"};
+  auto labels_of = [&](const char* answer, int64_t start, int64_t max_length) {
+    Gold right;
+    right.answers = {answer}, right.starts = {start};
+    std::vector<std::vector<int32_t>> labels;
+    for (const Example& e : make_examples(Task::qa, make_windows(t, Task::qa, asked, max_length, 2), right)) labels.push_back(e.labels);
+    return labels;
+  };
+  for (const auto& [answer, start] : {std::pair("a b", 2), {" a b", 1}, {"a b ", 2}, {" a b ", 1}})
+    CHECK(labels_of(answer, start, 16) == std::vector<std::vector<int32_t>>{{4, 5}});
+  CHECK(labels_of(" a b", 5, 8) == std::vector<std::vector<int32_t>>{{0, 0}, {4, 5}, {0, 0}});
   CHECK(split("a||b", '|') == std::vector<std::string>{"a", "", "b"});
   CHECK((split("", ',') == std::vector<std::string>{""} && split("a,", ',').size() == 2));
+}
+
+TEST_CASE("finetune: of questions whole contexts are held out, where there are several") {
+  for (const auto& [contexts, share] : {std::pair(10, 0.25), {10, 0.95}, {2, 0.5}, {1, 0.3}}) {
+    LabelledSet all;
+    for (int i = 0; i < 40; i++) all.items.push_back({"q" + std::to_string(i), "c" + std::to_string(i * i % 7 % contexts)});
+    all.golds.resize(40);
+    LabelledSet copy = all, other = all;
+    const LabelledSet dev = hold_out(all, share, 3, true);
+    std::set<std::string> of_dev, of_train;
+    for (const Item& item : dev.items) of_dev.insert(*item.pair);
+    for (const Item& item : all.items) of_train.insert(*item.pair);
+    CHECK(dev.items.size() + all.items.size() == 40);
+    CHECK((!of_dev.empty() && !of_train.empty()));
+    for (const std::string& context : of_dev) CHECK((contexts == 1) == (of_train.count(context) > 0));
+    CHECK(hold_out(copy, share, 3, true).items[0].text == dev.items[0].text);
+    if (contexts == 1) CHECK(dev.items.size() == 12);
+  }
 }
 
 static double value_of(const std::vector<Metric>& metrics, const std::string& name) {
@@ -2255,6 +2288,18 @@ TEST_CASE("metrics: answers as SQuAD's script scores them, to the last digit") {
   }
   const Json want = metrics_file("answers.json");
   const double threshold = scorer.best_null_threshold();
+  Config config = Config::named("tiny", 100);  // a file must give a threshold back to the last bit: it is an item's own margin
+  for (const double margin : {threshold, (double)0.1f, (double)-3.3333333f}) {
+    config.null_threshold = margin;
+    CHECK(Config::parse(config.to_json(), "config").null_threshold == margin);
+  }
+  const Outcome unsure{.answers = {{.text = "x", .score = 0.9}}, .null_margin = 1};
+  for (const auto& [right, at_0, at_2] : {std::tuple("x", true, false), {"", false, true}}) {
+    Gold gold;
+    if (*right) gold.answers = {right};
+    CHECK(find_mistake({Task::qa, {}, {}}, {"q", "c"}, gold, unsure, 0).has_value() == at_0);  // it says that there is none
+    CHECK(find_mistake({Task::qa, {}, {}}, {"q", "c"}, gold, unsure, 2).has_value() == at_2);
+  }
   CHECK(threshold == want.find("threshold")->as_double("threshold"));
   check_metrics(scorer.metrics(1), *want.find("as_they_are"));
   const std::vector<Metric> best = scorer.metrics(1, threshold);

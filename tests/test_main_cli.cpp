@@ -253,6 +253,8 @@ TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, n
   CHECK(t.text("text,pair\n\"a\n\n\"\"b\"\",\nc\",x\"y\"\"\n,b\n", "in.csv").out == "a \" b \" , c x \" y \" \"\nb\n");
   const std::array<std::string, 3> bad[] = {
       {"id\ttext\n1\ta\n2\n", "in.tsv", "in.tsv:3: 1 field, but column 1"},
+      {"text\na\tb\n", "in.tsv", "in.tsv:2: 2 fields, but the header has 1"},
+      {"text,id\nWell, yes,b\n", "in.csv", "in.csv:2: 3 fields, but the header has 2"},
       {"u\tv\na\tb\n", "in.tsv", "in.tsv:1: no text"},
       {"", "in.tsv", "empty"},
       {"text\ttext\na\tb\n", "in.tsv", "in.tsv:1: 'text' stands there twice"},
@@ -265,6 +267,8 @@ TEST_CASE("readers: tsv and csv by name, by --columns, quoted; too few fields, n
     CHECK_MESSAGE(has(r.err, message), r.err);
   }
   CHECK(t.text("text\ttext\na\tb\n", "in.tsv", "--columns text=1").out == "b\n");
+  CHECK(t.text("id\ttext\n1\ta\t\t\n", "in.tsv").out == "a\n");  // empty fields at the end, as spreadsheets write them
+  CHECK(has(t.text("u\tv\na\tb\n", "in.tsv", "--columns text=u,text=v").err, "text is given twice"));
   CHECK(has(t.text("text\na\n", "in.tsv", "--columns text=zz").err, "no 'zz'"));
   const Ran below = t.text("a\tb\n", "in.tsv", "--no-header --columns text=-1");
   CHECK_MESSAGE((below.status == 2 && has(below.err, "'-1' is no number from 0")), below.err);
@@ -756,6 +760,7 @@ TEST_CASE("training: bad labelled data is named with its line") {
       {"text\tlabel\na\tx\nb\tx\n", good, "classify", "only one label"},
       {good, good, "regress", "t.tsv:2: 'x' is no number"},
       {"text\tlabel\n", good, "classify", "no labelled text"},
+      {good, "text\tpair\tlabel\na\tb\tx\n", "classify", "d.tsv: pairs of texts, but the training data is not"},
   };
   for (const auto& [train, dev, task, message] : bad) {
     const Ran r = finetune(train, dev, task);
@@ -763,6 +768,37 @@ TEST_CASE("training: bad labelled data is named with its line") {
     CHECK_MESSAGE(has(r.err, message), r.err);
     CHECK(!std::filesystem::exists(folder / "o"));
   }
+}
+
+TEST_CASE("finetune: texts and pairs are not mixed, pairs that are not alike are no positives, options that would do nothing are refused") {
+  const TemporaryFolder folder;
+  put(folder / "pairs.jsonl", "{\"text\":\"a\",\"pair\":\"b\",\"label\":1}\n{\"text\":\"a\",\"pare\":\"b\",\"label\":0}\n");
+  put(folder / "unlike.tsv", "text\tpair\tscore\na\tb\t1\na\tb\t0\n");
+  put(folder / "alike.tsv", "text\tpair\nthe dog\tbarks\nthe cat\tsings\na\tb\nb\tc\n");  // needs no score
+  const std::string begin = "finetune --epochs 1 --model " + pretrained() + " --output " + (folder / "o") + " --task ";
+  const std::string alike = "similarity --loss inbatch --train " + (folder / "alike.tsv"),
+                    classes = "classify --train " + small().folder.path;
+  const std::pair<std::string, const char*> wrong[] = {
+      {"regress --train " + (folder / "pairs.jsonl"), "pairs.jsonl:2: one text, where the rows before have two"},
+      {"similarity --loss inbatch --train " + (folder / "unlike.tsv"), "unlike.tsv:3: --loss inbatch wants two texts that are alike"},
+      {alike + " --batch 1", "--loss inbatch compares the texts of a batch"},
+      {classes + "/train.tsv --dev-split 0 --patience 1", "--patience needs held-out texts"},
+      {classes + "/train.tsv --freeze 1 --from-scratch", "exclude each other"},
+      {classes + "/train.tsv --freeze 2 --reinit 1", "layers that begin anew would stay as drawn"}};
+  for (const auto& [rest, message] : wrong) {
+    const Ran r = bert_run(begin + rest);
+    CHECK_MESSAGE((r.status != 0 && has(r.err, message)), r.err);
+    CHECK(!std::filesystem::exists(folder / "o"));
+  }
+  const Ran skipped = bert_run(begin + "similarity --loss inbatch --dev-split 0 --skip-bad --train " + (folder / "unlike.tsv"));
+  CHECK_MESSAGE((skipped.status == 0 && has(skipped.err, "1 line could not be used")), skipped.err);
+  REQUIRE(bert_run(begin + alike + " --dev-split 0 --batch 4 --overwrite").status == 0);
+  CHECK(has(bert_run("evaluate --model " + (folder / "o") + " --input " + (folder / "alike.tsv")).out, "mrr\t"));
+  put(folder / "equal.tsv", "text\tpair\tscore\na\tb\t1\nb\tc\t1\n");
+  CHECK(has(bert_run("evaluate --model " + (folder / "o") + " --input " + (folder / "equal.tsv")).err, "no correlation is defined"));
+  CHECK(has(bert_run("predict --offsets chars --model " + (folder / "o")).err, "--offsets is for tags and questions"));
+  CHECK(has(bert_run("predict --long error --stride 4 --model " + (folder / "o")).err, "--stride is for --long window"));
+  CHECK(has(bert_run(begin + alike + " --seeds 2 --resume").err, "holds a run of its own"));
 }
 
 // Sentences with tags: dogs and cats are pets, what they do is an act.
@@ -818,7 +854,10 @@ TEST_CASE("tags: trained from CoNLL, answered as CoNLL, as entities with offsets
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "bad.conll:2: no tag"));
   put(folder / "bad.conll", "the O\ndog PET\ncat B-PET\n\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err,
-            "bad.conll:1: tag 'PET' beside tags like B-PER"));
+            "bad.conll:1: word 2 (dog): tag 'PET' beside tags like B-PER"));
+  put(folder / "bad.conll", "the O\nbird\n\nthe O\ncat B-PET\n\n");
+  CHECK(has(bert_run("evaluate --skip-bad --model " + model + " --input " + (folder / "bad.conll")).err,
+            "1 sentence could not be used and skipped"));
   put(folder / "bad.conll", "the O\ndog B-CAR\n\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.conll")).err, "label 'B-CAR', which training never saw"));
 }
@@ -849,9 +888,20 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   REQUIRE_MESSAGE(r.status == 0, r.err);
   CHECK(has(r.out, "f1_dev\t"));
   CHECK_MESSAGE(has(bert::read_file(model + "/config.json"), "\"null_threshold\""), r.out);
+  // What the folder says is what training said of it, whatever its tokenizer's own limit is.
+  std::string tokenizer = bert::read_file(model + "/tokenizer_config.json");
+  const size_t limit = tokenizer.find("\"model_max_length\": ");
+  REQUIRE(limit != tokenizer.npos);
+  tokenizer.replace(limit, tokenizer.find_first_of(",\n", limit) - limit, "\"model_max_length\": 16");
+  put(model + "/tokenizer_config.json", tokenizer);
   const Ran scores = bert_run("evaluate --model " + model + " --input " + (folder / "dev.json"));
   REQUIRE_MESSAGE(scores.status == 0, scores.err);
-  CHECK(has(scores.out, "exact\t"));
+  for (const char* name : {"exact", "f1"}) {
+    const size_t at = r.out.find(std::string(name) + "_dev\t");
+    REQUIRE(at != r.out.npos);
+    const std::string value = r.out.substr(r.out.find('\t', at), r.out.find('\n', at) + 1 - r.out.find('\t', at));
+    CHECK_MESSAGE(has(scores.out, name + value), (r.out + scores.out));
+  }
   put(folder / "ask.jsonl", "{\"id\":\"a\",\"question\":\"the dog\",\"context\":\"the dog sleeps by the river.\"}\n");
   CHECK(bert_run("predict --model " + model + " --input " + (folder / "ask.jsonl")).out.starts_with("{\"id\":\"a\",\"answer\":\""));
   const Ran answer = bert_run("predict --jsonl --model " + model + " --input " + (folder / "ask.jsonl"));  // whether or not it says so
@@ -862,15 +912,28 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   const Ran far = bert_run("predict --jsonl --stride 8 --model " + model + " --input " + (folder / "ask.jsonl"));
   CHECK_MESSAGE(has(far.out, "{\"answer\":\"by the river\",\"start\":" + std::to_string(filler.size() + 15)), (far.out + far.err));
   put(folder / "bad.jsonl", "{\"question\":\"q\",\"context\":\"a b c\",\"answers\":{\"text\":[\"d\"],\"answer_start\":[1]}}\n");
-  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl")).err,
-            "bad.jsonl:1: the answer 'd' does not stand in the context at its answer_start"));
+  CHECK(has(
+      bert_run("finetune --task qa --model " + pretrained() + " --train " + (folder / "bad.jsonl") + " --output " + (folder / "no")).err,
+      "bad.jsonl:1: the answer 'd' does not stand in the context at its answer_start"));
+  const Ran misplaced = bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl"));  // its text counts all the same
+  CHECK_MESSAGE((misplaced.status == 0 && has(misplaced.out, "exact\t0\n")), misplaced.err);
+  CHECK_MESSAGE(has(misplaced.err, "1 answer not where the file says in the context, the first in " + (folder / "bad.jsonl") + ":1"),
+                misplaced.err);
   put(folder / "table.tsv", "question\tcontext\tanswer\nq\ta b c\tb\nq\ta b c\t\n");
   CHECK(bert_run("finetune --task qa --dev-split 0 --epochs 1 --model " + pretrained() + " --train " + (folder / "table.tsv") +
                  " --output " + (folder / "from-table"))
             .status == 0);
+  // Some of these have no answer, and none that is held out could say when to say so: then where "no answer" scores best.
+  CHECK(has(bert::read_file((folder / "from-table") + "/config.json"), "\"null_threshold\": 0,"));
   put(folder / "table.tsv", "question\tcontext\tanswer\nq\ta b c\td\n");
-  CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "table.tsv")).err,
-            "table.tsv:2: the answer 'd' does not stand in the context"));
+  CHECK(has(
+      bert_run("finetune --task qa --model " + pretrained() + " --train " + (folder / "table.tsv") + " --output " + (folder / "no")).err,
+      "table.tsv:2: the answer 'd' does not stand in the context"));
+  put(folder / "ids.txt", "2 5 3 6 3\t0 0 0 1 1\n");
+  CHECK(has(bert_run("predict --format ids --model " + model + " --input " + (folder / "ids.txt")).err,
+            "ids.txt:1: ids have no text for an answer to stand in"));
+  CHECK(bert::split(bert_run("predict --logits --format ids --model " + model + " --input " + (folder / "ids.txt")).out, '\t').size() ==
+        10);
   put(folder / "bad.jsonl", "{\"question\":\"q\",\"answers\":[]}\n");
   CHECK(has(bert_run("evaluate --model " + model + " --input " + (folder / "bad.jsonl")).err, "no context"));
   put(folder / "bad.jsonl", "{\"context\":\"a b\"}\n");
@@ -920,6 +983,13 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
     const Ran r = bert_run("finetune --task similarity --train " + (folder / "pairs.tsv") + " --loss " + loss + rest + out);
     REQUIRE_MESSAGE(r.status == 0, r.err);
     CHECK_MESSAGE(has(r.out, "spearman_dev\t"), r.out);
+    put(folder / "mixed.jsonl", partners.substr(0, partners.find('\n') + 1));
+    put(folder / "scored.jsonl", "{\"text\":\"the dog\",\"pair\":\"barks\",\"label\":1}\n");
+    std::string many;  // more than are answered at once
+    for (int i = 0; i < 2048; i++) many += bert::read_file(folder / "mixed.jsonl");
+    put(folder / "mixed.jsonl", many + bert::read_file(folder / "scored.jsonl"));
+    const Ran mixed = bert_run("evaluate --model " + out + " --input " + (folder / "mixed.jsonl"));
+    CHECK_MESSAGE((mixed.status == 1 && has(mixed.err, "some pairs have a score and some have none")), mixed.err);
     for (const char* file : {"/modules.json", "/1_Pooling/config.json", "/sentence_bert_config.json"})
       CHECK(std::filesystem::exists(out + file));
     CHECK(bert_run("evaluate --model " + out + " --input " + (folder / "pairs.tsv")).status == 0);
@@ -934,10 +1004,10 @@ TEST_CASE("choices and similarity: trained, scored, answered, and refused where 
                    (folder / loss))
               .status == 0);
   CHECK(has(bert_run("finetune --task similarity --loss triplet --train " + (folder / "pairs.tsv") + rest + (folder / "no")).err,
-            "pairs.tsv: --loss of similarity: row 1 does not hold a text, a positive and a negative one"));
+            "pairs.tsv:2: --loss triplet wants a text, a positive and a negative one"));
   put(folder / "five.tsv", "text\tpair\tscore\nthe dog\tthe cat\t0.5\nthe dog\tthe dog\t5\n");
-  for (const auto& [loss, message] : {std::pair("cosine", "row 2 does not hold two texts and their cosine, from -1 to 1"),
-                                      {"contrastive", "row 1 does not hold two texts and 1 or 0"}}) {
+  for (const auto& [loss, message] : {std::pair("cosine", "five.tsv:3: --loss cosine wants two texts and their cosine, from -1 to 1"),
+                                      {"contrastive", "five.tsv:2: --loss contrastive wants two texts and 1 or 0"}}) {
     const Ran r = bert_run("finetune --task similarity --train " + (folder / "five.tsv") + " --loss " + loss + rest + (folder / "no"));
     CHECK_MESSAGE((r.status == 1 && has(r.err, message)), r.err);
   }
@@ -1052,12 +1122,20 @@ TEST_CASE("training: fine-tuning resumed ends with the same bytes; --seeds gives
   std::filesystem::remove(early + "/model.safetensors");
   CHECK(has(bert_run(few + early).err, "--resume"));
   CHECK(bert_run(few + early + " --resume").status == 0);
+  std::string other = bert::read_file(small().folder / "dev.tsv");  // another held-out set of as many texts
+  for (size_t at = 0; (at = other.find("\tpet\t", at)) != other.npos; at++) other.replace(at, 5, "\twild\t");
+  put(small().folder / "other.tsv", other);
+  std::string elsewhere = few + early + " --resume";
+  elsewhere.replace(elsewhere.find("dev.tsv"), 7, "other.tsv");
+  CHECK(has(bert_run(elsewhere).err, "data"));
   CHECK(bert_run(few + early_whole).status == 0);
   same_run(early_whole, early);
 
   const Ran seeds = bert_run(small().finetune(pretrained(), small().folder / "seeds") + "--epochs 1 --seeds 2");
   REQUIRE_MESSAGE(seeds.status == 0, seeds.err);
   CHECK(has(seeds.out, "accuracy_dev_std\t"));
+  CHECK(has(bert_run(small().finetune(small().folder / "seeds/seed-1", small().folder / "seeds") + "--seeds 2 --overwrite").err,
+            "seeds/seed-1: the model that is started from"));
   std::filesystem::remove_all(small().folder / "seeds/seed-2");  // as if it was stopped between the two
   CHECK(bert_run(small().finetune(pretrained(), small().folder / "seeds") + "--epochs 1 --seeds 2 --resume").out == seeds.out);
   const Ran rows = bert_run(small().finetune(pretrained(), small().folder / "scratch") + "--epochs 1 --from-scratch --tsv toy");

@@ -23,7 +23,7 @@ static Source source_of(uint8_t format, uint8_t flags, const std::string& path) 
   s.format = (Format)(1 + format % 8);
   s.task = tasks[format / 8 % std::size(tasks)];
   s.header = !(flags & 1), s.skip_bad = flags & 2, s.labels = flags & 4, s.word_lists = flags & 8, s.raw = flags & 16;
-  s.keep_bytes = flags & 32;
+  s.keep_bytes = flags & 32, s.training = format & 128;
   if (!s.header || flags & 64) s.columns = flags & 128 ? "text=0,pair=1,label=2" : "text=1,label=0";
   return s;
 }
