@@ -2232,7 +2232,9 @@ ModelFolder Finetuning::start() const {
   if (task == Task::embed) folder.carried.merge(sentence_files(settings.loss.pooling, folder.config.hidden_size, max_length));
   if (task == Task::qa) folder.bert.config.null_threshold = null_threshold;
   if (!tunes_null() && !null_threshold && some_unanswerable(train)) folder.bert.config.null_threshold = 0;  // nothing to tune it on
-  if (task != Task::embed) folder.bert.config.window_length = max_length, folder.bert.config.window_stride = std::min(stride, max_length);
+  const bool windows = task != Task::embed;  // the length of those is among the sentence files
+  folder.bert.config.window_length = windows ? std::optional(max_length) : std::nullopt;
+  folder.bert.config.window_stride = windows ? std::optional(std::min(stride, max_length)) : std::nullopt;
   return folder;
 }
 
