@@ -586,7 +586,7 @@ struct Outcome {
   std::vector<float> scores = {};                  // ... its probability ...
   std::vector<std::array<int64_t, 2>> words = {};  // ... and where the word stands in the text, in bytes
   std::vector<Answer> answers = {};                // qa: the best parts of the context, best first
-  double null_margin = 0;                          // qa: the score of "no answer" less that of the best part
+  double null_margin = 0;                          // qa: the score of "no answer" in the window of the best part, less that part's
   int64_t cut_to = 0;                              // as of its windows
   Answer answer(std::optional<double> null_threshold) const;   // qa: the best part; an empty one where the margin is above the threshold
 };
