@@ -125,6 +125,12 @@ static void check_offsets(const char* op, const Offsets& offsets, int64_t tokens
     throw Error(std::string(op) + ": offsets must ascend from 0 to the " + std::to_string(tokens) + " tokens of the batch");
 }
 
+static void check_ascending(const char* op, const std::vector<int64_t>& rows, int64_t n) {
+  const bool ascend = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
+  if (!ascend || (!rows.empty() && (rows.front() < 0 || rows.back() >= n)))
+    throw Error(std::string(op) + ": rows must ascend and be of the " + std::to_string(n) + ", each at most once");
+}
+
 // Per-thread memory that grows as needed and stays: what a task needs beside its inputs and outputs.
 static float* scratch(int slot, int64_t n) {
   static thread_local std::vector<float> memory[4];
@@ -275,9 +281,17 @@ struct HeadView {
   int64_t begin, T, D, stride, head, heads;  // the row's first token, its length; stride: 3H, from token to token
   const float *q, *k, *v;                    // of the row's first token
   int64_t draw_blocks;                       // ceil(P / 8): Philox blocks a query
-  // Masks the probabilities of query i (in the row) and keys [j, j + n).
+  const int64_t* asking;                     // the row's queries by their packed indices; null: every token
+  int64_t first, M;                          // the first query's row in y, and how many there are
+  int64_t query(int64_t i) const { return asking ? asking[i] - begin : i; }  // token of the row
+  // Queries i0 and on, n of them, side by side.
+  const float* queries(int64_t i0, int64_t n, float* room) const {
+    for (int64_t i = 0; i < n; i++) std::copy_n(q + query(i0 + i) * stride, D, room + i * D);
+    return room;
+  }
+  // Masks the probabilities of query i and keys [j, j + n).
   void drop(const Mask& mask, int64_t i, int64_t j, const float* x, float* y, int64_t n) const {
-    mask.apply(x, y, (((begin + i) * heads + head) * draw_blocks) * 8 + j, n);
+    mask.apply(x, y, (((begin + query(i)) * heads + head) * draw_blocks) * 8 + j, n);
   }
 };
 
@@ -286,13 +300,14 @@ static void attend(const HeadView& h, float scale, const Mask& mask, float* y, f
   const int64_t H = h.heads * h.D;
   float* p = scratch(0, kQueries * kKeys);
   float m[kQueries], l[kQueries];
-  for (int64_t i0 = 0; i0 < h.T; i0 += kQueries) {
-    const int64_t nq = std::min(kQueries, h.T - i0);
-    float* out = y + (h.begin + i0) * H + h.head * h.D;
+  for (int64_t i0 = 0; i0 < h.M; i0 += kQueries) {
+    const int64_t nq = std::min(kQueries, h.M - i0);
+    const float* q = h.queries(i0, nq, scratch(3, kQueries * h.D));
+    float* out = y + (h.first + i0) * H + h.head * h.D;
     std::fill_n(m, nq, -std::numeric_limits<float>::infinity()), std::fill_n(l, nq, 0.f);
     for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
       const int64_t nk = std::min(kKeys, h.T - j0);
-      gemm_here({.b_transposed = true}, nq, nk, h.D, h.q + i0 * h.stride, h.stride, h.k + j0 * h.stride, h.stride, p, kKeys);
+      gemm_here({.b_transposed = true}, nq, nk, h.D, q, h.D, h.k + j0 * h.stride, h.stride, p, kKeys);
       for (int64_t i = 0; i < nq; i++) {
         float* s = p + i * kKeys;
         const float higher = std::max(m[i], k.max(s, nk) * scale), shrink = exp_f32(m[i] - higher);
@@ -305,7 +320,7 @@ static void attend(const HeadView& h, float scale, const Mask& mask, float* y, f
     }
     for (int64_t i = 0; i < nq; i++) {
       k.scale(1 / l[i], out + i * H, out + i * H, h.D);
-      if (lse) lse[h.begin + i0 + i] = m[i] + log_f32(l[i]);
+      if (lse) lse[h.first + i0 + i] = m[i] + log_f32(l[i]);
     }
   }
 }
@@ -319,11 +334,17 @@ static void attend_backward(const HeadView& h, float scale, const Mask& mask, co
   float *p = scratch(0, kQueries * kKeys), *dropped = scratch(1, kQueries * kKeys), *ds = scratch(2, kQueries * kKeys);
   float* dq = dqkv + h.begin * S + h.head * h.D;
   float *dk = dq + H, *dv = dk + H;
-  y += h.begin * H + h.head * h.D, dy += h.begin * H + h.head * h.D, lse += h.begin;
-  for (int64_t i0 = 0; i0 < h.T; i0 += kQueries)
+  y += h.first * H + h.head * h.D, dy += h.first * H + h.head * h.D, lse += h.first;
+  if (h.asking && !add)
+    for (int64_t t = 0; t < h.T; t++)
+      for (int64_t part = 0; part < (h.M ? 1 : 3); part++) std::fill_n(dq + t * S + part * H, h.D, 0.f);  // of who asks nothing
+  for (int64_t i0 = 0; i0 < h.M; i0 += kQueries) {
+    const int64_t nq = std::min(kQueries, h.M - i0);
+    float *room = scratch(3, 2 * kQueries * h.D), *dqi = room + kQueries * h.D;
+    const float* q = h.queries(i0, nq, room);
     for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
-      const int64_t nq = std::min(kQueries, h.T - i0), nk = std::min(kKeys, h.T - j0);
-      gemm_here({.b_transposed = true}, nq, nk, h.D, h.q + i0 * S, S, h.k + j0 * S, S, p, kKeys);
+      const int64_t nk = std::min(kKeys, h.T - j0);
+      gemm_here({.b_transposed = true}, nq, nk, h.D, q, h.D, h.k + j0 * S, S, p, kKeys);
       gemm_here({.b_transposed = true}, nq, nk, h.D, dy + i0 * H, H, h.v + j0 * S, S, ds, kKeys);
       for (int64_t i = 0; i < nq; i++) {
         float *pi = p + i * kKeys, *di = ds + i * kKeys;
@@ -333,16 +354,20 @@ static void attend_backward(const HeadView& h, float scale, const Mask& mask, co
       }
       const float* weights = mask ? dropped : p;
       gemm_here({.a_transposed = true, .add = add || i0}, nk, h.D, nq, weights, kKeys, dy + i0 * H, H, dv + j0 * S, S);
-      gemm_here({.add = add || j0}, nq, h.D, nk, ds, kKeys, h.k + j0 * S, S, dq + i0 * S, S);
-      gemm_here({.a_transposed = true, .add = add || i0}, nk, h.D, nq, ds, kKeys, h.q + i0 * S, S, dk + j0 * S, S);
+      gemm_here({.add = j0 > 0}, nq, h.D, nk, ds, kKeys, h.k + j0 * S, S, dqi, h.D);
+      gemm_here({.a_transposed = true, .add = add || i0}, nk, h.D, nq, ds, kKeys, q, h.D, dk + j0 * S, S);
     }
+    for (int64_t i = 0; i < nq; i++) put(k, dqi + i * h.D, dq + h.query(i0 + i) * S, h.D, add);
+  }
 }
 
-Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop) {
-  const int64_t N = qkv.rows(), H = qkv.cols() / 3, R = (int64_t)offsets.size() - 1;
+Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop,
+                 const std::vector<int64_t>& queries) {
+  const int64_t N = qkv.rows(), H = qkv.cols() / 3, R = (int64_t)offsets.size() - 1, M = queries.empty() ? N : (int64_t)queries.size();
   if (heads < 1 || qkv.cols() != 3 * H || H % heads)
     throw Error("attention: qkv " + shape_of(qkv) + " does not cut into 3 x " + std::to_string(heads) + " heads");
   check_offsets("attention", offsets, N);
+  check_ascending("attention", queries, N);
   const int64_t D = H / heads, draw_blocks = (max_positions + 7) / 8;
   const Mask mask(drop.attention, drop);
   if (mask) check_drawable("attention", N * heads * draw_blocks);
@@ -351,23 +376,27 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
       throw Error("attention: row " + std::to_string(r) + " is longer than the " + std::to_string(max_positions) +
                   " positions of the model");
   const float scale = 1 / std::sqrt((float)D);
-  auto view = [=](const Tensor& x, const Offsets& at, int64_t task) {
-    const int64_t r = task / heads, a = task % heads, begin = at[(size_t)r];
+  auto view = [=](const Tensor& x, const Offsets& at, const std::vector<int64_t>& asking, int64_t task) {
+    const int64_t r = task / heads, a = task % heads, begin = at[(size_t)r], end = at[(size_t)r + 1];
     const float* q = x.data() + begin * 3 * H + a * D;
-    return HeadView{begin, at[(size_t)r + 1] - begin, D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks};
+    auto until = [&](int64_t t) { return asking.empty() ? t : std::lower_bound(asking.begin(), asking.end(), t) - asking.begin(); };
+    const int64_t first = until(begin);
+    return HeadView{
+        begin, end - begin,       D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks, asking.empty() ? nullptr : asking.data() + first,
+        first, until(end) - first};
   };
-  Tensor y(Shape{N, H});
-  Tensor lse = recording({qkv}) ? Tensor(Shape{heads, N}) : Tensor();
+  Tensor y(Shape{M, H});
+  Tensor lse = recording({qkv}) ? Tensor(Shape{heads, M}) : Tensor();
   parallel_for(R * heads, [&](int64_t task) {
-    attend(view(qkv, offsets, task), scale, mask, y.data(), lse ? lse.data() + task % heads * N : nullptr);
+    attend(view(qkv, offsets, queries, task), scale, mask, y.data(), lse ? lse.data() + task % heads * M : nullptr);
   });
 
-  record("attention", y, {qkv}, [=, rows = offsets] {
+  record("attention", y, {qkv}, [=, rows = offsets, asking = queries] {
     bool add;
     float* dqkv = qkv.grad_to_add(add).data();
     const float* dy = y.grad();
     parallel_for(R * heads, [&](int64_t task) {
-      attend_backward(view(qkv, rows, task), scale, mask, y.data(), lse.data() + task % heads * N, dy, dqkv, add);
+      attend_backward(view(qkv, rows, asking, task), scale, mask, y.data(), lse.data() + task % heads * M, dy, dqkv, add);
     });
   });
   return y;
@@ -507,6 +536,19 @@ Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows) {
   for (int64_t i = 0; i < n; i++) std::copy_n(x.data() + rows[(size_t)i] * H, H, y.data() + i * H);
   record("gather_rows", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] {
     for (int64_t i = 0; i < n; i++) kernels().add(y.grad() + i * H, x.grad() + rows[(size_t)i] * H, H);
+  });
+  return y;
+}
+
+// y[rows[i]] = x[i], 0 elsewhere        x [M,H] -> y [n,H]        dx[i] += dy[rows[i]]        rows ascend
+Tensor place_rows(const Tensor& x, const std::vector<int64_t>& rows, int64_t n) {
+  const int64_t M = (int64_t)rows.size(), H = x.cols();
+  if (x.rows() != M) throw Error("place_rows: x " + shape_of(x) + " has not " + std::to_string(M) + " rows");
+  check_ascending("place_rows", rows, n);
+  Tensor y(Shape{n, H}, 0.f);
+  for (int64_t i = 0; i < M; i++) std::copy_n(x.data() + i * H, H, y.data() + rows[(size_t)i] * H);
+  record("place_rows", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] {
+    for (int64_t i = 0; i < M; i++) kernels().add(y.grad() + rows[(size_t)i] * H, x.grad() + i * H, H);
   });
   return y;
 }

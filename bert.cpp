@@ -540,29 +540,31 @@ void Bert::draw_again(int64_t top, uint64_t seed) {
 // ==== the model ===================================================================================================
 // One encoder layer, post-norm as in the paper (Vaswani et al. 2017, figure 1; Devlin et al. 2019).
 //   x [N,H], packed rows split at offsets [R+1]   ->   [N,H]
-static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p, const Config& c, Dropout& drop) {
-  Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                                 // [N,3H]
-  Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop);                        // [N,H]
-  Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                           // [N,H]
-  Tensor h = residual_norm(x, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
-  qkv = mix = out = {};  // without a tape nobody wants them any more: their room is free for the next
-  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                             // [N,F]
-  Tensor down = linear(up, p.down.weight, p.down.bias);                                                    // [N,H]
-  return residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);  // [N,H]
+// read: M tokens whose output is wanted; the others take part as keys and values, and their output is 0. Empty: M is N.
+static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p, const Config& c, Dropout& drop, const Tokens& read) {
+  Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                                  // [N,3H]
+  Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop, read);                   // [M,H]
+  Tensor in = read.empty() ? x : gather_rows(x, read);                                                               // [M,H]
+  Tensor out = linear(mix, p.attention_out.weight, p.attention_out.bias);                                            // [M,H]
+  Tensor h = residual_norm(in, out, p.attention_norm.weight, p.attention_norm.bias, (float)c.layer_norm_eps, drop);  // [M,H]
+  qkv = mix = in = out = {};  // without a tape nobody wants them any more: their room is free for the next
+  Tensor up = linear(h, p.up.weight, p.up.bias, c.hidden_act);                                                 // [M,F]
+  Tensor down = linear(up, p.down.weight, p.down.bias);                                                        // [M,H]
+  Tensor y = residual_norm(h, down, p.output_norm.weight, p.output_norm.bias, (float)c.layer_norm_eps, drop);  // [M,H]
+  return read.empty() ? y : place_rows(y, read, x.rows());
 }
 
-Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute) const {
+Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute, const Tokens& read) const {
   Profile::lap();
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
   if (projection.weight) x = linear(x, projection.weight, projection.bias);                            // [N,H], ELECTRA's
-  for (const Layer& layer : layers)
-    if (recompute)
-      x = recomputed(
-          x, layer.up.weight,
-          [layer, rows = batch.offsets, c = config](const Tensor& in, Dropout& d) { return encoder_layer(in, rows, layer, c, d); }, drop);
-    else
-      x = encoder_layer(x, batch.offsets, layer, config, drop);
+  for (const Layer& layer : layers) {
+    auto run = [layer, rows = batch.offsets, c = config, some = &layer == &layers.back() ? read : Tokens()](const Tensor& in, Dropout& d) {
+      return encoder_layer(in, rows, layer, c, d, some);
+    };
+    x = recompute ? recomputed(x, layer.up.weight, run, drop) : run(x, drop);
+  }
   return x;
 }
 
@@ -593,34 +595,46 @@ static Batch rows_of(const Batch& batch, int64_t first, int64_t last) {
 // A few rows at a time go through all layers on one thread: what passes from op to op then stays in that core's second cache, and no
 // thread waits for another between ops. The bytes are those of the whole batch at once.
 static constexpr int64_t kGroupTokens = 128;  // measured: 64 and 256 are as fast, all at once is 5 % (f32) to 13 % (int8) slower
-Tensor Bert::forward(const Batch& batch) const {
+Tensor Bert::forward(const Batch& batch, const Tokens& read) const {
   Offsets groups{0};  // rows
   for (int64_t r = 1; r <= batch.rows(); r++)
     if (r == batch.rows() || batch.offsets[(size_t)r + 1] - batch.offsets[(size_t)groups.back()] > kGroupTokens) groups.push_back(r);
   Dropout none;
   const bool packed = !layers.empty() && layers[0].up.weight.packed();  // plain weights would be packed for each group again
-  if (!packed || device_in_use() || (int64_t)groups.size() <= 2 * threads()) return finite(forward(batch, none));
+  if (!packed || device_in_use() || (int64_t)groups.size() <= 2 * threads()) return finite(forward(batch, none, false, read));
   const int64_t H = config.hidden_size;
   Tensor y({batch.tokens(), H});
   parallel_for((int64_t)groups.size() - 1, [&](int64_t g) {
     const int64_t first = groups[(size_t)g], last = groups[(size_t)g + 1];
+    const int64_t begin = batch.offsets[(size_t)first], end = batch.offsets[(size_t)last];
     Dropout none;
-    const Tensor part = finite(forward(rows_of(batch, first, last), none));
-    std::copy_n(part.data(), part.size(), y.data() + batch.offsets[(size_t)first] * H);
+    Tokens own;
+    for (auto t = std::lower_bound(read.begin(), read.end(), begin); t != read.end() && *t < end; t++) own.push_back(*t - begin);
+    const Tensor part = finite(forward(rows_of(batch, first, last), none, false, own));
+    std::copy_n(part.data(), part.size(), y.data() + begin * H);
   });
   return y;
 }
 
 // ==== heads =======================================================================================================
+static Tokens first_tokens(const Batch& batch) { return {batch.offsets.begin(), batch.offsets.end() - 1}; }  // [CLS] of each row
+
 Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
   if (!pooler.weight) throw Error("pooled: this model has no pooler");
-  const std::vector<int64_t> first(batch.offsets.begin(), batch.offsets.end() - 1);              // [CLS] of each row
-  return linear(gather_rows(hidden, first), pooler.weight, pooler.bias, family(config).pooler);  // [R,H]
+  return linear(gather_rows(hidden, first_tokens(batch)), pooler.weight, pooler.bias, family(config).pooler);  // [R,H]
+}
+
+Tokens Bert::read_by_head(const Batch& batch) const {
+  const HeadKind& head = head_kind(task);
+  const Tokens first = head.next_sentence || (head.output && !head.tokens) ? first_tokens(batch) : Tokens();
+  Tokens read;
+  std::set_union(first.begin(), first.end(), batch.masked.begin(), batch.masked.end(), std::back_inserter(read));
+  return read;
 }
 
 // What the masked words are told from: dense, activation, LayerNorm.   [M,E]
 // The masked tokens are gathered first, so that the large product is [M,V] and not [N,V].
-static Tensor masked_hidden(const Bert& m, const Tensor& hidden, const std::vector<int64_t>& masked) {
+static Tensor masked_hidden(const Bert& m, const Tensor& hidden, const Tokens& masked) {
   Dropout none;
   const Activation act =
       family(m.config).pooler == Activation::gelu ? Activation::gelu : m.config.hidden_act;  // ELECTRA's heads know no other
@@ -628,7 +642,7 @@ static Tensor masked_hidden(const Bert& m, const Tensor& hidden, const std::vect
   return residual_norm(x, {}, m.transform_norm.weight, m.transform_norm.bias, (float)m.config.layer_norm_eps, none);
 }
 
-Tensor Bert::masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const {
+Tensor Bert::masked_logits(const Tensor& hidden, const Tokens& masked) const {
   return linear(masked_hidden(*this, hidden, masked), decoder ? decoder : word, decoder_bias);  // [M,V], tied to the embeddings
 }
 
@@ -652,7 +666,7 @@ Tensor Bert::logits(const Tensor& hidden, const Batch& batch, Dropout& drop) con
 // One way of pooling, of all rows.   hidden [N,H]   ->   [R,H]
 static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden, const Batch& batch) {
   if (kind == Pooling::mean) return mean_rows(hidden, batch.offsets);
-  if (kind == Pooling::cls) return gather_rows(hidden, {batch.offsets.begin(), batch.offsets.end() - 1});
+  if (kind == Pooling::cls) return gather_rows(hidden, first_tokens(batch));
   if (kind == Pooling::pooler) return bert.pooled(hidden, batch);
   const int64_t R = batch.rows(), H = hidden.cols();
   Tensor v(Shape{R, H}, kind == Pooling::max ? -std::numeric_limits<float>::infinity() : 0.f);
@@ -670,6 +684,13 @@ static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden
     for (int64_t c = 0; c < H; c++) out[c] /= divisor;
   });
   return v;
+}
+
+// What pooling reads of forward's output; empty: every token.
+static Tokens read_by(const Pooling& pooling, const Batch& batch) {
+  for (const Pooling::Kind kind : pooling.kinds)
+    if (kind != Pooling::cls && kind != Pooling::pooler) return {};
+  return first_tokens(batch);
 }
 
 // Vectors of a batch's rows from the encoder's output: [R, width].
@@ -838,18 +859,25 @@ static Dropout step_dropout(const Config& c, const TrainSettings& settings, int6
           {settings.seed, (uint32_t)step, (uint32_t)micro, 0}};
 }
 
-double forward_flops(const Config& c, const Batch& b) {
-  const double H = (double)c.hidden_size, F = (double)c.intermediate_size;
-  double attention = 0;
-  for (int64_t r = 0; r < b.rows(); r++) attention += 4 * H * std::pow((double)(b.offsets[(size_t)r + 1] - b.offsets[(size_t)r]), 2);
-  return (double)c.num_hidden_layers * ((double)b.tokens() * 2 * (4 * H * H + 2 * H * F) + attention);
+double forward_flops(const Config& c, const Batch& b, const Tokens& read) {
+  const double H = (double)c.hidden_size, F = (double)c.intermediate_size, N = (double)b.tokens();
+  double attention = 0, left_out = 0;  // of a layer; of the last one
+  for (int64_t r = 0; r < b.rows(); r++) {
+    const int64_t begin = b.offsets[(size_t)r], end = b.offsets[(size_t)r + 1];
+    const auto first = std::lower_bound(read.begin(), read.end(), begin), last = std::lower_bound(first, read.end(), end);
+    const double T = (double)(end - begin);
+    attention += 4 * H * T * T;
+    if (!read.empty()) left_out += (T - (double)(last - first)) * (4 * H * T + 2 * (H * H + 2 * H * F));
+  }
+  return (double)c.num_hidden_layers * (N * 2 * (4 * H * H + 2 * H * F) + attention) - left_out;
 }
 
 // A training step's: each product has two in backward, but for those of frozen layers; those of the masked words are counted too.
 static double step_flops(const Bert& model, const Batch& b, int64_t frozen) {
-  const double L = (double)model.config.num_hidden_layers, trained = L - (double)frozen;
   const double head = b.masked.empty() ? 0 : 2 * (double)b.masked.size() * (double)(model.transform.weight.size() + model.word.size());
-  return forward_flops(model.config, b) * (1 + 2 * trained / L) + 3 * head;
+  const double all = forward_flops(model.config, b, model.read_by_head(b));
+  const double in_frozen = (double)frozen / (double)model.config.num_hidden_layers * forward_flops(model.config, b);
+  return 3 * (all + head) - 2 * std::min(all, in_frozen);
 }
 
 MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int64_t tokens, int64_t masked) {
@@ -860,21 +888,23 @@ MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int6
   const double N = (double)tokens, M = (double)masked, word = (double)model.word.size(), V = (double)c.vocab_size;
   const double parameters = (double)model.parameter_count(), in_layers = L * (4 * H * H + 2 * H * F);
   // Floats a token: of a layer its input, q, k and v, the mixed heads, two sums, their norm, and up before and after its activation.
+  // Of the last layer those behind q, k and v are the masked tokens' alone.
   const double layer = (narrow ? 7.5 * H + F : 8 * H + 2 * F) + A + 4, ends = 4 * H + M / N * 4 * H;
+  const double few = layer - 4 * H, left_out = settings.recompute ? 0 : (1 - M / N) * few;
   const double kept = settings.recompute ? H : layer, up = F * (narrow ? 2 : 1);
   const double backward = up + (narrow ? 5 : 3) * H + (settings.recompute ? layer : 0);
   const double earlier = (double)std::bit_width((uint64_t)settings.accumulate) - 1;  // gradients of micro-batches, whole ones
-  // The loss: all that is kept, and some rows' logits, in bf16 with the vocabulary's weights in panels; or the gradients of the last
-  // layer's up and down, in bf16 with two copies. The end: all gradients.
+  // The loss: all that is kept, and some rows' logits, in bf16 with the vocabulary's weights in panels; or the gradients of up
+  // and down in the layer before the last, in bf16 with two copies (its own few rows' room does not serve them). The end: all gradients.
   const double logits =
       std::max(std::min(M, 512.) * V * (narrow ? 1.5 : 1) + (narrow ? 2 * word : 0), settings.recompute ? 0 : N * (up + 2 * H));
-  const double at_loss = N * L * kept + word + logits, at_end = parameters + N * backward;
+  const double at_loss = N * (L * kept - left_out) + word + logits, at_end = parameters + N * backward;
   MemoryUse use;
   use.weights = 4 * parameters, use.moments = 8 * parameters;
   use.gradients = 4 * (earlier * parameters + (at_loss > at_end ? word : parameters));
-  use.activations = 4 * N * ((at_loss > at_end ? L * kept : kept) + ends) + (narrow ? 2 * in_layers : 0);
+  use.activations = 4 * N * ((at_loss > at_end ? L * kept - left_out : kept) + ends) + (narrow ? 2 * in_layers : 0);
   use.buffers = 4 * (at_loss > at_end ? logits : N * backward);
-  if (settings.recompute) use.buffers = 4 * (logits + N * backward);  // the logits' room, in one piece, does not serve a layer's tensors
+  if (settings.recompute) use.buffers = 4 * (logits + N * backward + M * few);  // whose room does not serve a whole layer's tensors
   use.buffers += 0.09 * use.total() + (20 << 20) + 512 * V;  // measured: what the pool cannot fill, the program, a vocabulary's tables
   return use;
 }
@@ -936,7 +966,7 @@ static std::string not_finite(const Bert& model, std::span<const Batch> batches,
     for (int64_t layer = 0; layer <= L + 1; layer++) {
       Dropout drop = step_dropout(model.config, settings, step, i);
       cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
-      Tensor x = cut.forward(batches[i], drop);
+      Tensor x = cut.forward(batches[i], drop, false, layer < L ? Tokens() : model.read_by_head(batches[i]));
       if (layer > L) x = row_losses(model, x, batches[i]);
       const int64_t at = first_not_finite(x);  // a token, or of losses a row
       if (at < 0) continue;
@@ -960,7 +990,7 @@ static std::string largest_of(const Bert& model, std::span<const Batch> batches,
   for (size_t i = 0; i < batches.size(); i++) {
     const Batch& b = batches[i];
     Dropout drop = step_dropout(model.config, settings, step, i);
-    const Tensor losses = row_losses(model, model.forward(b, drop), b);
+    const Tensor losses = row_losses(model, model.forward(b, drop, false, model.read_by_head(b)), b);
     const float* const most_here = std::max_element(losses.data(), losses.data() + b.rows());
     if (*most_here <= worst) continue;
     worst = *most_here;
@@ -993,7 +1023,8 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
     const Batch& batch = micro_batches[i];
     Dropout drop = step_dropout(model_.config, settings_, done_, i);
     Tape tape(settings_.products);
-    const Tensor hidden = model_.forward(batch, drop, settings_.recompute);
+    const Tokens read = model_.task == Task::embed ? read_by(settings_.loss.pooling, batch) : model_.read_by_head(batch);
+    const Tensor hidden = model_.forward(batch, drop, settings_.recompute, read);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
     report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
     report.flops += step_flops(model_, batch, settings_.freeze);
@@ -1652,7 +1683,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
   const int64_t batches = sampler.window_batches();
   for (int64_t b = 0; b < batches; b++) {
     const Batch batch = sampler.next(b, 0);
-    const Tensor hidden = model.forward(batch);
+    const Tensor hidden = model.forward(batch, model.read_by_head(batch));
     sums.masked += cross_entropy(finite(model.masked_logits(hidden, batch.masked)), batch.masked_labels, 1, &sums.masked_right).item();
     if (used.next_sentence)
       sums.next_sentence += cross_entropy(finite(model.logits(hidden, batch, none)), batch.labels, 1, &sums.next_right).item();
@@ -1911,7 +1942,7 @@ Tensor head_outputs(const Bert& model, std::span<const Example> examples, int64_
     throw Error("a model for " + std::string(head.name) + " answers nothing about a text; use fill-mask or embed, or fine-tune it");
   return gather_answers(examples, head.classes(model.config), head.tokens, batch_tokens, [&](const Batch& batch) {
     Dropout none;
-    return finite(model.logits(model.forward(batch), batch, none));
+    return finite(model.logits(model.forward(batch, model.read_by_head(batch)), batch, none));
   });
 }
 
@@ -1921,7 +1952,7 @@ Tensor token_vectors(const Bert& model, std::span<const Example> examples, int64
 
 Tensor embed_examples(const Bert& model, std::span<const Example> examples, const Pooling& pooling, int64_t batch_tokens) {
   return gather_answers(examples, pooling.width(model.config.hidden_size), false, batch_tokens,
-                        [&](const Batch& b) { return pool_rows(model, model.forward(b), b, pooling); });
+                        [&](const Batch& b) { return pool_rows(model, model.forward(b, read_by(pooling, b)), b, pooling); });
 }
 
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows) {
@@ -3401,7 +3432,7 @@ std::vector<std::vector<MaskGuess>> guess_masks(const ModelFolder& folder, std::
       for (int64_t t = batch.offsets[(size_t)r], n = 0; t < batch.offsets[(size_t)r + 1]; t++)
         if (batch.ids[(size_t)t] == folder.tokenizer.mask) batch.masked.push_back(t), places.push_back({r, n++});
     if (places.empty()) return;
-    const Tensor hidden = bert.forward(batch);
+    const Tensor hidden = bert.forward(batch, batch.masked);
     const int64_t V = bert.config.vocab_size, count = std::clamp<int64_t>(top, 0, V);
     std::vector<int32_t> ids((size_t)V);
     Tensor p;
@@ -3443,7 +3474,7 @@ std::vector<TextScore> score_texts(const ModelFolder& folder, std::span<const Ex
         batch.add_row(ids, e.segments);
         ids[tokens[k]] = e.ids[tokens[k]];
       }
-      const Tensor logits = finite(bert.masked_logits(bert.forward(batch), batch.masked));
+      const Tensor logits = finite(bert.masked_logits(bert.forward(batch, batch.masked), batch.masked));
       for (int64_t m = 0; m < logits.rows(); m++) {  // one by one: a sum in float over a batch would depend on the batch
         const float* row = logits.data() + m * logits.cols();
         double sum = 0, highest = *std::max_element(row, row + logits.cols());

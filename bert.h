@@ -165,12 +165,13 @@ struct Config {   // config.json, by the names there
 };
 
 // ==== 3 batches ==================================================================================================
+using Tokens = std::vector<int64_t>;               // some of a batch's, by their packed indices
 // Rows packed one after another, without padding: no mask anywhere.
 struct Batch {
   std::vector<int32_t> ids, segments, positions;   // [N]
   Offsets offsets{0};                              // [R+1]
   // what a loss asks for, filled in by training only:
-  std::vector<int64_t> masked;                     // [M] packed index of each masked token, ascending
+  Tokens masked;                                   // [M] the masked tokens, ascending
   std::vector<int32_t> masked_labels;              // [M] its true id
   std::vector<int32_t> labels;                     // kIgnored: none. By the task: [R] class; [R] next sentence: 0 next, 1 random;
                                                    // tag [N] each token's; qa [R,2] start and end in the row; choice [G] the right row
@@ -249,11 +250,13 @@ struct Bert {
   Precision table_rounded = Precision::f32;        // by pack()
 
   // The encoder: packed tokens -> [N,H]. For the output of layer l take a copy whose `layers` are cut to l: copies share their numbers.
-  // recompute: of each layer a tape keeps the input alone.
-  Tensor forward(const Batch& batch, Dropout& drop, bool recompute = false) const;
-  Tensor forward(const Batch& batch) const;        // without dropout
+  // recompute: of each layer a tape keeps the input alone. read: the tokens whose output is wanted, ascending (empty: all); the last layer
+  // makes no other's, which is 0. A sixth of BERT's products are in the last of six layers, and a masked-word head reads a seventh of it.
+  Tensor forward(const Batch& batch, Dropout& drop, bool recompute = false, const Tokens& read = {}) const;
+  Tensor forward(const Batch& batch, const Tokens& read = {}) const;   // without dropout
+  Tokens read_by_head(const Batch& batch) const;   // what the model's head reads of forward's output: `read` for it
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
-  Tensor masked_logits(const Tensor& hidden, const std::vector<int64_t>& masked) const;        // [M,V]
+  Tensor masked_logits(const Tensor& hidden, const Tokens& masked) const;                      // [M,V]
   Tensor masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const;   // [1] for training: not packed
   // Of the head that answers about rows [R,C], or about tokens [N,C]: tags; start and end; above 0: the token was replaced.
   Tensor logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;
@@ -315,8 +318,8 @@ struct StepReport {
   std::string fault;                               // a spike, or not finite: where, and in which row of the batches
   bool skipped = false;                            // for that its update was left out
 };
-// A forward's products, 2 a multiply-add: the six of a layer and attention's two, without the heads'.
-double forward_flops(const Config& config, const Batch& batch);
+// A forward's products, 2 a multiply-add: the six of a layer and attention's two, without the heads'. read: as Bert::forward takes it.
+double forward_flops(const Config& config, const Batch& batch, const Tokens& read = {});
 
 // What a pretraining run holds at the moment when it holds most, in bytes: while the loss is made, or at the end of backward. tokens: of a
 // micro-batch. Activations are what ops keep for backward, of which autograd.cpp says how much; buffers what is made and let go in between,

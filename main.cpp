@@ -3152,8 +3152,6 @@ void cmd_quantize(Args& a) {
 }
 
 // ==== 15 bench ====================================================================================================
-constexpr double kMasked = 0.15;  // of a training batch's tokens
-
 // Rows `what engine config metric value`: as TSV, or aligned for people.
 struct BenchTable {
   std::string what, config;
@@ -3173,7 +3171,7 @@ struct BenchTable {
     for (const auto& [metric, value] : list) row(engine, config, metric, value);
   }
   template <class F>
-  void model(const Config& c, std::span<const Batch> batches, double enough, F&& call) const;
+  void model(const Bert& bert, std::span<const Batch> batches, double enough, F&& call) const;
   template <class F>
   void profile(double batches, F&& call) const;
 };
@@ -3195,10 +3193,10 @@ void bench_gemm(const BenchTable& table) {
 }
 
 // Seconds of a forward on these batches if each product ran at gemm's peak: the best speed at its n and k and the largest m of 32, 512 and
-// 4096 that the batch reaches; attention's two count as more of those of H by H. `masked` of the tokens go through the masked-word head. A
-// backward has two more of the same sizes for each.
-double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precision precision, double masked) {
-  const int64_t H = c.hidden_size, F = c.intermediate_size;
+// 4096 that the batch reaches; attention's two count as more of those of H by H. A backward has two more of the same sizes for each.
+double seconds_at_peak(const Bert& bert, std::span<const Batch> batches, Precision precision) {
+  const Config& c = bert.config;
+  const int64_t H = c.hidden_size, F = c.intermediate_size, V = c.vocab_size;
   std::map<std::array<int64_t, 3>, double> speeds;
   auto took = [&](double rows, int64_t n, int64_t k, double gflop) {
     const int64_t m = rows < 512 ? 32 : rows < 4096 ? 512 : 4096;
@@ -3208,23 +3206,27 @@ double seconds_at_peak(const Config& c, std::span<const Batch> batches, Precisio
   };
   double seconds = 0;
   for (const Batch& b : batches) {
-    const double rows = (double)b.tokens(), head = masked * rows, pair = 2e-9 * (double)H;
-    const double wide = pair * rows * (double)(c.num_hidden_layers * F);  // up, or down
-    seconds += took(rows, H, H, 1e-9 * forward_flops(c, b) - 2 * wide) + took(rows, F, H, wide) + took(rows, H, F, wide);
-    if (masked > 0) seconds += took(head, H, H, pair * head * (double)H) + took(head, c.vocab_size, H, pair * head * (double)c.vocab_size);
+    const Tokens read = bert.read_by_head(b);
+    const double N = (double)b.tokens(), last = read.empty() ? N : (double)read.size(), head = (double)b.masked.size();
+    const double pair = 2e-9 * (double)H, in_last = pair * last * (double)F;  // up, or down
+    const double wide = pair * N * (double)(F * (c.num_hidden_layers - 1));
+    seconds += took(N, H, H, 1e-9 * forward_flops(c, b, read) - 2 * (wide + in_last)) + took(N, F, H, wide) + took(N, H, F, wide);
+    seconds += took(last, F, H, in_last) + took(last, H, F, in_last);
+    if (head > 0) seconds += took(head, H, H, pair * head * (double)H) + took(head, V, H, pair * head * (double)V);
   }
   return seconds;
 }
 
 // What a batch takes of a call that computes all of these: a forward, or a step of training; gemm's peak is measured last.
 template <class F>
-void BenchTable::model(const Config& c, std::span<const Batch> batches, double enough, F&& call) const {
-  const double passes = what == "train" ? 3 : 1, masked = what == "train" ? kMasked : 0;  // backward is twice the forward's products
+void BenchTable::model(const Bert& bert, std::span<const Batch> batches, double enough, F&& call) const {
+  const double passes = what == "train" ? 3 : 1;  // backward is twice the forward's products
   const double n = (double)batches.size(), seconds = median_seconds(enough, call) / n;
   double tokens = 0, gflop = 0;  // of the layers, as the peers count
-  for (const Batch& b : batches) tokens += (double)b.tokens() / n, gflop += 1e-9 * passes * forward_flops(c, b) / n;
+  for (const Batch& b : batches)
+    tokens += (double)b.tokens() / n, gflop += 1e-9 * passes * forward_flops(bert.config, b, bert.read_by_head(b)) / n;
   rows({{"ms", seconds * 1e3}, {"tok/s", tokens / seconds}, {"GFLOP/s", gflop / seconds}, {"MiB", peak_mib()}});
-  const double at_peak = passes * seconds_at_peak(c, batches, precision, masked) / n;
+  const double at_peak = passes * seconds_at_peak(bert, batches, precision) / n;
   rows({{tsv ? "%_of_gemm_peak" : "% of gemm's peak at the shapes of its products", 100 * at_peak / seconds}});
   if (profiled) profile(n, call);
 }
@@ -3313,7 +3315,7 @@ void bench_infer(const BenchTable& table, const BenchShape& s, uint64_t seed) {
   bert.pack(table.precision);
   Random random({seed, 0, 0, kOrderStream});
   const Batch batch = random_batch(s, random);
-  table.model(bert.config, {&batch, 1}, 1.0, [&] { bert.forward(batch); });
+  table.model(bert, {&batch, 1}, 1.0, [&] { bert.forward(batch); });
 }
 
 // Real pairs, a TAB b, as rows of one batch a step.
@@ -3346,10 +3348,16 @@ void bench_train(const BenchTable& table, const BenchShape& s, const Source& sou
   TrainSettings settings;
   settings.steps = 1000000, settings.warmup = 0, settings.seed = seed, settings.products = table.precision;
   Trainer trainer(Bert::random(Config::named(s.name, kBenchVocab), Task::pretrain, seed), settings);
-  table.model(trainer.model().config, batches, 2.0, [&] {
-    for (Batch b : batches) {
-      mask_tokens(b, mask, kMasked, false, {seed, (uint32_t)trainer.done(), 0, kMaskStream});
-      trainer.step({&b, 1});
+  auto masked = [&](Batch b) {
+    mask_tokens(b, mask, 0.15, false, {seed, (uint32_t)trainer.done(), 0, kMaskStream});
+    return b;
+  };
+  std::vector<Batch> counted;
+  for (const Batch& b : batches) counted.push_back(masked(b));
+  table.model(trainer.model(), counted, 2.0, [&] {
+    for (const Batch& b : batches) {
+      const Batch one = masked(b);
+      trainer.step({&one, 1});
     }
   });
 }

@@ -566,7 +566,9 @@ using Offsets = std::vector<int64_t>;                          // [R+1]: row r i
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b = {}, Activation act = Activation::none);
 // Multi-head self-attention, each row by itself: softmax(q k^T / sqrt(D)) v for each head.   Vaswani et al. 2017, eq. 1.
 //   qkv [N,3H], the three side by side; P = maximum positions (numbers the dropout draws)   ->   [N,H]
-Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop);
+// queries: M tokens, ascending, that ask; all are asked (keys and values)   ->   [M,H].   Empty: every token asks.
+Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64_t max_positions, Dropout& drop,
+                 const std::vector<int64_t>& queries = {});
 // LayerNorm(x + dropout(f)):   x, f [N,H]   gamma, beta [H]   ->   [N,H].   Ba et al. 2016, biased variance. `f` may be empty.
 Tensor residual_norm(const Tensor& x, const Tensor& f, const Tensor& gamma, const Tensor& beta, float eps, Dropout& drop);
 // dropout(LayerNorm(word[ids] + segment[segments] + position[positions])):   tables [V,H] [S,H] [P,H]   ->   [N,H]
@@ -576,6 +578,7 @@ Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& p
                       float eps, Dropout& drop, Precision rounded = Precision::f32);
 Tensor dropout(const Tensor& x, Dropout& drop);                                       // x / (1 - p) where kept, else 0
 Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows);                // x [N,H] -> [rows.size(), H]
+Tensor place_rows(const Tensor& x, const std::vector<int64_t>& rows, int64_t n);      // x [M,H] -> [n,H]: row rows[i] is x's i-th, others 0
 Tensor mean_rows(const Tensor& x, const Offsets& offsets);                            // x [N,H] -> [R,H]: the mean of each row's tokens
 Tensor normalize_rows(const Tensor& x);                                               // x / max(|x|_2, 1e-12) by row
 Tensor softmax(const Tensor& x);                                                      // over the last dimension
@@ -836,8 +839,8 @@ struct Kernels {
 std::vector<const Kernels*> usable_kernels();   // [0] is scalar, the reference; the last is the best this CPU has
 const Kernels& kernels();                       // chosen once: BERT_KERNELS=name, else the best
 // The engine's own functions, in scalar form; every kernel computes exactly these. Largest errors, measured against double
-// (tests/test_tensor.cpp): exp 0.9 ulp (0 below -87), log 0.8, tanh 1.4; Phi 6e-8, and relative 1e-5 down to x = -8; gelu 2.5 ulp
-// from x = -1 up, 6e-8 below; gelu_tanh 4 ulp and 2e-7; their derivatives 2e-7 and 3e-6.
+// (tests/test_tensor.cpp): exp 0.9 ulp (0 below -87), log 0.8, tanh 1.4; Phi 6.5e-8, and relative 3e-4 down to x = -5.8, where it
+// ends; gelu 2.5 ulp from x = -1 up, 6e-8 below; gelu_tanh 4 ulp and 2e-7; their derivatives 2e-7 and 3e-6.
 float exp_f32(float x);
 float log_f32(float x);                         // x > 0, normal
 float tanh_f32(float x);

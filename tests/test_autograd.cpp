@@ -199,8 +199,42 @@ TEST_CASE("attention: backward over several blocks agrees with a row cut by hand
   CHECK(analytic == doctest::Approx((loss(1e-2) - loss(-1e-2)) / 2e-2).epsilon(1e-3));
 }
 
+TEST_CASE("attention: some tokens' queries alone give the bytes, and the gradients, that all give there") {
+  // Rows of several tiles; one without a query, one with all its own; more queries of a row than a tile holds.
+  const Offsets rows{0, 300, 305, 310, 460};
+  std::vector<int64_t> queries;
+  for (int64_t t = 0; t < 300; t += 2) queries.push_back(t);
+  for (const int64_t t : {305, 306, 307, 308, 309, 459}) queries.push_back(t);
+  for (const float p : {0.f, 0.3f}) {
+    CAPTURE(p);
+    const Tensor w = random_tensor({(int64_t)queries.size(), 16}, 2);
+    std::vector<Tensor> answers, gradients;
+    for (const bool some : {true, false}) {
+      Tensor qkv = random_tensor({460, 48}, 1);
+      qkv.set_needs_grad();
+      Dropout drop = dropping(p);
+      Tape tape;
+      answers.push_back(some ? attention(qkv, rows, 2, 512, drop, queries) : gather_rows(attention(qkv, rows, 2, 512, drop), queries));
+      tape.backward(weighted_sum(answers.back(), w));
+      gradients.push_back(qkv.take_grad());
+    }
+    CHECK(std::memcmp(answers[0].data(), answers[1].data(), sizeof(float) * (size_t)w.size()) == 0);
+    CHECK(testing::largest_difference(gradients[0].data(), gradients[1].data(), gradients[0].size()) < 1e-5);
+  }
+  Tensor qkv = random_tensor({9, 18}, 4);
+  auto twice = [&] {  // the second adds to the first's gradient
+    Dropout drop = dropping(0.3f);
+    const Tensor some = attention(qkv, {0, 3, 4, 9}, 2, 16, drop, {1, 4, 8});
+    return add(some, attention(qkv, {0, 3, 4, 9}, 2, 16, drop, {0, 2, 5}));
+  };
+  CHECK(grad_error({qkv}, twice) < kTolerance);
+}
+
 TEST_CASE("attention: bad arguments are named") {
   Dropout none;
+  for (const std::vector<int64_t>& queries : {std::vector<int64_t>{1, 1}, {2, 1}, {-1}, {4}})
+    CHECK_THROWS_WITH_AS(attention(Tensor({4, 12}, 0.f), {0, 4}, 2, 16, none, queries),
+                         "attention: rows must ascend and be of the 4, each at most once", Error);
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {0, 3}, 2, 16, none), Error);  // offsets end early
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {0, 3, 2, 4}, 2, 16, none), Error);
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {}, 2, 16, none), Error);
@@ -247,6 +281,7 @@ TEST_CASE("embedding_norm: gradients of the tables, tokens that repeat, and drop
 TEST_CASE("rows, softmax, add: gradients") {
   Tensor x = random_tensor({6, 5}, 1), y = random_tensor({6, 5}, 2);
   CHECK(grad_error({x}, [&] { return gather_rows(x, {5, 0, 0, 3}); }) < kTolerance);
+  CHECK(grad_error({x}, [&] { return place_rows(x, {0, 1, 3, 4, 7, 8}, 9); }) < kTolerance);
   CHECK(grad_error({x}, [&] { return mean_rows(x, {0, 1, 1, 4, 6}); }) < kTolerance);
   CHECK(grad_error({x}, [&] { return normalize_rows(x); }) < kTolerance);
   CHECK(grad_error({x}, [&] { return softmax(x); }) < kTolerance);
@@ -256,6 +291,8 @@ TEST_CASE("rows, softmax, add: gradients") {
   CHECK(grad_error({one}, [&] { return add(softmax(one), one); }) < kTolerance);  // rows of length 1
   CHECK_THROWS_AS(add(x, one), Error);
   CHECK_THROWS_AS(gather_rows(x, {6}), Error);
+  CHECK_THROWS_AS(place_rows(x, {0, 1, 2, 3, 4}, 9), Error);
+  CHECK_THROWS_AS(place_rows(x, {0, 1, 2, 3, 4, 9}, 9), Error);
   CHECK_THROWS_AS(mean_rows(x, {0, 5}), Error);
   CHECK_THROWS_AS(mean_rows(x, {0, 9, 6}), Error);  // the end is right, the way there is not
   CHECK_THROWS_AS(mean_rows(x, {}), Error);

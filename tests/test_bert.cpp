@@ -99,8 +99,6 @@ TEST_CASE("golden: every output, loss and gradient of a pretraining model, both 
     const Batch batch = read_rows(folder + "/rows.json", Task::pretrain);
     CHECK(batch.tokens() == 127);
     Dropout none;
-    Tape tape;
-    const Tensor hidden = m.bert.forward(batch, none);
     for (size_t l = 0; l <= 2; l++) {  // the output of layer l: a model that ends there
       Bert first = m.bert;
       first.layers.resize(l);
@@ -109,18 +107,23 @@ TEST_CASE("golden: every output, loss and gradient of a pretraining model, both 
       const Tensor x = first.forward(batch, none);
       CHECK(difference(golden, what, x.data(), x.size()) < 4 * (l == 0 ? 5.04e-7 : l == 1 ? 9.51e-7 : 1.38e-6));
     }
-    const Tensor pooled = m.bert.pooled(hidden, batch), mlm = m.bert.masked_logits(hidden, batch.masked),
-                 nsp = m.bert.logits(hidden, batch, none);
-    CHECK(difference(golden, "pooled", pooled.data(), pooled.size()) < 4 * 7.84e-7);
-    CHECK(difference(golden, "mlm_logits", mlm.data(), mlm.size()) < 4 * 1.88e-6);
-    CHECK(difference(golden, "nsp_logits", nsp.data(), nsp.size()) < 4 * 6.5e-7);
-    Losses losses;
-    const Tensor loss = batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), (double)batch.rows()}, none, losses);
-    CHECK(std::fabs(losses.masked - golden_number(folder, "mlm_loss")) < 4 * 2.64e-7);
-    CHECK(std::fabs(losses.next_sentence - golden_number(folder, "nsp_loss")) < 4 * 2.64e-7);
-    CHECK(std::fabs(losses.total - golden_number(folder, "total_loss")) < 4 * 2.64e-7);
-    tape.backward(loss);
-    check_gradients(m.bert, golden, 4 * 5.99e-7, 4 * 1.79e-8);
+    for (const Tokens& read : {Tokens(), m.bert.read_by_head(batch)}) {  // every token's output; those that the head reads
+      Tape tape;
+      const Tensor hidden = m.bert.forward(batch, none, false, read);
+      const Tensor pooled = m.bert.pooled(hidden, batch), mlm = m.bert.masked_logits(hidden, batch.masked),
+                   nsp = m.bert.logits(hidden, batch, none);
+      CHECK(difference(golden, "pooled", pooled.data(), pooled.size()) < 4 * 7.84e-7);
+      CHECK(difference(golden, "mlm_logits", mlm.data(), mlm.size()) < 4 * 1.88e-6);
+      CHECK(difference(golden, "nsp_logits", nsp.data(), nsp.size()) < 4 * 6.5e-7);
+      Losses losses;
+      const Tensor loss = batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), (double)batch.rows()}, none, losses);
+      CHECK(std::fabs(losses.masked - golden_number(folder, "mlm_loss")) < 4 * 2.64e-7);
+      CHECK(std::fabs(losses.next_sentence - golden_number(folder, "nsp_loss")) < 4 * 2.64e-7);
+      CHECK(std::fabs(losses.total - golden_number(folder, "total_loss")) < 4 * 2.64e-7);
+      tape.backward(loss);
+      check_gradients(m.bert, golden, 4 * 5.99e-7, 4 * 1.79e-8);
+      for (const Parameter& p : m.bert.parameters()) Tensor(p.tensor).drop_grad();
+    }
   }
 }
 
@@ -197,25 +200,61 @@ TEST_CASE("golden: heads, their losses and every gradient") {
     const SafeTensors golden = SafeTensors::open(folder + "/golden.safetensors");
     const Batch batch = read_rows(folder + "/rows.json", h.task);
     Dropout none;
-    Losses losses;
-    Tape tape;
-    const Tensor hidden = m.bert.forward(batch, none);
-    const Tensor logits = h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.logits(hidden, batch, none);
-    if (h.task == Task::qa) {
-      std::vector<float> start, end;
-      for (int64_t i = 0; i < logits.rows(); i++) start.push_back(logits.data()[2 * i]), end.push_back(logits.data()[2 * i + 1]);
-      CHECK(difference(golden, "start_logits", start.data(), batch.tokens()) < 4 * h.logits);
-      CHECK(difference(golden, "end_logits", end.data(), batch.tokens()) < 4 * h.logits);
-    } else {
-      CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * h.logits);
+    for (const Tokens& read : {Tokens(), m.bert.read_by_head(batch)}) {
+      Losses losses;
+      Tape tape;
+      const Tensor hidden = m.bert.forward(batch, none, false, read);
+      const Tensor logits = h.task == Task::mlm ? m.bert.masked_logits(hidden, batch.masked) : m.bert.logits(hidden, batch, none);
+      if (h.task == Task::qa) {
+        std::vector<float> start, end;
+        for (int64_t i = 0; i < logits.rows(); i++) start.push_back(logits.data()[2 * i]), end.push_back(logits.data()[2 * i + 1]);
+        CHECK(difference(golden, "start_logits", start.data(), batch.tokens()) < 4 * h.logits);
+        CHECK(difference(golden, "end_logits", end.data(), batch.tokens()) < 4 * h.logits);
+      } else {
+        CHECK(difference(golden, "logits", logits.data(), logits.size()) < 4 * h.logits);
+      }
+      double rows = (double)(h.task == Task::choice ? (int64_t)batch.groups.size() - 1 : batch.rows());
+      if (h.task == Task::tag)
+        rows = (double)std::count_if(batch.labels.begin(), batch.labels.end(), [](int32_t l) { return l != kIgnored; });
+      tape.backward(batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), rows}, none, losses));
+      // a loss moves as far as its logits do: where the README's figure is below their error, it is luck
+      CHECK(std::fabs(losses.total - golden_number(folder, "loss")) < std::max(4 * h.loss, h.logits));
+      check_gradients(m.bert, golden, 4 * h.grad, 4 * std::max(h.zero, 1e-8));
+      for (const Parameter& p : m.bert.parameters()) Tensor(p.tensor).drop_grad();
     }
-    double rows = (double)(h.task == Task::choice ? (int64_t)batch.groups.size() - 1 : batch.rows());
-    if (h.task == Task::tag)
-      rows = (double)std::count_if(batch.labels.begin(), batch.labels.end(), [](int32_t l) { return l != kIgnored; });
-    tape.backward(batch_loss(m.bert, hidden, batch, {(double)batch.masked.size(), rows}, none, losses));
-    // a loss moves as far as its logits do: where the README's figure is below their error, it is luck
-    CHECK(std::fabs(losses.total - golden_number(folder, "loss")) < std::max(4 * h.loss, h.logits));
-    check_gradients(m.bert, golden, 4 * h.grad, 4 * std::max(h.zero, 1e-8));
+  }
+}
+
+TEST_CASE(
+    "forward: the tokens that are read have the bytes of a forward of all, the others 0; every precision, alone or not, with a tape") {
+  const std::string folder = kGolden + "tiny-pretrain";
+  const Batch batch = read_rows(folder + "/rows.json", Task::pretrain);
+  for (const Precision precision : {Precision::f32, Precision::bf16, Precision::int8}) {
+    CAPTURE(std::string(name_of(precision)));
+    const ModelFolder m = load_folder(folder, true, precision);
+    const Tokens read = m.bert.read_by_head(batch);
+    CHECK(read.size() == batch.masked.size() + (size_t)batch.rows());
+    const std::vector<float> all = flat(m.bert.forward(batch));
+    std::vector<float> want(all.size(), 0.f);
+    for (const int64_t t : read) std::copy_n(all.begin() + t * 32, 32, want.begin() + t * 32);
+    Dropout none;
+    CHECK(flat(m.bert.forward(batch, none, false, read)) == want);
+    Batch many;  // several groups of rows, each on a thread of its own
+    Tokens read_of_many;
+    std::vector<float> want_of_many;
+    for (int64_t i = 0; i < 12; i++) {
+      for (const int64_t t : read) read_of_many.push_back(many.tokens() + t);
+      for (int64_t r = 0; r < batch.rows(); r++) {
+        const auto begin = batch.ids.begin() + batch.offsets[(size_t)r], end = batch.ids.begin() + batch.offsets[(size_t)r + 1];
+        const auto segments = batch.segments.begin() + batch.offsets[(size_t)r];
+        many.add_row({begin, end}, {segments, segments + (end - begin)});
+      }
+      want_of_many.insert(want_of_many.end(), want.begin(), want.end());
+    }
+    for (const int threads : {1, 3}) {
+      const UseThreads use(threads);
+      CHECK(flat(m.bert.forward(many, read_of_many)) == want_of_many);
+    }
   }
 }
 
@@ -853,7 +892,7 @@ TEST_CASE("training: a loss that is not finite stops with step, layer, tensor an
   weight = 3e38f;
   std::string what = refused(trainer, batch);
   CAPTURE(what);
-  CHECK(what.starts_with("step 1: not finite: the output of layer 2, first in row 2 of micro-batch 0 (13 tokens, ids 2 117 "));
+  CHECK(what.starts_with("step 1: not finite: the output of layer 2, first in row 3 of micro-batch 0 (28 tokens, ids 2 26 4 "));
   CHECK(what.find("bert.encoder.layer.1.intermediate.dense.weight, up to 3.0") != std::string::npos);
   weight = kept;
   const int64_t row = batch.rows() - 1, begin = batch.offsets[(size_t)row], length = batch.offsets[(size_t)row + 1] - begin;
