@@ -335,9 +335,9 @@ static void attend_backward(const HeadView& h, float scale, const Mask& mask, co
   float* dq = dqkv + h.begin * S + h.head * h.D;
   float *dk = dq + H, *dv = dk + H;
   y += h.first * H + h.head * h.D, dy += h.first * H + h.head * h.D, lse += h.first;
-  if (h.asking && !add)
+  if (h.asking && !add)  // who asks nothing has no dQ, and where nobody asks no key and value has
     for (int64_t t = 0; t < h.T; t++)
-      for (int64_t part = 0; part < (h.M ? 1 : 3); part++) std::fill_n(dq + t * S + part * H, h.D, 0.f);  // of who asks nothing
+      for (int64_t part = 0; part < (h.M ? 1 : 3); part++) std::fill_n(dq + t * S + part * H, h.D, 0.f);
   for (int64_t i0 = 0; i0 < h.M; i0 += kQueries) {
     const int64_t nq = std::min(kQueries, h.M - i0);
     float *room = scratch(3, 2 * kQueries * h.D), *dqi = room + kQueries * h.D;
@@ -381,9 +381,8 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
     const float* q = x.data() + begin * 3 * H + a * D;
     auto until = [&](int64_t t) { return asking.empty() ? t : std::lower_bound(asking.begin(), asking.end(), t) - asking.begin(); };
     const int64_t first = until(begin);
-    return HeadView{
-        begin, end - begin,       D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks, asking.empty() ? nullptr : asking.data() + first,
-        first, until(end) - first};
+    const int64_t* of_row = asking.empty() ? nullptr : asking.data() + first;
+    return HeadView{begin, end - begin, D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks, of_row, first, until(end) - first};
   };
   Tensor y(Shape{M, H});
   Tensor lse = recording({qkv}) ? Tensor(Shape{heads, M}) : Tensor();

@@ -559,11 +559,17 @@ Tensor Bert::forward(const Batch& batch, Dropout& drop, bool recompute, const To
   Tensor x = embedding_norm(word, segment, position, batch.ids, batch.segments, batch.positions, embeddings_norm.weight,
                             embeddings_norm.bias, (float)config.layer_norm_eps, drop, table_rounded);  // [N,E]
   if (projection.weight) x = linear(x, projection.weight, projection.bias);                            // [N,H], ELECTRA's
+  const Tokens all;
   for (const Layer& layer : layers) {
-    auto run = [layer, rows = batch.offsets, c = config, some = &layer == &layers.back() ? read : Tokens()](const Tensor& in, Dropout& d) {
-      return encoder_layer(in, rows, layer, c, d, some);
-    };
-    x = recompute ? recomputed(x, layer.up.weight, run, drop) : run(x, drop);
+    const Tokens& some = &layer == &layers.back() ? read : all;
+    if (recompute) {
+      auto again = [layer, rows = batch.offsets, c = config, some](const Tensor& in, Dropout& d) {
+        return encoder_layer(in, rows, layer, c, d, some);
+      };
+      x = recomputed(x, layer.up.weight, again, drop);
+    } else {
+      x = encoder_layer(x, batch.offsets, layer, config, drop, some);
+    }
   }
   return x;
 }
@@ -610,6 +616,7 @@ Tensor Bert::forward(const Batch& batch, const Tokens& read) const {
     Dropout none;
     Tokens own;
     for (auto t = std::lower_bound(read.begin(), read.end(), begin); t != read.end() && *t < end; t++) own.push_back(*t - begin);
+    if (own.empty() && !read.empty()) return void(std::fill_n(y.data() + begin * H, (end - begin) * H, 0.f));
     const Tensor part = finite(forward(rows_of(batch, first, last), none, false, own));
     std::copy_n(part.data(), part.size(), y.data() + begin * H);
   });
@@ -624,7 +631,15 @@ Tensor Bert::pooled(const Tensor& hidden, const Batch& batch) const {
   return linear(gather_rows(hidden, first_tokens(batch)), pooler.weight, pooler.bias, family(config).pooler);  // [R,H]
 }
 
-Tokens Bert::read_by_head(const Batch& batch) const {
+// What pooling reads; empty: every token.
+static Tokens read_by(const Pooling& pooling, const Batch& batch) {
+  for (const Pooling::Kind kind : pooling.kinds)
+    if (kind != Pooling::cls && kind != Pooling::pooler) return {};
+  return first_tokens(batch);
+}
+
+Tokens Bert::read_by_head(const Batch& batch, const Pooling& pooling) const {
+  if (task == Task::embed) return read_by(pooling, batch);
   const HeadKind& head = head_kind(task);
   const Tokens first = head.next_sentence || (head.output && !head.tokens) ? first_tokens(batch) : Tokens();
   Tokens read;
@@ -684,13 +699,6 @@ static Tensor pool_by(Pooling::Kind kind, const Bert& bert, const Tensor& hidden
     for (int64_t c = 0; c < H; c++) out[c] /= divisor;
   });
   return v;
-}
-
-// What pooling reads of forward's output; empty: every token.
-static Tokens read_by(const Pooling& pooling, const Batch& batch) {
-  for (const Pooling::Kind kind : pooling.kinds)
-    if (kind != Pooling::cls && kind != Pooling::pooler) return {};
-  return first_tokens(batch);
 }
 
 // Vectors of a batch's rows from the encoder's output: [R, width].
@@ -873,9 +881,9 @@ double forward_flops(const Config& c, const Batch& b, const Tokens& read) {
 }
 
 // A training step's: each product has two in backward, but for those of frozen layers; those of the masked words are counted too.
-static double step_flops(const Bert& model, const Batch& b, int64_t frozen) {
+static double step_flops(const Bert& model, const Batch& b, const Tokens& read, int64_t frozen) {
   const double head = b.masked.empty() ? 0 : 2 * (double)b.masked.size() * (double)(model.transform.weight.size() + model.word.size());
-  const double all = forward_flops(model.config, b, model.read_by_head(b));
+  const double all = forward_flops(model.config, b, read);
   const double in_frozen = (double)frozen / (double)model.config.num_hidden_layers * forward_flops(model.config, b);
   return 3 * (all + head) - 2 * std::min(all, in_frozen);
 }
@@ -966,7 +974,7 @@ static std::string not_finite(const Bert& model, std::span<const Batch> batches,
     for (int64_t layer = 0; layer <= L + 1; layer++) {
       Dropout drop = step_dropout(model.config, settings, step, i);
       cut.layers.assign(model.layers.begin(), model.layers.begin() + std::min(layer, L));
-      Tensor x = cut.forward(batches[i], drop, false, layer < L ? Tokens() : model.read_by_head(batches[i]));
+      Tensor x = cut.forward(batches[i], drop, false, layer < L ? Tokens() : model.read_by_head(batches[i], settings.loss.pooling));
       if (layer > L) x = row_losses(model, x, batches[i]);
       const int64_t at = first_not_finite(x);  // a token, or of losses a row
       if (at < 0) continue;
@@ -990,7 +998,7 @@ static std::string largest_of(const Bert& model, std::span<const Batch> batches,
   for (size_t i = 0; i < batches.size(); i++) {
     const Batch& b = batches[i];
     Dropout drop = step_dropout(model.config, settings, step, i);
-    const Tensor losses = row_losses(model, model.forward(b, drop, false, model.read_by_head(b)), b);
+    const Tensor losses = row_losses(model, model.forward(b, drop, false, model.read_by_head(b, settings.loss.pooling)), b);
     const float* const most_here = std::max_element(losses.data(), losses.data() + b.rows());
     if (*most_here <= worst) continue;
     worst = *most_here;
@@ -1023,11 +1031,11 @@ StepReport Trainer::step(std::span<const Batch> micro_batches) {
     const Batch& batch = micro_batches[i];
     Dropout drop = step_dropout(model_.config, settings_, done_, i);
     Tape tape(settings_.products);
-    const Tokens read = model_.task == Task::embed ? read_by(settings_.loss.pooling, batch) : model_.read_by_head(batch);
+    const Tokens read = model_.read_by_head(batch, settings_.loss.pooling);
     const Tensor hidden = model_.forward(batch, drop, settings_.recompute, read);
     tape.backward(batch_loss(model_, hidden, batch, counts, drop, report.loss, settings_.loss));
     report.tokens += batch.tokens(), report.rows += batch.rows(), report.masked += (int64_t)batch.masked.size();
-    report.flops += step_flops(model_, batch, settings_.freeze);
+    report.flops += step_flops(model_, batch, read, settings_.freeze);
   });
 
   report.grad_norm = gradient_norm(parameters);

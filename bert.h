@@ -223,6 +223,18 @@ struct Parameter {
   bool decay() const;                              // false for biases and LayerNorm
 };
 
+// How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
+struct Pooling {
+  enum Kind { mean, cls, max, pooler, mean_sqrt, weighted_mean, last };
+  struct Layer { Dense dense; Activation activation; };
+  std::vector<Kind> kinds = {mean};
+  std::vector<Layer> layers;
+  bool normalize = false;
+  bool has(Kind kind) const { return std::find(kinds.begin(), kinds.end(), kind) != kinds.end(); }
+  int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
+  std::string name() const;                        // mean; cls+mean; ...
+};
+
 struct Bert {
   Config config;
   Task task = Task::embed;
@@ -250,28 +262,17 @@ struct Bert {
   Precision table_rounded = Precision::f32;        // by pack()
 
   // The encoder: packed tokens -> [N,H]. For the output of layer l take a copy whose `layers` are cut to l: copies share their numbers.
-  // recompute: of each layer a tape keeps the input alone. read: the tokens whose output is wanted, ascending (empty: all); the last layer
-  // makes no other's, which is 0. A sixth of BERT's products are in the last of six layers, and a masked-word head reads a seventh of it.
+  // recompute: of each layer a tape keeps the input alone. read: the tokens whose output is wanted, ascending (empty: all). The last layer
+  // makes theirs alone, and the others' is 0: masked words are a seventh of the tokens, and [CLS] is one of a row.
   Tensor forward(const Batch& batch, Dropout& drop, bool recompute = false, const Tokens& read = {}) const;
   Tensor forward(const Batch& batch, const Tokens& read = {}) const;   // without dropout
-  Tokens read_by_head(const Batch& batch) const;   // what the model's head reads of forward's output: `read` for it
+  // What the model's head reads of forward's output, or pooling where it has none: `read` for it.
+  Tokens read_by_head(const Batch& batch, const Pooling& pooling = {}) const;
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const Tokens& masked) const;                      // [M,V]
   Tensor masked_loss(const Tensor& hidden, const Batch& batch, double divisor, int64_t* right) const;   // [1] for training: not packed
   // Of the head that answers about rows [R,C], or about tokens [N,C]: tags; start and end; above 0: the token was replaced.
   Tensor logits(const Tensor& hidden, const Batch& batch, Dropout& drop) const;
-};
-
-// How a text's vector is made of its tokens': pooled (in several ways: side by side), through dense layers, normalised.
-struct Pooling {
-  enum Kind { mean, cls, max, pooler, mean_sqrt, weighted_mean, last };
-  struct Layer { Dense dense; Activation activation; };
-  std::vector<Kind> kinds = {mean};
-  std::vector<Layer> layers;
-  bool normalize = false;
-  bool has(Kind kind) const { return std::find(kinds.begin(), kinds.end(), kind) != kinds.end(); }
-  int64_t width(int64_t hidden) const { return layers.empty() ? hidden * (int64_t)kinds.size() : layers.back().dense.weight.rows(); }
-  std::string name() const;                        // mean; cls+mean; ...
 };
 
 // How texts are compared in training for similarity: the cosine against a number; each text's partner among all partners of the batch

@@ -225,39 +225,6 @@ TEST_CASE("golden: heads, their losses and every gradient") {
   }
 }
 
-TEST_CASE(
-    "forward: the tokens that are read have the bytes of a forward of all, the others 0; every precision, alone or not, with a tape") {
-  const std::string folder = kGolden + "tiny-pretrain";
-  const Batch batch = read_rows(folder + "/rows.json", Task::pretrain);
-  for (const Precision precision : {Precision::f32, Precision::bf16, Precision::int8}) {
-    CAPTURE(std::string(name_of(precision)));
-    const ModelFolder m = load_folder(folder, true, precision);
-    const Tokens read = m.bert.read_by_head(batch);
-    CHECK(read.size() == batch.masked.size() + (size_t)batch.rows());
-    const std::vector<float> all = flat(m.bert.forward(batch));
-    std::vector<float> want(all.size(), 0.f);
-    for (const int64_t t : read) std::copy_n(all.begin() + t * 32, 32, want.begin() + t * 32);
-    Dropout none;
-    CHECK(flat(m.bert.forward(batch, none, false, read)) == want);
-    Batch many;  // several groups of rows, each on a thread of its own
-    Tokens read_of_many;
-    std::vector<float> want_of_many;
-    for (int64_t i = 0; i < 12; i++) {
-      for (const int64_t t : read) read_of_many.push_back(many.tokens() + t);
-      for (int64_t r = 0; r < batch.rows(); r++) {
-        const auto begin = batch.ids.begin() + batch.offsets[(size_t)r], end = batch.ids.begin() + batch.offsets[(size_t)r + 1];
-        const auto segments = batch.segments.begin() + batch.offsets[(size_t)r];
-        many.add_row({begin, end}, {segments, segments + (end - begin)});
-      }
-      want_of_many.insert(want_of_many.end(), want.begin(), want.end());
-    }
-    for (const int threads : {1, 3}) {
-      const UseThreads use(threads);
-      CHECK(flat(m.bert.forward(many, read_of_many)) == want_of_many);
-    }
-  }
-}
-
 TEST_CASE("config: what is missing, absurd or not BERT is refused by name") {
   const std::string good = Config::named("tiny", 1000).to_json();
   const Config c = Config::parse(good, "config.json");
@@ -1818,6 +1785,48 @@ TEST_CASE("bf16 and int8: near f32 and not f32; one answer alone, in any batch, 
       for (const int64_t tokens : {1, 64, 500, 100000}) CHECK(flat(token_vectors(m.bert, examples, tokens)) == alone);
       CHECK(flat(m.bert.masked_logits(all, every)) == alone_words);
     }
+  }
+}
+
+TEST_CASE("forward: tokens that are read have the bytes of a forward of all, the others 0, alone and in many rows, in every precision") {
+  const std::string folder = kGolden + "tiny-pretrain";
+  const Batch batch = read_rows(folder + "/rows.json", Task::pretrain);
+  for (const Precision precision : {Precision::f32, Precision::bf16, Precision::int8}) {
+    CAPTURE(std::string(name_of(precision)));
+    const ModelFolder m = load_folder(folder, true, precision);
+    const Tokens read = m.bert.read_by_head(batch);
+    CHECK(read.size() == batch.masked.size() + (size_t)batch.rows());
+    const std::vector<float> all = flat(m.bert.forward(batch));
+    std::vector<float> want(all.size(), 0.f);
+    for (const int64_t t : read) std::copy_n(all.begin() + t * 32, 32, want.begin() + t * 32);
+    Dropout none;
+    CHECK(flat(m.bert.forward(batch, none, false, read)) == want);
+    Batch many;  // several groups of rows, each on a thread of its own
+    Tokens read_of_many;
+    std::vector<float> want_of_many;
+    for (int64_t i = 0; i < 12; i++) {
+      const bool none = i % 4 == 1;  // of this copy nothing is read
+      for (const int64_t t : none ? Tokens() : read) read_of_many.push_back(many.tokens() + t);
+      for (int64_t r = 0; r < batch.rows(); r++) {
+        const auto begin = batch.ids.begin() + batch.offsets[(size_t)r], end = batch.ids.begin() + batch.offsets[(size_t)r + 1];
+        const auto segments = batch.segments.begin() + batch.offsets[(size_t)r];
+        many.add_row({begin, end}, {segments, segments + (end - begin)});
+      }
+      if (none)
+        want_of_many.resize(want_of_many.size() + want.size());
+      else
+        want_of_many.insert(want_of_many.end(), want.begin(), want.end());
+    }
+    for (const int threads : {1, 3}) {
+      const UseThreads use(threads);
+      CHECK(flat(m.bert.forward(many, read_of_many)) == want_of_many);
+    }
+    const std::vector<Example> examples = random_examples(40, 60);
+    Pooling first;
+    first.kinds = {Pooling::cls};
+    const Tensor tokens = token_vectors(m.bert, examples, 500), vectors = embed_examples(m.bert, examples, first, 500);
+    for (int64_t i = 0, t = 0; i < vectors.rows(); t += (int64_t)examples[(size_t)i++].ids.size())
+      CHECK(std::memcmp(vectors.data() + i * 32, tokens.data() + t * 32, 32 * sizeof(float)) == 0);
   }
 }
 
