@@ -125,10 +125,10 @@ static void check_offsets(const char* op, const Offsets& offsets, int64_t tokens
     throw Error(std::string(op) + ": offsets must ascend from 0 to the " + std::to_string(tokens) + " tokens of the batch");
 }
 
-static void check_ascending(const char* op, const std::vector<int64_t>& rows, int64_t n) {
+static void check_ascending(const char* what, const std::vector<int64_t>& rows, int64_t n) {
   const bool ascend = std::adjacent_find(rows.begin(), rows.end(), std::greater_equal<>()) == rows.end();
   if (!ascend || (!rows.empty() && (rows.front() < 0 || rows.back() >= n)))
-    throw Error(std::string(op) + ": rows must ascend and be of the " + std::to_string(n) + ", each at most once");
+    throw Error(std::string(what) + " must ascend, each one of " + std::to_string(n) + " and there once");
 }
 
 // Per-thread memory that grows as needed and stays: what a task needs beside its inputs and outputs.
@@ -267,12 +267,13 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
 }
 
 // ==== attention ===================================================================================================
-// For each row r of the batch and head a, with q, k, v [T,D] cut from qkv [N,3H]:
-//   S = q k^T / sqrt(D)      P = softmax(S) over the keys      y = dropout(P) v                                  -> y [N,H]
+// For each row r of the batch and head a, with k, v [T,D] cut from qkv [N,3H], and q of the row's tokens that ask (all of them, or those
+// of the M in `queries`):
+//   S = q k^T / sqrt(D)      P = softmax(S) over the keys      y = dropout(P) v                                  -> y [M,H]
 // The T x T matrix is never kept. Keys come in blocks of 128 from the row's start; m and l are the largest score and the sum of
 // exp(s - m) so far, and what was summed is scaled down when a later block raises m (online softmax: Milakov and Gimelshein 2018;
 // in attention: Rabe and Staats 2021, Dao et al. 2022).
-// kept: y, and lse = m + log l for each query and head [A,N]: with it backward makes P again, block by block.
+// kept: y, and lse = m + log l for each query and head [A,M]: with it backward makes P again, block by block.
 static constexpr int64_t kKeys = 128;     // of a block: part of the arithmetic, the bytes depend on it
 static constexpr int64_t kQueries = 128;  // of a tile: any number gives the same bytes
 
@@ -281,11 +282,11 @@ struct HeadView {
   int64_t begin, T, D, stride, head, heads;  // the row's first token, its length; stride: 3H, from token to token
   const float *q, *k, *v;                    // of the row's first token
   int64_t draw_blocks;                       // ceil(P / 8): Philox blocks a query
-  const int64_t* asking;                     // the row's queries by their packed indices; null: every token
-  int64_t first, M;                          // the first query's row in y, and how many there are
-  int64_t query(int64_t i) const { return asking ? asking[i] - begin : i; }  // token of the row
+  const int64_t* queries;                    // the row's, by their packed indices; null: every token
+  int64_t first, Q;                          // the first query's row in y, and how many there are
+  int64_t query(int64_t i) const { return queries ? queries[i] - begin : i; }  // token of the row
   // Queries i0 and on, n of them, side by side.
-  const float* queries(int64_t i0, int64_t n, float* room) const {
+  const float* gather(int64_t i0, int64_t n, float* room) const {
     for (int64_t i = 0; i < n; i++) std::copy_n(q + query(i0 + i) * stride, D, room + i * D);
     return room;
   }
@@ -300,9 +301,9 @@ static void attend(const HeadView& h, float scale, const Mask& mask, float* y, f
   const int64_t H = h.heads * h.D;
   float* p = scratch(0, kQueries * kKeys);
   float m[kQueries], l[kQueries];
-  for (int64_t i0 = 0; i0 < h.M; i0 += kQueries) {
-    const int64_t nq = std::min(kQueries, h.M - i0);
-    const float* q = h.queries(i0, nq, scratch(3, kQueries * h.D));
+  for (int64_t i0 = 0; i0 < h.Q; i0 += kQueries) {
+    const int64_t nq = std::min(kQueries, h.Q - i0);
+    const float* q = h.gather(i0, nq, scratch(3, kQueries * h.D));
     float* out = y + (h.first + i0) * H + h.head * h.D;
     std::fill_n(m, nq, -std::numeric_limits<float>::infinity()), std::fill_n(l, nq, 0.f);
     for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
@@ -335,13 +336,13 @@ static void attend_backward(const HeadView& h, float scale, const Mask& mask, co
   float* dq = dqkv + h.begin * S + h.head * h.D;
   float *dk = dq + H, *dv = dk + H;
   y += h.first * H + h.head * h.D, dy += h.first * H + h.head * h.D, lse += h.first;
-  if (h.asking && !add)  // who asks nothing has no dQ, and where nobody asks no key and value has
+  if (h.queries && !add)  // who asks nothing has no dQ, and where nobody asks no key and value has
     for (int64_t t = 0; t < h.T; t++)
-      for (int64_t part = 0; part < (h.M ? 1 : 3); part++) std::fill_n(dq + t * S + part * H, h.D, 0.f);
-  for (int64_t i0 = 0; i0 < h.M; i0 += kQueries) {
-    const int64_t nq = std::min(kQueries, h.M - i0);
+      for (int64_t part = 0; part < (h.Q ? 1 : 3); part++) std::fill_n(dq + t * S + part * H, h.D, 0.f);
+  for (int64_t i0 = 0; i0 < h.Q; i0 += kQueries) {
+    const int64_t nq = std::min(kQueries, h.Q - i0);
     float *room = scratch(3, 2 * kQueries * h.D), *dqi = room + kQueries * h.D;
-    const float* q = h.queries(i0, nq, room);
+    const float* q = h.gather(i0, nq, room);
     for (int64_t j0 = 0; j0 < h.T; j0 += kKeys) {
       const int64_t nk = std::min(kKeys, h.T - j0);
       gemm_here({.b_transposed = true}, nq, nk, h.D, q, h.D, h.k + j0 * S, S, p, kKeys);
@@ -367,7 +368,7 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
   if (heads < 1 || qkv.cols() != 3 * H || H % heads)
     throw Error("attention: qkv " + shape_of(qkv) + " does not cut into 3 x " + std::to_string(heads) + " heads");
   check_offsets("attention", offsets, N);
-  check_ascending("attention", queries, N);
+  check_ascending("attention: queries", queries, N);
   const int64_t D = H / heads, draw_blocks = (max_positions + 7) / 8;
   const Mask mask(drop.attention, drop);
   if (mask) check_drawable("attention", N * heads * draw_blocks);
@@ -376,13 +377,13 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
       throw Error("attention: row " + std::to_string(r) + " is longer than the " + std::to_string(max_positions) +
                   " positions of the model");
   const float scale = 1 / std::sqrt((float)D);
-  auto view = [=](const Tensor& x, const Offsets& at, const std::vector<int64_t>& asking, int64_t task) {
+  auto view = [=](const Tensor& x, const Offsets& at, const std::vector<int64_t>& some, int64_t task) {
     const int64_t r = task / heads, a = task % heads, begin = at[(size_t)r], end = at[(size_t)r + 1];
     const float* q = x.data() + begin * 3 * H + a * D;
-    auto until = [&](int64_t t) { return asking.empty() ? t : std::lower_bound(asking.begin(), asking.end(), t) - asking.begin(); };
+    auto until = [&](int64_t t) { return some.empty() ? t : std::lower_bound(some.begin(), some.end(), t) - some.begin(); };
     const int64_t first = until(begin);
-    const int64_t* of_row = asking.empty() ? nullptr : asking.data() + first;
-    return HeadView{begin, end - begin, D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks, of_row, first, until(end) - first};
+    const int64_t* own = some.empty() ? nullptr : some.data() + first;
+    return HeadView{begin, end - begin, D, 3 * H, a, heads, q, q + H, q + 2 * H, draw_blocks, own, first, until(end) - first};
   };
   Tensor y(Shape{M, H});
   Tensor lse = recording({qkv}) ? Tensor(Shape{heads, M}) : Tensor();
@@ -390,12 +391,12 @@ Tensor attention(const Tensor& qkv, const Offsets& offsets, int64_t heads, int64
     attend(view(qkv, offsets, queries, task), scale, mask, y.data(), lse ? lse.data() + task % heads * M : nullptr);
   });
 
-  record("attention", y, {qkv}, [=, rows = offsets, asking = queries] {
+  record("attention", y, {qkv}, [=, rows = offsets, some = queries] {
     bool add;
     float* dqkv = qkv.grad_to_add(add).data();
     const float* dy = y.grad();
     parallel_for(R * heads, [&](int64_t task) {
-      attend_backward(view(qkv, rows, asking, task), scale, mask, y.data(), lse.data() + task % heads * M, dy, dqkv, add);
+      attend_backward(view(qkv, rows, some, task), scale, mask, y.data(), lse.data() + task % heads * M, dy, dqkv, add);
     });
   });
   return y;
@@ -543,7 +544,7 @@ Tensor gather_rows(const Tensor& x, const std::vector<int64_t>& rows) {
 Tensor place_rows(const Tensor& x, const std::vector<int64_t>& rows, int64_t n) {
   const int64_t M = (int64_t)rows.size(), H = x.cols();
   if (x.rows() != M) throw Error("place_rows: x " + shape_of(x) + " has not " + std::to_string(M) + " rows");
-  check_ascending("place_rows", rows, n);
+  check_ascending("place_rows: rows", rows, n);
   Tensor y(Shape{n, H}, 0.f);
   for (int64_t i = 0; i < M; i++) std::copy_n(x.data() + i * H, H, y.data() + rows[(size_t)i] * H);
   record("place_rows", y, {x}, [=, x = x.grad_only(), y = y.grad_only()] {

@@ -1,9 +1,9 @@
 // bert.cpp -- the model, its heads, batches, training, tasks, metrics, model folders, fingerprints.   Interface: bert.h, 2 to 10.
 //
-// Read in this order: encoder_layer (the paper's figure 1 in seven lines), Bert::forward, Bert::masked_logits, batch_loss, Trainer::step;
-// where its batches come from: mask_tokens, PretrainSampler::next.
-// Data comes in as ids, or as the texts of an Item, which make_windows makes ids of: this file reads no user's data and writes no result.
-// It computes nothing itself: every product, norm and softmax is an op of tensor.h.
+// Read in this order: encoder_layer (the paper's figure 1, a line an operation), Bert::forward, Bert::masked_logits, batch_loss,
+// Trainer::step; where its batches come from: mask_tokens, PretrainSampler::next. Data comes in as ids, or as the texts of an Item, which
+// make_windows makes ids of: this file reads no user's data and writes no result. It computes nothing itself: every product, norm and
+// softmax is an op of tensor.h.
 //
 // Contents:  families  config  parameters  the model  heads  batches  training  pretraining data (shards, rows, masking)
 //            fine-tuning  metrics  model folders  tasks (windows, and what they answer together)  Model  fingerprints
@@ -541,6 +541,7 @@ void Bert::draw_again(int64_t top, uint64_t seed) {
 // One encoder layer, post-norm as in the paper (Vaswani et al. 2017, figure 1; Devlin et al. 2019).
 //   x [N,H], packed rows split at offsets [R+1]   ->   [N,H]
 // read: M tokens whose output is wanted; the others take part as keys and values, and their output is 0. Empty: M is N.
+// Dropout behind the attention numbers its draws by these M rows.
 static Tensor encoder_layer(const Tensor& x, const Offsets& rows, const Layer& p, const Config& c, Dropout& drop, const Tokens& read) {
   Tensor qkv = linear(x, p.qkv.weight, p.qkv.bias);                                                                  // [N,3H]
   Tensor mix = attention(qkv, rows, c.num_attention_heads, c.max_position_embeddings, drop, read);                   // [M,H]
@@ -602,6 +603,8 @@ static Batch rows_of(const Batch& batch, int64_t first, int64_t last) {
 // thread waits for another between ops. The bytes are those of the whole batch at once.
 static constexpr int64_t kGroupTokens = 128;  // measured: 64 and 256 are as fast, all at once is 5 % (f32) to 13 % (int8) slower
 Tensor Bert::forward(const Batch& batch, const Tokens& read) const {
+  if (!std::is_sorted(read.begin(), read.end()) || (!read.empty() && (read.front() < 0 || read.back() >= batch.tokens())))
+    throw Error("forward: the tokens to read must ascend, and be of the batch's " + std::to_string(batch.tokens()));
   Offsets groups{0};  // rows
   for (int64_t r = 1; r <= batch.rows(); r++)
     if (r == batch.rows() || batch.offsets[(size_t)r + 1] - batch.offsets[(size_t)groups.back()] > kGroupTokens) groups.push_back(r);
@@ -641,7 +644,8 @@ static Tokens read_by(const Pooling& pooling, const Batch& batch) {
 Tokens Bert::read_by_head(const Batch& batch, const Pooling& pooling) const {
   if (task == Task::embed) return read_by(pooling, batch);
   const HeadKind& head = head_kind(task);
-  const Tokens first = head.next_sentence || (head.output && !head.tokens) ? first_tokens(batch) : Tokens();
+  if (head.tokens) return {};
+  const Tokens first = head.next_sentence || head.output ? first_tokens(batch) : Tokens();
   Tokens read;
   std::set_union(first.begin(), first.end(), batch.masked.begin(), batch.masked.end(), std::back_inserter(read));
   return read;
@@ -896,14 +900,15 @@ MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int6
   const double N = (double)tokens, M = (double)masked, word = (double)model.word.size(), V = (double)c.vocab_size;
   const double parameters = (double)model.parameter_count(), in_layers = L * (4 * H * H + 2 * H * F);
   // Floats a token: of a layer its input, q, k and v, the mixed heads, two sums, their norm, and up before and after its activation.
-  // Of the last layer those behind q, k and v are the masked tokens' alone.
+  // Of the last layer those behind q, k and v are the masked tokens' alone ([CLS] is not counted).
   const double layer = (narrow ? 7.5 * H + F : 8 * H + 2 * F) + A + 4, ends = 4 * H + M / N * 4 * H;
   const double few = layer - 4 * H, left_out = settings.recompute ? 0 : (1 - M / N) * few;
   const double kept = settings.recompute ? H : layer, up = F * (narrow ? 2 : 1);
   const double backward = up + (narrow ? 5 : 3) * H + (settings.recompute ? layer : 0);
   const double earlier = (double)std::bit_width((uint64_t)settings.accumulate) - 1;  // gradients of micro-batches, whole ones
   // The loss: all that is kept, and some rows' logits, in bf16 with the vocabulary's weights in panels; or the gradients of up
-  // and down in the layer before the last, in bf16 with two copies (its own few rows' room does not serve them). The end: all gradients.
+  // and down in the layer before the last, in bf16 with two copies (the last layer's few rows leave no room that is large enough). The end:
+  // all gradients.
   const double logits =
       std::max(std::min(M, 512.) * V * (narrow ? 1.5 : 1) + (narrow ? 2 * word : 0), settings.recompute ? 0 : N * (up + 2 * H));
   const double at_loss = N * (L * kept - left_out) + word + logits, at_end = parameters + N * backward;

@@ -170,7 +170,7 @@ using Tokens = std::vector<int64_t>;               // some of a batch's, by thei
 struct Batch {
   std::vector<int32_t> ids, segments, positions;   // [N]
   Offsets offsets{0};                              // [R+1]
-  // what a loss asks for, filled in by training only:
+  // what a loss or a masked-word head asks for:
   Tokens masked;                                   // [M] the masked tokens, ascending
   std::vector<int32_t> masked_labels;              // [M] its true id
   std::vector<int32_t> labels;                     // kIgnored: none. By the task: [R] class; [R] next sentence: 0 next, 1 random;
@@ -266,7 +266,7 @@ struct Bert {
   // makes theirs alone, and the others' is 0: masked words are a seventh of the tokens, and [CLS] is one of a row.
   Tensor forward(const Batch& batch, Dropout& drop, bool recompute = false, const Tokens& read = {}) const;
   Tensor forward(const Batch& batch, const Tokens& read = {}) const;   // without dropout
-  // What the model's head reads of forward's output, or pooling where it has none: `read` for it.
+  // The tokens whose output the model's head reads, or `pooling` where it has no head; empty: all. What forward takes as `read`.
   Tokens read_by_head(const Batch& batch, const Pooling& pooling = {}) const;
   Tensor pooled(const Tensor& hidden, const Batch& batch) const;                               // tanh(W h_CLS + b)  [R,H]
   Tensor masked_logits(const Tensor& hidden, const Tokens& masked) const;                      // [M,V]

@@ -3222,7 +3222,7 @@ template <class F>
 void BenchTable::model(const Bert& bert, std::span<const Batch> batches, double enough, F&& call) const {
   const double passes = what == "train" ? 3 : 1;  // backward is twice the forward's products
   const double n = (double)batches.size(), seconds = median_seconds(enough, call) / n;
-  double tokens = 0, gflop = 0;  // of the layers, as the peers count
+  double tokens = 0, gflop = 0;  // of the layers' products, those that are made
   for (const Batch& b : batches)
     tokens += (double)b.tokens() / n, gflop += 1e-9 * passes * forward_flops(bert.config, b, bert.read_by_head(b)) / n;
   rows({{"ms", seconds * 1e3}, {"tok/s", tokens / seconds}, {"GFLOP/s", gflop / seconds}, {"MiB", peak_mib()}});

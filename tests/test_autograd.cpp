@@ -234,7 +234,7 @@ TEST_CASE("attention: bad arguments are named") {
   Dropout none;
   for (const std::vector<int64_t>& queries : {std::vector<int64_t>{1, 1}, {2, 1}, {-1}, {4}})
     CHECK_THROWS_WITH_AS(attention(Tensor({4, 12}, 0.f), {0, 4}, 2, 16, none, queries),
-                         "attention: rows must ascend and be of the 4, each at most once", Error);
+                         "attention: queries must ascend, each one of 4 and there once", Error);
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {0, 3}, 2, 16, none), Error);  // offsets end early
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {0, 3, 2, 4}, 2, 16, none), Error);
   CHECK_THROWS_AS(attention(Tensor({4, 12}, 0.f), {}, 2, 16, none), Error);

@@ -1796,6 +1796,7 @@ TEST_CASE("forward: tokens that are read have the bytes of a forward of all, the
     const ModelFolder m = load_folder(folder, true, precision);
     const Tokens read = m.bert.read_by_head(batch);
     CHECK(read.size() == batch.masked.size() + (size_t)batch.rows());
+    for (const Tokens& bad : {Tokens{3, 2}, Tokens{-1}, Tokens{0, batch.tokens()}}) CHECK_THROWS_AS(m.bert.forward(batch, bad), Error);
     const std::vector<float> all = flat(m.bert.forward(batch));
     std::vector<float> want(all.size(), 0.f);
     for (const int64_t t : read) std::copy_n(all.begin() + t * 32, 32, want.begin() + t * 32);
@@ -1827,6 +1828,38 @@ TEST_CASE("forward: tokens that are read have the bytes of a forward of all, the
     const Tensor tokens = token_vectors(m.bert, examples, 500), vectors = embed_examples(m.bert, examples, first, 500);
     for (int64_t i = 0, t = 0; i < vectors.rows(); t += (int64_t)examples[(size_t)i++].ids.size())
       CHECK(std::memcmp(vectors.data() + i * 32, tokens.data() + t * 32, 32 * sizeof(float)) == 0);
+  }
+}
+
+TEST_CASE("training: similarity by [CLS], or by the pooler, has the loss and the gradients of a forward of all") {
+  const Batch rows = read_rows(kGolden + "tiny-pretrain/rows.json", Task::pretrain);
+  Batch batch;
+  batch.ids = rows.ids, batch.segments = rows.segments, batch.positions = rows.positions, batch.offsets = rows.offsets;
+  batch.groups = {0, 2, 5}, batch.targets = {0.2f, 0.9f};
+  REQUIRE(batch.rows() == 5);
+  for (const Pooling::Kind kind : {Pooling::cls, Pooling::pooler}) {
+    ModelFolder m = load_folder_for(kGolden + "tiny-pretrain", Task::embed, {}, 1);
+    for (const Parameter& p : m.bert.parameters()) Tensor(p.tensor).set_needs_grad();
+    LossRule rule;
+    rule.pooling.kinds = {kind};
+    CHECK(m.bert.read_by_head(batch, rule.pooling) == Tokens(batch.offsets.begin(), batch.offsets.end() - 1));
+    CHECK(m.bert.read_by_head(batch).empty());
+    std::vector<std::vector<float>> gradients(2);
+    std::vector<double> losses;
+    for (const bool all : {true, false}) {
+      Dropout none;
+      Losses report;
+      Tape tape;
+      const Tensor hidden = m.bert.forward(batch, none, false, all ? Tokens() : m.bert.read_by_head(batch, rule.pooling));
+      tape.backward(batch_loss(m.bert, hidden, batch, {1, 2}, none, report, rule));
+      losses.push_back(report.total);
+      for (const Parameter& p : m.bert.parameters())
+        if (!p.first_row && p.tensor.has_grad()) append(gradients[all], Tensor(p.tensor).take_grad());
+    }
+    CHECK(losses[0] == losses[1]);
+    REQUIRE(gradients[0].size() == gradients[1].size());
+    CHECK(testing::largest_difference(gradients[0].data(), gradients[1].data(), (int64_t)gradients[0].size()) < 1e-6);
+    CHECK(*std::max_element(gradients[0].begin(), gradients[0].end()) > 1e-3);
   }
 }
 
