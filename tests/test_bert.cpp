@@ -1856,7 +1856,7 @@ TEST_CASE("training: similarity by [CLS], or by the pooler, has the loss and the
       for (const Parameter& p : m.bert.parameters())
         if (!p.first_row && p.tensor.has_grad()) append(gradients[all], Tensor(p.tensor).take_grad());
     }
-    CHECK(losses[0] == losses[1]);
+    CHECK(losses[0] == doctest::Approx(losses[1]).epsilon(1e-6));  // the same bytes, but on OpenBLAS
     REQUIRE(gradients[0].size() == gradients[1].size());
     CHECK(testing::largest_difference(gradients[0].data(), gradients[1].data(), (int64_t)gradients[0].size()) < 1e-6);
     CHECK(*std::max_element(gradients[0].begin(), gradients[0].end()) > 1e-3);
