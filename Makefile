@@ -106,7 +106,7 @@ check:
 	$(MAKE) OUT=build-clang CXX=clang++ WERROR=-Werror test
 	$(MAKE) OUT=build-noblas BLAS=none WERROR=-Werror test
 	LSAN_OPTIONS=suppressions=tests/opencl/leaks.txt:print_suppressions=0 $(MAKE) OUT=build-asan CXXFLAGS='$(SANITIZE)' test
-	$(MAKE) OUT=build-tsan CXX=clang++ CXXFLAGS='-O1 -g -fsanitize=thread' build-tsan/run-tests
+	$(MAKE) OUT=build-tsan CXX=clang++ CXXFLAGS='-O1 -g -fsanitize=thread' build-tsan/run-tests build-tsan/bert
 	build-tsan/run-tests -tc='*parallel*,pool*,*ahead*,gemm: large*,*threads*'
 	tests/one_answer.sh build/bert build-clang/bert build-noblas/bert
 	tests/kill_resume.sh build/bert $(or $(KILLS),50)
