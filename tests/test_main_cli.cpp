@@ -884,7 +884,7 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   put(folder / "train.json", squad(500, 1)), put(folder / "dev.json", squad(40, 2));
   const std::string model = folder / "qa";
   const Ran r = bert_run("finetune --task qa --model " + pretrained() + " --train " + (folder / "train.json") + " --dev " +
-                         (folder / "dev.json") + " --epochs 8 --lr 5e-3 --batch 8 --max-length 48 --stride 8 --output " + model);
+                         (folder / "dev.json") + " --epochs 8 --lr 3e-3 --batch 8 --max-length 48 --stride 8 --output " + model);
   REQUIRE_MESSAGE(r.status == 0, r.err);
   CHECK(has(r.out, "f1_dev\t"));
   CHECK_MESSAGE(has(bert::read_file(model + "/config.json"), "\"null_threshold\""), r.out);
