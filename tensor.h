@@ -840,7 +840,7 @@ std::vector<const Kernels*> usable_kernels();   // [0] is scalar, the reference;
 const Kernels& kernels();                       // chosen once: BERT_KERNELS=name, else the best
 // The engine's own functions, in scalar form; every kernel computes exactly these. Largest errors, measured against double
 // (tests/test_tensor.cpp): exp 0.9 ulp (0 below -87), log 0.8, tanh 1.4; Phi 6e-8, 1.3 ulp from x = -1 up, relative 3e-4 down to -6
-// (0 below -6.14); gelu 1.7 ulp from x = -1 up, 2e-8 below; gelu_tanh 4 ulp and 2e-7; their derivatives 2e-7 and 3e-6.
+// (0 below -6.08); gelu 1.7 ulp from x = -1 up, 2e-8 below; gelu_tanh 4 ulp and 2e-7; their derivatives 2e-7 and 3e-6.
 float exp_f32(float x);
 float log_f32(float x);                         // x > 0, normal
 float tanh_f32(float x);
