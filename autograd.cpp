@@ -668,7 +668,7 @@ Tensor row_dots(const Tensor& a, const Tensor& b) {
 
 // With e = smoothing and w the class weights:
 //   loss = sum over rows of ((1 - e) w_label (lse - x_label) + e/C sum_c w_c (lse - x_c)) / divisor,  lse = log sum exp(x)
-//   x [M,C]        kept: lse [M]
+//   x [M,C]        kept: x
 Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double divisor, int64_t* right, const ClassRule& rule) {
   const int64_t M = x.rows(), C = x.cols();
   if ((int64_t)labels.size() != M)
@@ -684,7 +684,6 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
   if (!divisor) divisor = counted > 0 ? counted : 1;
   for (int32_t c = 0; c < C; c++) all_weights += (double)rule.weight(c);
   const float sure = 1 - rule.smoothing, shared = rule.smoothing / (float)C;
-  Tensor lse(Shape{M});
   std::vector<double> loss((size_t)M);
   std::vector<uint8_t> best((size_t)M);
   const Kernels& k = kernels();
@@ -692,10 +691,9 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
     const int32_t label = labels[(size_t)r];
     if (label == kIgnored) return;
     const float *row = x.data() + r * C, top = k.max(row, C);
-    lse.data()[r] = top + log_f32(k.exp_sum(row, 1, top, scratch(0, C), C));
-    const double total = (double)lse.data()[r];
-    loss[(size_t)r] = (double)(sure * rule.weight(label)) * (total - (double)row[label]);
-    for (int32_t c = 0; shared > 0 && c < C; c++) loss[(size_t)r] += (double)(shared * rule.weight(c)) * (total - (double)row[c]);
+    const auto lse = (double)(top + log_f32(k.exp_sum(row, 1, top, scratch(0, C), C)));
+    loss[(size_t)r] = (double)(sure * rule.weight(label)) * (lse - (double)row[label]);
+    for (int32_t c = 0; shared > 0 && c < C; c++) loss[(size_t)r] += (double)(shared * rule.weight(c)) * (lse - (double)row[c]);
     best[(size_t)r] = row[label] == top;
   });
   double sum = 0;
@@ -717,12 +715,11 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
         if (!add) std::fill_n(to, C, 0.f);
         return;
       }
-      const float own = sure * rule.weight(label), mass = own + shared * (float)all_weights;
-      k.exp_sum(x.data() + r * C, 1, lse.data()[r], d, C);
-      if (mass != 1) k.scale(mass, d, d, C);
+      const float *row = x.data() + r * C, own = sure * rule.weight(label) * scale, mass = own + shared * (float)all_weights * scale;
+      const float total = k.exp_sum(row, 1, k.max(row, C), d, C);  // d = exp(x - top), which is softmax(x) total
+      k.scale(mass / total, d, d, C);
       d[label] -= own;
-      for (int32_t c = 0; shared > 0 && c < C; c++) d[c] -= shared * rule.weight(c);
-      k.scale(scale, d, d, C);
+      for (int32_t c = 0; shared > 0 && c < C; c++) d[c] -= shared * scale * rule.weight(c);
       if (add) k.add(d, to, C);
     });
   });
@@ -806,12 +803,11 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
       for (int64_t r = r0; r < r1; r++) {
         float* const row = scores + r * V;
         const auto i = (size_t)(first + r);
-        const float own = row[labels[i]], top = k.max(row, V), lse = top + log_f32(k.exp_sum(row, 1, top, scratch(0, V), V));
-        loss[i] = (double)lse - (double)own, best[i] = own == top;
+        const float own = row[labels[i]], top = k.max(row, V), total = k.exp_sum(row, 1, top, row, V);  // row = exp(z - top)
+        loss[i] = (double)(top + log_f32(total)) - (double)own, best[i] = own == top;
         if (!products.training) continue;
-        k.exp_sum(row, 1, lse, row, V);  // dz = (softmax(z) - onehot(label)) / divisor
-        row[labels[i]] -= 1;
-        k.scale(share, row, row, V);
+        k.scale(share / total, row, row, V);  // dz = (softmax(z) - onehot(label)) / divisor
+        row[labels[i]] -= share;
         if (!few) add_to_bias(r, 0, V);
       }
     });
