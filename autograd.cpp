@@ -798,7 +798,7 @@ Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, c
     auto add_to_bias = [&](int64_t r, int64_t c0, int64_t c1) {
       k.add(scores + r * V + c0, db.data() + (first + r) / kRowBlock * V + c0, c1 - c0);
     };
-    const bool few = row_blocks(m) < threads();  // then a row's sums are shared by all threads
+    const bool few = row_blocks(m) < 4 * threads();  // the blocks would not be shared out evenly
     parallel_ranges(m, few ? 4 : kRowBlock, [&](int64_t r0, int64_t r1) {
       for (int64_t r = r0; r < r1; r++) {
         float* const row = scores + r * V;
