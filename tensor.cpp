@@ -38,6 +38,7 @@
 #include <sys/auxv.h>
 #endif
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -955,6 +956,10 @@ std::vector<const Kernels*> usable_kernels() {
               __builtin_cpu_supports("avx512vl"),
           avx512::table) &&
       has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
+  // Where there is AMX (cpuid 7, edx bit 22) VDPBF16PS runs at half its rate: two f32 fma give the same bytes 1.25 times as fast.
+  unsigned eax, ebx, ecx, edx;
+  if (tables.back() == &avx512::table_bf16 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1))
+    std::swap(tables.end()[-1], tables.end()[-2]);
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
 #if defined(__linux__)
