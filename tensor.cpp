@@ -36,6 +36,7 @@
 #if defined(__linux__)
 #include <sched.h>
 #include <sys/auxv.h>
+#include <sys/syscall.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -713,11 +714,13 @@ float normal_cdf_f32(float x) {
   return x < 0 ? tail : 1 - tail;
 }
 
-#define BERT_TABLE(name, f32, bf16, int8, zero)                                                                                         \
+// What differs between tables of one instruction set: the words' tiles and their rows, and what they need.
+#define BERT_TABLE(name, f32, ...)                                                                                                      \
   {                                                                                                                                     \
-    name, kRows, kCols, f32, bf16, int8, zero, column, pack, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, scale, \
-        finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw               \
+    name, kRows, kCols, f32, __VA_ARGS__, column, pack, transpose, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy,  \
+        scale, finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw        \
   }
+static void no_tiles() {}
 
 // The upper half is added to the lower, four times.
 template <class T>
@@ -747,28 +750,32 @@ void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const fl
       c[i * c_row + j] = add ? c[i * c_row + j] + acc : acc;
     }
 }
-// Of two words, each two bf16: the upper halves' product is added first.
-void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
+// Of 16 words at a time, each two bf16: the chain of the even k, in the lower halves, and that of the odd k.
+void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t, const float* b, float* c, int64_t c_row, int rows, int cols,
                bool add) {
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < cols; j++) {
-      float acc = 0;
-      for (int64_t k = 0; k < depth; k++) {
-        const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k * a_step]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
-        acc = std::fma(std::bit_cast<float>(x & 0xFFFF0000u), std::bit_cast<float>(y & 0xFFFF0000u), acc);
-        acc = std::fma(std::bit_cast<float>(x << 16), std::bit_cast<float>(y << 16), acc);
+      float acc = add ? c[i * c_row + j] : 0;
+      for (int64_t k = 0; k < depth;) {
+        float even = 0, odd = 0;
+        for (const int64_t end = k + 16; k < end; k++) {
+          const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
+          even = std::fma(std::bit_cast<float>(x << 16), std::bit_cast<float>(y << 16), even);
+          odd = std::fma(std::bit_cast<float>(x & 0xFFFF0000u), std::bit_cast<float>(y & 0xFFFF0000u), odd);
+        }
+        acc += even + odd;
       }
-      c[i * c_row + j] = add ? c[i * c_row + j] + acc : acc;
+      c[i * c_row + j] = acc;
     }
 }
 // Of two words, each four int8; the sums are int32.
-void tile_int8(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows, int cols,
+void tile_int8(int64_t depth, const float* a, int64_t a_row, int64_t, const float* b, float* c, int64_t c_row, int rows, int cols,
                bool add) {
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < cols; j++) {
       int32_t acc = add ? std::bit_cast<int32_t>(c[i * c_row + j]) : 0;
       for (int64_t k = 0; k < depth; k++) {
-        const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k * a_step]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
+        const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
         for (int bit = 0; bit < 32; bit += 8) acc += (int8_t)(x >> bit) * (int8_t)(y >> bit);
       }
       c[i * c_row + j] = std::bit_cast<float>(acc);
@@ -784,6 +791,10 @@ void column(int64_t depth, const float* a, int64_t a_row, const float* b, float*
 void pack(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols) {
   for (int64_t k = 0; k < depth; k++)
     for (int j = 0; j < kCols; j++) panel[k * kCols + j] = j < cols ? b[k * b_step + j * b_col] : 0;
+}
+void transpose(const float* x, int64_t x_row, int64_t rows, int64_t cols, float* y, int64_t y_row) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < cols; j++) y[j * y_row + i] = x[i * x_row + j];
 }
 float sum(const float* x, int64_t n) {
   Lanes s;
@@ -856,7 +867,8 @@ void from_bf16(const void* x, float* y, int64_t n) {
 }
 void interleave(const void* even, const void* odd, void* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    const uint32_t word = at<uint16_t>((const char*)even, i) | (odd ? (uint32_t)at<uint16_t>((const char*)odd, i) << 16 : 0);
+    const uint32_t low = even ? at<uint16_t>((const char*)even, i) : 0, high = odd ? at<uint16_t>((const char*)odd, i) : 0;
+    const uint32_t word = low | high << 16;
     std::memcpy((char*)y + 4 * i, &word, 4);
   }
 }
@@ -909,7 +921,7 @@ void adamw(const AdamWSettings& s, float lr, float decay, float factor, float co
     p[i] = std::fma(-f.rate, std::fma(f.decay, kept, update), kept);
   }
 }
-const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, 0);
+const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kRows, false, 0, no_tiles, no_tiles);
 }  // namespace
 }  // namespace scalar
 
@@ -946,6 +958,19 @@ const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, 0);
 #undef BERT_ISA
 #endif
 
+#if defined(__x86_64__)
+// AMX for bf16 and int8 (cpuid 7, edx bits 22, 24 and 25): its registers are large, so that Linux wants to be asked, once a process.
+static bool amx_allowed() {
+#if defined(__linux__)
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & needed) == needed && !syscall(SYS_arch_prctl, request, tile_data);
+#else
+  return false;
+#endif
+}
+#endif
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> tables = {&scalar::table};
 #if defined(__x86_64__)
@@ -956,10 +981,7 @@ std::vector<const Kernels*> usable_kernels() {
               __builtin_cpu_supports("avx512vl"),
           avx512::table) &&
       has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
-  // Where there is AMX (cpuid 7, edx bit 22) VDPBF16PS runs at half its rate: two f32 fma give the same bytes 1.25 times as fast.
-  unsigned eax, ebx, ecx, edx;
-  if (tables.back() == &avx512::table_bf16 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1))
-    std::swap(tables.end()[-1], tables.end()[-2]);
+  if (tables.back() == &avx512::table_bf16 && amx_allowed()) tables.push_back(&avx512::table_amx);
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
 #if defined(__linux__)
@@ -1212,17 +1234,10 @@ OP P activation_slope(const P& x) {
 }
 
 // ---- the product's tile ------------------------------------------------------------------------------------------
-// One text for all precisions. A word of 32 bits is a float, two bf16 or four int8; products(a, b, sum) adds all of two words' to a sum.
+// A word of 32 bits is a float or four int8; products(a, b, sum) adds all of two words' to a sum.
 struct Floats {
   OP V products(V a, V b, V sum) { return fused(a, b, sum); }
   OP V join(V block, V sum) { return block + sum; }
-};
-struct Bf16 : Floats {
-  OP V products(V a, V b, V sum) {
-    const U high = U{} + 0xFFFF0000u;
-    sum = fused((V)((U)a & high), (V)((U)b & high), sum);
-    return fused((V)((U)a << 16), (V)((U)b << 16), sum);
-  }
 };
 struct Int8 {
   OP V products(V a, V b, V sum) {
@@ -1237,11 +1252,6 @@ struct Int8 {
   }
   OP V join(V block, V sum) { return (V)((I)block + (I)sum); }
 };
-#if BERT_ISA == 512
-struct Bf16Dot : Floats {
-  OP V products(V a, V b, V sum) { return dot_bf16(a, b, sum); }
-};
-#endif
 #if BERT_ISA != 256
 struct Int8Dot : Int8 {
   OP V products(V a, V b, V sum) { return dot_int8(a, b, sum); }
@@ -1309,6 +1319,109 @@ TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
   if constexpr (R > 1) tile<Words, R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
 }
 
+// Words of two bf16. A word's products join the chains `even` and `odd`; of two words `second` is the one after.
+struct Bf16 {
+  OP void products(V a, V b, bool, V& even, V& odd) {
+    const U high = U{} + 0xFFFF0000u;
+    even = fused((V)((U)a << 16), (V)((U)b << 16), even);
+    odd = fused((V)((U)a & high), (V)((U)b & high), odd);
+  }
+};
+#if BERT_ISA == 512
+struct Bf16Dot {  // of words in pairs: the first holds even k, the second odd ones
+  OP void products(V a, V b, bool second, V& even, V& odd) {
+    V& chain = second ? odd : even;
+    chain = dot_bf16(a, b, chain);
+  }
+};
+#endif
+template <class Words, int R, int N = kCols / W>
+TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int cols, bool add) {
+  for (int64_t k = 0; k < depth; k += 16, add = true) {
+    V even[R][N], odd[R][N];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) even[r][j] = odd[r][j] = spread(0);
+    for (int i = 0; i < 8; i++) UNROLL for (int second = 0; second < 2; second++, a++, b += kCols) {
+        if constexpr (R < kRows / 2) __builtin_prefetch(b + 32 * kCols), __builtin_prefetch(b + 32 * kCols + 16);  // as in tile_rows
+        V from_b[N];
+        UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
+        UNROLL for (int r = 0; r < R; r++) {
+          const V from_a = spread(a[r * a_row]);
+          UNROLL for (int j = 0; j < N; j++) Words::products(from_a, from_b[j], second, even[r][j], odd[r][j]);
+        }
+      }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {
+        float* const to = c + r * c_row + j * W;
+        const V sum = even[r][j] + odd[r][j];
+        if (const int n = cols - j * W; n >= W)
+          write(to, (add ? read(to) : spread(0)) + sum);
+        else if (n > 0)
+          write(to, (add ? read(to, n) : spread(0)) + sum, n);
+      }
+  }
+}
+template <class Words, int R = kRows / 2>
+TARGET void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
+                      int cols, bool add) {
+  if (rows == R) return bf16_rows<Words, R>(depth, a, a_row, b, c, c_row, cols, add);
+  if constexpr (R > 1) tile_bf16<Words, R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
+}
+
+#if BERT_ISA == 512
+// AMX: eight registers of 16 rows of 16 words. Four hold 32 rows and columns of c, two 32 rows of a, two 16 words of a panel; one
+// instruction multiplies 16 x 16 x 32 bf16 or 16 x 16 x 64 int8.
+namespace amx {
+struct alignas(64) Shapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const Shapes shapes;
+void on() { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
+void off() { asm volatile("tilerelease"); }
+template <int To>
+OP void load(const float* from, int64_t row) {
+  asm volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(from), "r"(4 * row), "i"(To) : "memory");
+}
+template <int From>
+OP void store(float* to, int64_t row) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(to), "r"(4 * row), "i"(From) : "memory");
+}
+template <bool Bf16, int A, int B, int Sum>
+OP void multiply() {
+  if constexpr (Bf16)
+    asm volatile("tdpbf16ps %%tmm%c1, %%tmm%c0, %%tmm%c2" : : "i"(A), "i"(B), "i"(Sum));
+  else
+    asm volatile("tdpbssd %%tmm%c1, %%tmm%c0, %%tmm%c2" : : "i"(A), "i"(B), "i"(Sum));
+}
+// 16 rows of a, or 32, by 32 columns.
+template <bool Bf16, int Rows>
+TARGET void multiply_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, bool add) {
+  static_assert(kCols == 32);
+  if (add) {
+    load<0>(c, c_row), load<1>(c + 16, c_row);
+    if constexpr (Rows == 32) load<2>(c + 16 * c_row, c_row), load<3>(c + 16 * c_row + 16, c_row);
+  } else {
+    asm volatile("tilezero %tmm0\ntilezero %tmm1\ntilezero %tmm2\ntilezero %tmm3");
+  }
+  for (int64_t k = 0; k < depth; k += 16, b += 16 * kCols) {
+    load<4>(a + k, a_row), load<6>(b, kCols), load<7>(b + 16, kCols);
+    multiply<Bf16, 4, 6, 0>(), multiply<Bf16, 4, 7, 1>();
+    if constexpr (Rows == 32) load<5>(a + 16 * a_row + k, a_row), multiply<Bf16, 5, 6, 2>(), multiply<Bf16, 5, 7, 3>();
+  }
+  store<0>(c, c_row), store<1>(c + 16, c_row);
+  if constexpr (Rows == 32) store<2>(c + 16 * c_row, c_row), store<3>(c + 16 * c_row + 16, c_row);
+}
+template <bool Bf16>
+void tile(int64_t depth, const float* a, int64_t a_row, int64_t, const float* b, float* c, int64_t c_row, int rows, int cols, bool add) {
+  if (rows == 32 && cols == kCols) return multiply_rows<Bf16, 32>(depth, a, a_row, b, c, c_row, add);
+  alignas(64) float whole[32 * kCols];
+  for (int i = 0; i < rows && add; i++) std::copy_n(c + i * c_row, cols, whole + i * kCols);
+  (rows > 16 ? multiply_rows<Bf16, 32> : multiply_rows<Bf16, 16>)(depth, a, a_row, b, whole, kCols, add);
+  for (int i = 0; i < rows; i++) std::copy_n(whole + i * kCols, cols, c + i * c_row);
+}
+}  // namespace amx
+#endif
+
 // to[i] holds the numbers at i of four rows, `apart` from each other.
 OP void transpose(const float* rows, int64_t apart, F4 (&to)[4]) {
   F4 r[4];
@@ -1317,6 +1430,18 @@ OP void transpose(const float* rows, int64_t apart, F4 (&to)[4]) {
   const F4 s = SHUFFLE(r[2], r[3], 0, 4, 1, 5), t = SHUFFLE(r[2], r[3], 2, 6, 3, 7);
   to[0] = SHUFFLE(p, s, 0, 1, 4, 5), to[1] = SHUFFLE(p, s, 2, 3, 6, 7);
   to[2] = SHUFFLE(q, t, 0, 1, 4, 5), to[3] = SHUFFLE(q, t, 2, 3, 6, 7);
+}
+
+TARGET void transpose(const float* x, int64_t x_row, int64_t rows, int64_t cols, float* y, int64_t y_row) {
+  const int64_t whole_rows = rows / 4 * 4, whole_cols = cols / 4 * 4;
+  for (int64_t j = 0; j < whole_cols; j += 4)
+    for (int64_t i = 0; i < whole_rows; i += 4) {
+      F4 out[4];
+      transpose(x + i * x_row + j, x_row, out);
+      UNROLL for (int q = 0; q < 4; q++) std::memcpy(y + (j + q) * y_row + i, &out[q], sizeof(F4));
+    }
+  scalar::transpose(x + whole_cols, x_row, whole_rows, cols - whole_cols, y + whole_cols * y_row, y_row);
+  scalar::transpose(x + whole_rows * x_row, x_row, rows - whole_rows, cols, y + whole_rows, y_row);
 }
 
 // Rows are summed four at a time, each in a lane. They come from memory: what follows 384 bytes on is asked for.
@@ -1502,7 +1627,8 @@ TARGET void from_bf16(const void* x, float* y, int64_t n) {
 }
 TARGET void interleave(const void* even, const void* odd, void* y, int64_t n) {
   chunks(n, [&] BODY {
-    const Words low = load_halves((const uint16_t*)even + i, w), high = odd ? load_halves((const uint16_t*)odd + i, w) : Words();
+    auto half = [&](const void* x) INLINE { return x ? load_halves((const uint16_t*)x + i, w) : Words(); };
+    const Words low = half(even), high = half(odd);
     P r;
     EACH r.v[q] = (V)(low.v[q] | high.v[q] << 16);
     store((float*)y + i, r, w);
@@ -1602,12 +1728,14 @@ TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, f
     store(p + i, fma(-f.rate, fma(f.decay, kept, m1 / fma(sqrt(v1), f.root, f.eps)), kept), w);
   });
 }
-const Kernels table = BERT_TABLE(kName, tile<Floats>, tile<Bf16>, tile<Int8>, 0);
+#define ROWS kRows / 2, kRows
+const Kernels table = BERT_TABLE(kName, tile<Floats>, tile_bf16<Bf16>, tile<Int8>, ROWS, false, 0, no_tiles, no_tiles);
 #if BERT_ISA == 512
-const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 128);
-const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile<Bf16Dot>, tile<Int8Dot>, 128);
+const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile_bf16<Bf16>, tile<Int8Dot>, ROWS, false, 128, no_tiles, no_tiles);
+const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile_bf16<Bf16Dot>, tile<Int8Dot>, ROWS, true, 128, no_tiles, no_tiles);
+const Kernels table_amx = BERT_TABLE("avx512_amx", tile<Floats>, amx::tile<true>, amx::tile<false>, 32, 32, false, 0, amx::on, amx::off);
 #elif BERT_ISA == 128
-const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile<Bf16>, tile<Int8Dot>, 0);
+const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile_bf16<Bf16>, tile<Int8Dot>, ROWS, false, 0, no_tiles, no_tiles);
 #endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
@@ -1642,9 +1770,25 @@ const Kernels& kernels() {
   return *chosen;
 }
 
-// Words of 32 bits that hold k numbers.
+// Words of 32 bits that hold k numbers; of bf16 and int8 whole steps of 16.
 static int64_t words_of(Precision precision, int64_t k) {
-  return precision == Precision::f32 ? k : precision == Precision::bf16 ? (k + 1) / 2 : (k + 3) / 4;
+  return precision == Precision::f32 ? k : precision == Precision::bf16 ? (k + 31) / 32 * 16 : (k + 63) / 64 * 16;
+}
+// From one row of words to the next in memory: an odd number of cache lines spreads the rows over all sets of the first cache.
+static int64_t distance_of(int64_t words) { return words | 16; }
+// The words of a row of bf16, which hold k in order, as bf16_pairs wants them.
+static void pair_up(float* row, int64_t words) {
+  for (int64_t i = 0; i < words; i += 2) {
+    const uint32_t first = std::bit_cast<uint32_t>(row[i]), second = std::bit_cast<uint32_t>(row[i + 1]);
+    row[i] = std::bit_cast<float>(first << 16 | (second & 0xFFFF));
+    row[i + 1] = std::bit_cast<float>((first & 0xFFFF0000u) | second >> 16);
+  }
+}
+// Word i of columns first .. first + n of a matrix in bf16 whose rows are k.
+static void copy_word(const Kernels& t, const NarrowMatrix& x, int64_t i, int64_t first, int64_t n, float* to) {
+  auto row = [&](int64_t k) { return k < x.n ? x.row(k) + 2 * first : nullptr; };
+  const int64_t lower = !t.bf16_pairs ? 2 * i : i % 2 ? 2 * i + 1 : 2 * i + 2, upper = !t.bf16_pairs ? 2 * i + 1 : i % 2 ? 2 * i - 1 : 2 * i;
+  t.interleave(row(lower), row(upper), to, n);
 }
 
 namespace {
@@ -1666,6 +1810,10 @@ struct Product {
 
   Precision precision() const { return packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
+  Kernels::Tile* tile() const {
+    return precision() == Precision::f32 ? table.tile : precision() == Precision::bf16 ? table.tile_bf16 : table.tile_int8;
+  }
+  int mr() const { return precision() == Precision::f32 ? table.mr : precision() == Precision::bf16 ? table.mr_bf16 : table.mr_int8; }
 };
 
 // `all` cut into pieces of at most `most`, as equal as multiples of `unit` allow.
@@ -1686,25 +1834,28 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
 
 // Rows i0..i1 of a in the precision of b, each in words() words whose end is zero; and of int8 their scales.
 void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
-  for (int64_t i = i0; i < i1; i++, words += p.words()) {
+  const bool bf16 = p.precision() == Precision::bf16;
+  for (int64_t i = i0; i < i1; i++, words += distance_of(p.words())) {
     char* const to = (char*)words;
-    const int64_t bytes = p.precision() == Precision::bf16 ? 2 * p.k : p.k;
+    const int64_t bytes = bf16 ? 2 * p.k : p.k;
     if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
-    else if (p.precision() == Precision::bf16)
+    else if (bf16)
       p.table.to_bf16(p.a + i * p.lda, to, p.k);
     else
       scales[i - i0] = p.table.to_int8(p.a + i * p.lda, p.table.int8_zero, to, p.k);
-    std::memset(to + bytes, p.precision() == Precision::bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
+    std::memset(to + bytes, bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
+    if (bf16 && p.table.bf16_pairs) pair_up(words, p.words());
   }
 }
 
-// Words k of columns i0..i1 of the matrix whose transpose is op(a).
-void copy_column(const Product& p, int64_t k, int64_t i0, int64_t i1, float* to) {
-  if (p.bf16)
-    p.table.interleave(p.bf16->row(2 * k) + 2 * i0, 2 * k + 1 < p.k ? p.bf16->row(2 * k + 1) + 2 * i0 : nullptr, to, i1 - i0);
-  else
-    std::memcpy(to, p.a + k * p.lda + i0, (size_t)(i1 - i0) * sizeof(float));
+// Words k0.. of rows i0..i1 of op(a), which is a transposed matrix in bf16: `depth` words a row, `distance` apart; room: 16 words each.
+void copy_transposed(const Product& p, int64_t k0, int64_t depth, int64_t i0, int64_t i1, float* to, int64_t distance, float* room) {
+  const int64_t rows = i1 - i0;
+  for (int64_t k = 0; k < depth; k += 16) {
+    for (int64_t i = 0; i < 16; i++) copy_word(p.table, *p.bf16, k0 + k + i, i0, rows, room + i * rows);
+    p.table.transpose(room, rows, 16, rows, to + k, distance);
+  }
 }
 
 // Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
@@ -1718,35 +1869,38 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   static thread_local Tensor scratch;  // kept for the thread's next call, made anew when it does not suffice
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
-  const bool narrow = p.precision() != Precision::f32 && !p.narrowed && !a_transposed;
-  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips, words = p.words();
-  const int64_t block = p.precision() == Precision::bf16 ? kDepth / 2 : kDepth;  // in words
+  const bool wide = p.precision() == Precision::f32, narrow = !wide && !p.narrowed && !a_transposed;
+  const int64_t rows = i1 - i0, words = p.words(), strip = even_piece(rows, p.mr(), p.mr() % 16 ? 1 : 16), strips = (rows + strip - 1) / strip;
+  const int64_t all = (j1 - j0 + t.nr - 1) / t.nr * strips, readable = rows + p.mr();  // for tiles of words
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each; so is
   // one whose rows lie a multiple of 4 KiB apart, which all fall into one set of the first cache. An odd number of cache lines from row to
   // row spreads the copy over all sets.
-  const bool spread = !a_transposed && p.precision() == Precision::f32 && p.lda % 1024 == 0;
-  const int64_t a_stride = spread ? kDepth + 16 : (rows + 15) / 16 * 16 | 16;
-  const int64_t needed = kDepth * t.nr + (a_transposed ? kDepth * a_stride : spread ? rows * a_stride : narrow ? rows * (words + 1) : 0);
+  const bool spread = !a_transposed && wide && p.lda % 1024 == 0;
+  const int64_t a_stride = narrow ? distance_of(words) : a_transposed && wide ? (rows + 15) / 16 * 16 | 16 : distance_of(kDepth);
+  const int64_t copied = a_transposed && wide ? kDepth : spread ? rows : a_transposed || narrow ? readable : 0;
+  const int64_t needed = kDepth * t.nr + copied * a_stride + (wide ? 0 : 16 * rows);
   if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
-  float* const panel = scratch.data();
-  float* const a_copy = panel + kDepth * t.nr;
+  float *const panel = scratch.data(), *const a_copy = panel + kDepth * t.nr, *const room = a_copy + copied * a_stride;
   const float *a_words = p.bf16 ? nullptr : p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
   if (narrow) {
-    narrow_rows(p, i0, i1, a_copy, a_copy + rows * words);
-    a_words = a_copy, row_scales = p.precision() == Precision::int8 ? a_copy + rows * words : nullptr;
+    narrow_rows(p, i0, i1, a_copy, room);
+    a_words = a_copy, row_scales = p.precision() == Precision::int8 ? room : nullptr;
   }
-  Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : p.precision() == Precision::int8 ? t.tile_int8 : t.tile;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
   if (!p.k && !p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
   if (!p.k) finish(p, i0, i1, j0, j1, row_scales);
-  for (int64_t k0 = 0; k0 < words; k0 += block) {
-    const int64_t depth = std::min(block, words - k0), next_k = k0 + block;
+  if (!wide) t.tiles_on();
+  for (int64_t k0 = 0; k0 < words; k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, words - k0), next_k = k0 + kDepth;
     const float* a = a_transposed ? a_copy : a_words + k0;
-    int64_t a_row = narrow ? words : p.lda, a_step = 1, done = 0;
-    if (a_transposed) {
-      for (int64_t k = 0; k < depth; k++) copy_column(p, k0 + k, i0, i1, a_copy + k * a_stride);
+    int64_t a_row = a_transposed || narrow ? a_stride : p.lda, a_step = 1, done = 0;
+    if (a_transposed && wide) {
+      for (int64_t k = 0; k < depth; k++)
+        std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a_row = 1, a_step = a_stride;
+    } else if (a_transposed) {
+      copy_transposed(p, k0, depth, i0, i1, a_copy, a_stride, room);
     } else if (spread) {
       for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
       a = a_copy, a_row = a_stride;
@@ -1758,18 +1912,19 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
       std::optional<DefaultFloatMode> mode;
       if (p.precision() == Precision::bf16) mode.emplace(true);
       for (int64_t s = 0; s < strips; s++, done++) {
-        const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
+        const int64_t r0 = s * strip, r1 = std::min(rows, r0 + strip);
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
-        if (a_transposed && !p.bf16 && next_k < p.k)
+        if (a_transposed && wide && next_k < p.k)
           fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
-        tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
+        p.tile()(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
       mode.reset();
       if (next_k >= words) finish(p, i0, i1, j, j + cols, row_scales);
     }
   }
+  if (!wide) t.tiles_off();
 }
 
 static constexpr int kColumnRows = 8;  // of which a column's sums are made at once
@@ -1883,7 +2038,7 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
   const int64_t most_rows = blas ? 512 : one_panel ? 480 : packed ? kPackedRows : large ? 640 : 240;
-  const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.table.mr;
+  const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
   const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow ? p.n : packed ? 768 : transposed ? 384 : 192;
   // Few tasks are made as many as the threads can share evenly.
   const int64_t across = (p.n + most_cols - 1) / most_cols, unit = threads() / std::gcd<int64_t>(threads(), across);
@@ -1989,6 +2144,7 @@ void PackedWeights::pack_rows(Narrow&& narrow) {
       char* const row = (char*)(rows.data() + i * words);
       narrow(j * nr + i, row);
       for (int64_t x = 0; x < k_ && !zeros_.empty(); x++) zeros_[(size_t)(j * nr + i)] += t.int8_zero * (int8_t)row[x];
+      if (precision_ == Precision::bf16 && t.bf16_pairs) pair_up((float*)row, words);
     }
     t.pack(words, rows.data(), 1, words, panels_.data() + j * nr * words, cols);
   });
@@ -1999,12 +2155,12 @@ void PackedWeights::pack_columns(const NarrowMatrix& w) {
   const Kernels& t = kernels();
   const int64_t nr = t.nr, words = words_of(precision_, k_);
   panels_ = Tensor({(n_ + nr - 1) / nr * nr, words});
-  parallel_ranges(words, kDepth / 2, [&](int64_t first, int64_t end) {
+  parallel_ranges(words, kDepth, [&](int64_t first, int64_t end) {
     for (int64_t j = 0; j < n_; j += nr) {
       float* to = panels_.data() + j * words + first * nr;
       const int64_t cols = std::min(nr, n_ - j);
       for (int64_t i = first; i < end; i++, to += nr) {
-        t.interleave(w.row(2 * i) + 2 * j, 2 * i + 1 < k_ ? w.row(2 * i + 1) + 2 * j : nullptr, to, cols);
+        copy_word(t, w, i, j, cols, to);
         std::fill(to + cols, to + nr, 0.f);
       }
     }
@@ -2029,11 +2185,12 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   Product p{kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc, &w};
   Tensor words;
   if (p.precision() != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
-    words = Tensor({m, p.words() + 1});
-    float* const scales = words.data() + m * p.words();
+    const int64_t distance = distance_of(p.words()), rows = m + p.mr();
+    words = Tensor({rows, distance + 1});
+    float* const scales = words.data() + rows * distance;
     parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)),
-                    [&](int64_t i, int64_t end) { narrow_rows(p, i, end, words.data() + i * p.words(), scales + i); });
-    p.a = words.data(), p.lda = p.words(), p.narrowed = true;
+                    [&](int64_t i, int64_t end) { narrow_rows(p, i, end, words.data() + i * distance, scales + i); });
+    p.a = words.data(), p.lda = distance, p.narrowed = true;
     if (p.precision() == Precision::int8) p.row_scales = scales;
   }
   run(p, Backend::own);

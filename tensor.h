@@ -787,15 +787,23 @@ struct Kernels {
   using Tile = void(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
                     int cols, bool add);
   Tile* tile;
-  // The same where a and b are words of 32 bits that hold several k. Two bf16, the lower half first: of a word the upper half's product
-  // is added before the lower one's, each fused (the order of VDPBF16PS), under DefaultFloatMode(true). Four int8: c holds int32.
+  // The same in words of 32 bits that hold several k: a_step is 1, depth a positive multiple of 16, and of a as many rows as a tile has may be
+  // read, whatever `rows`. Two bf16: of each 16 words (32 k, in the order that bf16_pairs says) two chains from 0, of the even and of the
+  // odd k; their sum is added to c, which starts from 0 or, with `add`, from what is there: the order of AMX's TDPBF16PS. Under
+  // DefaultFloatMode(true). Four int8: c holds int32.
   // (Of a sum that rounds up to the smallest normal number, 2^-126, ARM makes 0: it flushes before it rounds. All else is alike.)
   Tile *tile_bf16, *tile_int8;
+  int mr_bf16, mr_int8;    // rows of their tiles
+  // How words hold bf16 k 0 to 3, lower half first: 0 1, 2 3; or for VDPBF16PS, which adds a word's upper product and then its lower one
+  // to one chain, 2 0, 3 1
+  bool bf16_pairs;
   int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
+  void (*tiles_on)(), (*tiles_off)();   // around a thread's calls of tile_bf16 and tile_int8
   // One column: c[i * c_row] = the tile's chain of row i of a and b [depth], or added to what is there, for i < rows
   void (*column)(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int rows, bool add);
   // panel [depth][nr] <- b, whose element (k, j) is b[k * b_step + j * b_col]; columns from cols on are 0
   void (*pack)(int64_t depth, const float* b, int64_t b_step, int64_t b_col, float* panel, int cols);
+  void (*transpose)(const float* x, int64_t x_row, int64_t rows, int64_t cols, float* y, int64_t y_row);   // y[j][i] = x[i][j]
   float (*sum)(const float* x, int64_t n);
   float (*add_sum)(const float* a, const float* b, float* y, int64_t n); // y = a + b; returns y's sum
   float (*dot)(const float* x, const float* y, int64_t n);               // lane = fma(x, y, lane)
@@ -817,7 +825,7 @@ struct Kernels {
   void (*finish)(Activation act, const Int8Sums* sums, const float* bias, float* y, float* pre, int64_t stride, int64_t rows, int64_t n);
   void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
   void (*from_bf16)(const void* x, float* y, int64_t n);
-  void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits: even[0] odd[0] even[1] ...; odd null: zeros
+  void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits: even[0] odd[0] even[1] ...; null: zeros
   // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
   float (*to_int8)(const float* x, int zero, void* y, int64_t n);
   void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
@@ -871,7 +879,7 @@ void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a,
                int64_t ldc);
 
 // Weights [n,k] laid out in the kernel's panels once: c [m,n] = a [m,k] w^T. Always the own kernels. In bf16 a and w are rounded and
-// multiplied as tile_bf16 says, 256 k a block; in int8 each row of a and of w is rounded to 127 steps of its largest number.
+// multiplied as tile_bf16 says; in int8 each row of a and of w is rounded to 127 steps of its largest number.
 class PackedWeights {
  public:
   PackedWeights(const float* w, int64_t n, int64_t k, Precision precision = Precision::f32);

@@ -309,39 +309,54 @@ static Floats words(int64_t n, uint64_t seed, bool bf16, bool extreme) {
   }
   return v;
 }
+// `rows` rows of words of bf16, `apart` from each other, two words of a row `step`: as VDPBF16PS wants them.
+static void pair_words(float* from, int64_t rows, int64_t apart, int64_t depth, int64_t step) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t k = 0; k < depth; k += 2) {
+      float &first = from[r * apart + k * step], &second = from[r * apart + (k + 1) * step];
+      const uint32_t x = std::bit_cast<uint32_t>(first), y = std::bit_cast<uint32_t>(second);
+      first = std::bit_cast<float>(x << 16 | (y & 0xFFFF)), second = std::bit_cast<float>(x >> 16 << 16 | y >> 16);
+    }
+}
 TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at every number of rows and columns") {
   const Kernels& scalar = *usable_kernels()[0];
   for (const Kernels* t : usable_kernels())
     for (const bool bf16 : {false, true})
       for (const bool extreme : {false, true})
-        for (const int64_t depth : {0, 1, 3, 4, 17, 128, 256}) {
-          const Floats b = words(depth * 64 + 1, 1, bf16, extreme), a = words((depth + 3) * 20 + 1, 2, bf16, extreme);
-          Floats unsigned_a = a;  // what the instruction wants
+        for (const int64_t depth : {16, 32, 48, 128, 256}) {
+          const int64_t a_row = depth + 3, b_row = t->nr, mr = bf16 ? t->mr_bf16 : t->mr_int8, c_row = t->nr + 2;
+          const Floats b = words(depth * b_row + 1, 1, bf16, extreme), a = words(a_row * mr + 1, 2, bf16, extreme);
+          Floats its_a = a, its_b = b;  // as the instruction wants them
+          if (bf16 && t->bf16_pairs)
+            pair_words(its_a.data() + 1, mr, a_row, depth, 1), pair_words(its_b.data() + 1, b_row, 1, depth, b_row);
           if (!bf16 && t->int8_zero)
-            for (float& x : unsigned_a) x = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ 0x80808080u);
-          for (int rows = 1; rows <= t->mr; rows++)
-            for (int cols = 1; cols <= t->nr; cols += cols % 7 == 0 ? 1 : 3)
-              for (const bool add : {false, true}) {
-                const int64_t c_row = t->nr + 2;
-                Floats c = numbers(t->mr * c_row, 7, extreme ? 1e-38f : 1);
-                for (float& x : c)
-                  if (!bf16) x = std::bit_cast<float>((int32_t)(x * 1e6f));  // sums that are there already
-                Floats want = c;
-                const DefaultFloatMode mode(bf16);
-                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, unsigned_a.data() + 1, depth + 3, 1, b.data() + 1, c.data(), c_row, rows, cols,
-                                                     add);
-                for (int i = 0; i < rows; i++)
-                  for (int j = 0; j < cols; j++) {
-                    Floats panel((size_t)(depth * scalar.nr));  // the scalar tile wants panels of its own width
-                    for (int64_t k = 0; k < depth; k++) panel[(size_t)(k * scalar.nr)] = b[(size_t)(1 + k * t->nr + j)];
-                    float& to = want[(size_t)(i * c_row + j)];
-                    (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * (depth + 3), 1, 1, panel.data(), &to, 1, 1, 1,
-                                                                 add);
-                    for (int64_t k = 0; !bf16 && t->int8_zero && k < depth; k++)  // 128 times the column is to be taken off again
-                      for (int bit = 0; bit < 32; bit += 8)
-                        to = std::bit_cast<float>(std::bit_cast<int32_t>(to) +
-                                                  128 * (int8_t)(std::bit_cast<uint32_t>(panel[(size_t)(k * scalar.nr)]) >> bit));
-                  }
+            for (float& x : its_a) x = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ 0x80808080u);
+          Floats panels((size_t)(b_row * depth * scalar.nr));  // the scalar tile wants panels of its own width: one for each column
+          for (int64_t j = 0; j < b_row; j++)
+            for (int64_t k = 0; k < depth; k++) panels[(size_t)((j * depth + k) * scalar.nr)] = b[(size_t)(1 + k * b_row + j)];
+          for (const bool add : {false, true}) {
+            Floats start = numbers(mr * c_row, 7, extreme ? 1e-38f : 1);
+            for (float& x : start)
+              if (!bf16) x = std::bit_cast<float>((int32_t)(x * 1e6f));  // sums that are there already
+            Floats all = start;
+            const DefaultFloatMode mode(bf16);
+            for (int64_t i = 0; i < mr; i++)
+              for (int64_t j = 0; j < b_row; j++) {
+                float& to = all[(size_t)(i * c_row + j)];
+                const float* const panel = panels.data() + j * depth * scalar.nr;
+                (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * a_row, 1, 1, panel, &to, 1, 1, 1, add);
+                for (int64_t k = 0; !bf16 && t->int8_zero && k < depth; k++)  // 128 times the column is to be taken off again
+                  for (int bit = 0; bit < 32; bit += 8)
+                    to = std::bit_cast<float>(std::bit_cast<int32_t>(to) +
+                                              128 * (int8_t)(std::bit_cast<uint32_t>(panel[k * scalar.nr]) >> bit));
+              }
+            for (int rows = 1; rows <= mr; rows++)
+              for (int cols = 1; cols <= t->nr; cols += cols % 7 == 0 ? 1 : 3) {
+                Floats c = start, want = start;
+                for (int i = 0; i < rows; i++) std::copy_n(all.begin() + i * c_row, cols, want.begin() + i * c_row);
+                t->tiles_on();
+                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, its_a.data() + 1, a_row, 1, its_b.data() + 1, c.data(), c_row, rows, cols, add);
+                t->tiles_off();
                 CAPTURE(t->name);
                 CAPTURE(bf16);
                 CAPTURE(depth);
@@ -349,6 +364,7 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
                 CAPTURE(cols);
                 REQUIRE(same_bytes(want, c));
               }
+          }
         }
 }
 
@@ -525,25 +541,23 @@ TEST_CASE("gemm: large enough for several tasks, the same bytes with any number 
     }
   }
 }
-// What tensor.h and design promise of bf16 and int8, written plainly, of one element.
-static float narrow_product(Precision precision, const float* a, const float* w, int64_t k, float bias) {
+// What tensor.h promises of bf16 and int8, written plainly, of one element; of bf16 added to `sum`.
+static float narrow_product(Precision precision, const float* a, const float* w, int64_t k, float bias, float sum = 0) {
   const Kernels& scalar = *usable_kernels()[0];
   if (precision == Precision::int8) {
     std::vector<int8_t> x((size_t)k), y((size_t)k);
     const float scale = scalar.to_int8(a, 0, x.data(), k) * scalar.to_int8(w, 0, y.data(), k);
-    int64_t sum = 0;
-    for (size_t i = 0; i < x.size(); i++) sum += x[i] * y[i];
-    return std::fma((float)sum, scale, bias);
+    int64_t whole = 0;
+    for (size_t i = 0; i < x.size(); i++) whole += x[i] * y[i];
+    return std::fma((float)whole, scale, bias);
   }
-  std::vector<uint16_t> x((size_t)k + 1), y((size_t)k + 1);
+  std::vector<uint16_t> x((size_t)k), y((size_t)k);
   scalar.to_bf16(a, x.data(), k), scalar.to_bf16(w, y.data(), k);
   auto wide = [](uint16_t half) { return std::bit_cast<float>((uint32_t)half << 16); };
-  float sum = 0;
-  for (int64_t k0 = 0; k0 < k; k0 += 256) {
-    float block = 0;
-    for (int64_t i = k0; i < std::min(k, k0 + 256); i += 2)
-      for (const int64_t odd : {i + 1, i}) block = std::fma(wide(x[(size_t)odd]), wide(y[(size_t)odd]), block);
-    sum = k0 ? sum + block : block;
+  for (int64_t k0 = 0; k0 < k; k0 += 32) {
+    float chain[2] = {};
+    for (int64_t i = k0; i < std::min(k, k0 + 32); i++) chain[i % 2] = std::fma(wide(x[(size_t)i]), wide(y[(size_t)i]), chain[i % 2]);
+    sum += chain[0] + chain[1];
   }
   return sum + bias;
 }
@@ -635,9 +649,12 @@ TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training,
     CAPTURE(m);
     CAPTURE(k);
     const Floats a = numbers(m * k, 1), b = numbers(n * k, 2);
-    Floats want((size_t)(m * n)), c = want;
+    Floats once((size_t)(m * n)), twice = once, c = once;
     for (int64_t i = 0; i < m; i++)
-      for (int64_t j = 0; j < n; j++) want[(size_t)(i * n + j)] = narrow_product(Precision::bf16, a.data() + i * k, b.data() + j * k, k, 0);
+      for (int64_t j = 0, at = i * n; j < n; j++, at++) {
+        once[(size_t)at] = narrow_product(Precision::bf16, a.data() + i * k, b.data() + j * k, k, 0);
+        twice[(size_t)at] = narrow_product(Precision::bf16, a.data() + i * k, b.data() + j * k, k, 0, once[(size_t)at]);
+      }
     const NarrowMatrix plain = narrowed(Tensor({m, k}, a), Precision::bf16), turned = narrowed(transposed(a, m, k), Precision::bf16);
     const PackedWeights right(narrowed(Tensor({n, k}, b), Precision::bf16)),
         right_turned(narrowed(transposed(b, n, k), Precision::bf16), true);
@@ -647,10 +664,9 @@ TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training,
           UseThreads use(count);
           std::fill(c.begin(), c.end(), 9.f);
           gemm({.a_transposed = a_transposed, .b_transposed = true}, m, a_transposed ? turned : plain, *w, c.data(), n);
-          REQUIRE(same_bytes(want, c));
-          if (k > 256) continue;
+          REQUIRE(same_bytes(once, c));
           gemm({.a_transposed = a_transposed, .b_transposed = true, .add = true}, m, a_transposed ? turned : plain, *w, c.data(), n);
-          for (size_t i = 0; i < c.size(); i++) REQUIRE(c[i] == 2 * want[i]);
+          REQUIRE(same_bytes(twice, c));
         }
     CHECK_THROWS_WITH_AS(gemm({.b_transposed = true}, m + 1, plain, right, c.data(), n), doctest::Contains("do not multiply"), Error);
   }
