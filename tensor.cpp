@@ -1749,6 +1749,8 @@ const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile_bf16<Bf16>, 
 static constexpr int64_t kPackedRows = 132;  // of a task whose weights are packed: they stay in the second cache
 static constexpr int64_t kPackFirst = 1024;  // rows of op(a) from which on b is laid out in panels before the tasks are cut
 static constexpr int64_t kDepth = 256;  // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
+static constexpr int64_t kWords = 192;  // of bf16 and int8 at a time: some rows of op(a) and C stay in the first cache
+static constexpr int64_t kPanelWords = 3 << 16;  // 768 KiB of packed panels stay in the second cache
 
 // A variable of the environment; null where it is not set, or empty.
 static const char* setting(const char* name) {
@@ -1832,12 +1834,26 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
     p.table.finish(e.activation, row_scales ? &sums : nullptr, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
 }
 
+// Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
+void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_t part, int64_t parts) {
+  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
+    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
+}
+
+// The product of no numbers.
+void nothing(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  if (!p.how.add)
+    for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
+  finish(p, i0, i1, j0, j1);
+}
+
 // Rows i0..i1 of a in the precision of b, each in words() words whose end is zero; and of int8 their scales.
 void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
   const bool bf16 = p.precision() == Precision::bf16;
   for (int64_t i = i0; i < i1; i++, words += distance_of(p.words())) {
     char* const to = (char*)words;
     const int64_t bytes = bf16 ? 2 * p.k : p.k;
+    if (!p.bf16 && i + 2 < i1) fetch(p.a + (i + 2) * p.lda, 0, 1, p.k, 0, 1);
     if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
     else if (bf16)
@@ -1858,73 +1874,91 @@ void copy_transposed(const Product& p, int64_t k0, int64_t depth, int64_t i0, in
   }
 }
 
-// Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
-void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_t part, int64_t parts) {
-  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
-    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
+// This many floats, kept for the thread's next call.
+float* scratch(int64_t needed) {
+  static thread_local Tensor kept;
+  if (!kept || kept.size() < needed) kept = {}, kept = Tensor({needed});
+  return kept.data();
 }
 
 // Rows i0..i1 and columns j0..j1 of C by the own kernels, a panel of b at a time: it stays in the first cache while the rows pass.
 void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  static thread_local Tensor scratch;  // kept for the thread's next call, made anew when it does not suffice
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed, b_transposed = p.how.b_transposed;
-  const bool wide = p.precision() == Precision::f32, narrow = !wide && !p.narrowed && !a_transposed;
-  const int64_t rows = i1 - i0, words = p.words(), strip = even_piece(rows, p.mr(), p.mr() % 16 ? 1 : 16), strips = (rows + strip - 1) / strip;
-  const int64_t all = (j1 - j0 + t.nr - 1) / t.nr * strips, readable = rows + p.mr();  // for tiles of words
+  const int64_t rows = i1 - i0, strips = (rows + t.mr - 1) / t.mr, all = (j1 - j0 + t.nr - 1) / t.nr * strips;
   // op(a) is read where it lies. A transposed one is copied first, a block of k at a time, or its columns would touch a page each; so is
   // one whose rows lie a multiple of 4 KiB apart, which all fall into one set of the first cache. An odd number of cache lines from row to
   // row spreads the copy over all sets.
-  const bool spread = !a_transposed && wide && p.lda % 1024 == 0;
-  const int64_t a_stride = narrow ? distance_of(words) : a_transposed && wide ? (rows + 15) / 16 * 16 | 16 : distance_of(kDepth);
-  const int64_t copied = a_transposed && wide ? kDepth : spread ? rows : a_transposed || narrow ? readable : 0;
-  const int64_t needed = kDepth * t.nr + copied * a_stride + (wide ? 0 : 16 * rows);
-  if (!scratch || scratch.size() < needed) scratch = {}, scratch = Tensor({needed});
-  float *const panel = scratch.data(), *const a_copy = panel + kDepth * t.nr, *const room = a_copy + copied * a_stride;
-  const float *a_words = p.bf16 ? nullptr : p.a + i0 * p.lda, *row_scales = p.row_scales ? p.row_scales + i0 : nullptr;
-  if (narrow) {
-    narrow_rows(p, i0, i1, a_copy, room);
-    a_words = a_copy, row_scales = p.precision() == Precision::int8 ? room : nullptr;
-  }
+  const bool spread = !a_transposed && p.lda % 1024 == 0;
+  const int64_t a_stride = spread ? kDepth + 16 : (rows + 15) / 16 * 16 | 16;
+  float* const panel = scratch(kDepth * t.nr + (a_transposed ? kDepth : spread ? rows : 0) * a_stride);
+  float* const a_copy = panel + kDepth * t.nr;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
-  if (!p.k && !p.how.add)
-    for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
-  if (!p.k) finish(p, i0, i1, j0, j1, row_scales);
-  if (!wide) t.tiles_on();
-  for (int64_t k0 = 0; k0 < words; k0 += kDepth) {
-    const int64_t depth = std::min(kDepth, words - k0), next_k = k0 + kDepth;
-    const float* a = a_transposed ? a_copy : a_words + k0;
-    int64_t a_row = a_transposed || narrow ? a_stride : p.lda, a_step = 1, done = 0;
-    if (a_transposed && wide) {
+  if (!p.k) nothing(p, i0, i1, j0, j1);
+  for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+    const int64_t depth = std::min(kDepth, p.k - k0), next_k = k0 + kDepth;
+    const float* a = a_transposed ? a_copy : p.a + i0 * p.lda + k0;
+    int64_t a_row = p.lda, a_step = 1, done = 0;
+    if (a_transposed) {
       for (int64_t k = 0; k < depth; k++)
         std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a_row = 1, a_step = a_stride;
-    } else if (a_transposed) {
-      copy_transposed(p, k0, depth, i0, i1, a_copy, a_stride, room);
     } else if (spread) {
       for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
       a = a_copy, a_row = a_stride;
     }
     for (int64_t j = j0; j < j1; j += t.nr) {
       const int cols = (int)std::min<int64_t>(t.nr, p.n - j);
-      const float* const b = p.panels ? p.panels + j * words + k0 * t.nr : panel;
+      const float* const b = p.panels ? p.panels + j * p.k + k0 * t.nr : panel;
       if (!p.panels) t.pack(depth, b_at(k0, j), b_transposed ? 1 : p.ldb, b_transposed ? p.ldb : 1, panel, cols);
-      std::optional<DefaultFloatMode> mode;
-      if (p.precision() == Precision::bf16) mode.emplace(true);
       for (int64_t s = 0; s < strips; s++, done++) {
-        const int64_t r0 = s * strip, r1 = std::min(rows, r0 + strip);
+        const int64_t r0 = s * rows / strips, r1 = (s + 1) * rows / strips;
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
-        if (a_transposed && wide && next_k < p.k)
+        if (a_transposed && next_k < p.k)
           fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
-        p.tile()(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
+        t.tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
-      mode.reset();
-      if (next_k >= words) finish(p, i0, i1, j, j + cols, row_scales);
+      if (next_k >= p.k) finish(p, i0, i1, j, j + cols);
     }
   }
-  if (!wide) t.tiles_off();
+}
+
+// The same in bf16 or int8, where b is always packed. op(a) is laid out in words first. A few rows of it stay in the first cache while the
+// panels pass, which stay in the second cache: so many columns at a time. Of a transposed op(a), whose k are many, a block is copied at
+// a time, and C stays in the second cache.
+void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const Kernels& t = p.table;
+  const bool a_transposed = p.how.a_transposed;
+  const int64_t rows = i1 - i0, words = p.words(), strip = p.mr() > 16 ? p.mr() : 48 / p.mr() * p.mr();
+  const int64_t distance = distance_of(a_transposed ? kWords : words), readable = p.narrowed ? 0 : rows + p.mr();
+  const int64_t columns = std::max<int64_t>(1, kPanelWords / std::max<int64_t>(1, words) / t.nr) * t.nr;
+  float *const copy = scratch(readable * distance + 16 * rows), *const room = copy + readable * distance;
+  const float *a = p.narrowed ? p.a + i0 * distance : copy, *scales = p.narrowed ? p.row_scales + i0 : room;
+  if (!p.narrowed && !a_transposed) narrow_rows(p, i0, i1, copy, room);
+  if (!p.k) return nothing(p, i0, i1, j0, j1);
+  auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end) {
+    const DefaultFloatMode mode(p.precision() == Precision::bf16);
+    const float* const from = a + (a_transposed ? 0 : k0);
+    for (int64_t j = first; j < end; j += t.nr)
+      for (int64_t r = r0; r < r1; r += p.mr())
+        p.tile()(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr, p.c + (i0 + r) * p.ldc + j,
+                 p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j), p.how.add || k0);
+  };
+  t.tiles_on();
+  for (int64_t k0 = 0; k0 < words && a_transposed; k0 += kWords) {
+    copy_transposed(p, k0, std::min(kWords, words - k0), i0, i1, copy, distance, room);
+    for (int64_t r = 0; r < rows; r += strip) multiply(r, std::min(rows, r + strip), k0, j0, j1);
+  }
+  if (a_transposed) finish(p, i0, i1, j0, j1);
+  for (int64_t j = j0; j < j1 && !a_transposed; j += columns)
+    for (int64_t r = 0; r < rows; r += strip) {
+      const int64_t end = std::min(j1, j + columns), r1 = std::min(rows, r + strip);
+      for (int64_t k0 = 0; k0 < words; k0 += kWords) multiply(r, r1, k0, j, end);
+      finish(p, i0 + r, i0 + r1, j, end, p.precision() == Precision::int8 ? scales + r : nullptr);
+    }
+  t.tiles_off();
 }
 
 static constexpr int kColumnRows = 8;  // of which a column's sums are made at once
@@ -2037,7 +2071,8 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows to
   // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
-  const int64_t most_rows = blas ? 512 : one_panel ? 480 : packed ? kPackedRows : large ? 640 : 240;
+  const int64_t most_rows = blas ? 512 : one_panel ? 480 : packed && narrow ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.words()), 128, 512)
+                            : packed ? kPackedRows : large ? 640 : 240;
   const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
   const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow ? p.n : packed ? 768 : transposed ? 384 : 192;
   // Few tasks are made as many as the threads can share evenly.
@@ -2052,13 +2087,13 @@ static void run(const Product& p, Backend backend) {
   if (!p.m || !p.n) return;
   // Waking threads costs a few microseconds: products that take less stay here. (m + 8: weights must be read even for few rows.)
   UseThreads use((p.m + 8) * p.n * p.k < 1 << 21 ? 1 : threads_wanted);
-  const bool blas = p.k && !(p.packed && p.precision() != Precision::f32) && (backend == Backend::openblas || blas_alone());
-  const bool one_panel = !blas && p.panels && p.precision() == Precision::f32 && p.k && p.n <= p.table.nr;
+  const bool narrow = p.precision() != Precision::f32, blas = p.k && !narrow && (backend == Backend::openblas || blas_alone());
+  const bool one_panel = !blas && !narrow && p.panels && p.k && p.n <= p.table.nr;
   const auto [rows, cols] = cut(p, blas, one_panel);
   const int64_t across = (p.n + cols - 1) / cols, tasks = (p.m + rows - 1) / rows * across;
   auto part = [&, rows = rows, cols = cols](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
-    (blas ? blas_part : one_panel ? one_panel_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
+    (blas ? blas_part : one_panel ? one_panel_part : narrow ? words_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
   };
   [[maybe_unused]] std::optional<OneBlasThread> one;
   if (blas) {
