@@ -101,6 +101,8 @@ check:
 	build/run-tests --no-skip
 	BERT_KERNELS=scalar build/run-tests
 	BERT_KERNELS=avx2 build/run-tests
+	for table in $$(build/bert info --json | grep -o '"kernels_usable":"[^"]*"' | cut -d'"' -f4); do \
+	  BERT_KERNELS=$$table build/run-tests -tc='*bf16*,*int8*' || exit 1; done
 	taskset -c 0 build/run-tests
 	BERT_GEMM=openblas build/run-tests
 	$(MAKE) OUT=build-clang CXX=clang++ WERROR=-Werror test

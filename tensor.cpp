@@ -715,10 +715,10 @@ float normal_cdf_f32(float x) {
 }
 
 // What differs between tables of one instruction set: the words' tiles and their rows, and what they need.
-#define BERT_TABLE(name, f32, ...)                                                                                                      \
-  {                                                                                                                                     \
-    name, kRows, kCols, f32, __VA_ARGS__, column, pack, transpose, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy,  \
-        scale, finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw        \
+#define BERT_TABLE(name, f32, ...)                                                                                                     \
+  {                                                                                                                                    \
+    name, kRows, kCols, f32, __VA_ARGS__, column, pack, transpose, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, \
+        scale, finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw       \
   }
 static void no_tiles() {}
 
@@ -1350,13 +1350,13 @@ TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float*
         }
       }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {
-        float* const to = c + r * c_row + j * W;
-        const V sum = even[r][j] + odd[r][j];
-        if (const int n = cols - j * W; n >= W)
-          write(to, (add ? read(to) : spread(0)) + sum);
-        else if (n > 0)
-          write(to, (add ? read(to, n) : spread(0)) + sum, n);
-      }
+      float* const to = c + r * c_row + j * W;
+      const V sum = even[r][j] + odd[r][j];
+      if (const int n = cols - j * W; n >= W)
+        write(to, (add ? read(to) : spread(0)) + sum);
+      else if (n > 0)
+        write(to, (add ? read(to, n) : spread(0)) + sum, n);
+    }
   }
 }
 template <class Words, int R = kRows / 2>
@@ -1789,7 +1789,8 @@ static void pair_up(float* row, int64_t words) {
 // Word i of columns first .. first + n of a matrix in bf16 whose rows are k.
 static void copy_word(const Kernels& t, const NarrowMatrix& x, int64_t i, int64_t first, int64_t n, float* to) {
   auto row = [&](int64_t k) { return k < x.n ? x.row(k) + 2 * first : nullptr; };
-  const int64_t lower = !t.bf16_pairs ? 2 * i : i % 2 ? 2 * i + 1 : 2 * i + 2, upper = !t.bf16_pairs ? 2 * i + 1 : i % 2 ? 2 * i - 1 : 2 * i;
+  int64_t lower = 2 * i, upper = 2 * i + 1;
+  if (t.bf16_pairs) upper = i / 2 * 4 + i % 2, lower = upper + 2;
   t.interleave(row(lower), row(upper), to, n);
 }
 
@@ -1900,8 +1901,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
     const float* a = a_transposed ? a_copy : p.a + i0 * p.lda + k0;
     int64_t a_row = p.lda, a_step = 1, done = 0;
     if (a_transposed) {
-      for (int64_t k = 0; k < depth; k++)
-        std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
+      for (int64_t k = 0; k < depth; k++) std::memcpy(a_copy + k * a_stride, p.a + (k0 + k) * p.lda + i0, (size_t)rows * sizeof(float));
       a_row = 1, a_step = a_stride;
     } else if (spread) {
       for (int64_t r = 0; r < rows; r++) std::memcpy(a_copy + r * a_stride, a + r * p.lda, (size_t)depth * sizeof(float));
@@ -1916,8 +1916,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
         // What will be packed and copied next is asked for meanwhile, in small shares: waiting for it then took a sixth of the time.
         if (!p.panels && j + t.nr < j1)
           fetch(b_at(k0, j + t.nr), p.ldb, b_transposed ? t.nr : depth, b_transposed ? depth : t.nr, s, strips);
-        if (a_transposed && next_k < p.k)
-          fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
+        if (a_transposed && next_k < p.k) fetch(p.a + next_k * p.lda + i0, p.lda, std::min(kDepth, p.k - next_k), rows, done, all);
         t.tile(depth, a + r0 * a_row, a_row, a_step, b, p.c + (i0 + r0) * p.ldc + j, p.ldc, (int)(r1 - r0), cols, p.how.add || k0);
       }
       if (next_k >= p.k) finish(p, i0, i1, j, j + cols);
@@ -1935,7 +1934,7 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
   const int64_t distance = distance_of(a_transposed ? kWords : words), readable = p.narrowed ? 0 : rows + p.mr();
   const int64_t columns = std::max<int64_t>(1, kPanelWords / std::max<int64_t>(1, words) / t.nr) * t.nr;
   float *const copy = scratch(readable * distance + 16 * rows), *const room = copy + readable * distance;
-  const float *a = p.narrowed ? p.a + i0 * distance : copy, *scales = p.narrowed ? p.row_scales + i0 : room;
+  const float *a = p.narrowed ? p.a + i0 * distance : copy, *scales = p.row_scales ? p.row_scales + i0 : room;
   if (!p.narrowed && !a_transposed) narrow_rows(p, i0, i1, copy, room);
   if (!p.k) return nothing(p, i0, i1, j0, j1);
   auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end) {
@@ -1943,8 +1942,9 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
     const float* const from = a + (a_transposed ? 0 : k0);
     for (int64_t j = first; j < end; j += t.nr)
       for (int64_t r = r0; r < r1; r += p.mr())
-        p.tile()(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr, p.c + (i0 + r) * p.ldc + j,
-                 p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j), p.how.add || k0);
+        p.tile()(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr,
+                 p.c + (i0 + r) * p.ldc + j, p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j),
+                 p.how.add || k0);
   };
   t.tiles_on();
   for (int64_t k0 = 0; k0 < words && a_transposed; k0 += kWords) {
@@ -2071,10 +2071,15 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows to
   // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
   const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
-  const int64_t most_rows = blas ? 512 : one_panel ? 480 : packed && narrow ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.words()), 128, 512)
-                            : packed ? kPackedRows : large ? 640 : 240;
+  const int64_t most_rows = blas               ? 512
+                            : one_panel        ? 480
+                            : narrow && packed ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.words()), 128, 512)
+                            : narrow           ? 256
+                            : packed           ? kPackedRows
+                            : large            ? 640
+                                               : 240;
   const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
-  const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow ? p.n : packed ? 768 : transposed ? 384 : 192;
+  const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow && packed ? p.n : narrow || packed ? 768 : transposed ? 384 : 192;
   // Few tasks are made as many as the threads can share evenly.
   const int64_t across = (p.n + most_cols - 1) / most_cols, unit = threads() / std::gcd<int64_t>(threads(), across);
   int64_t down = (p.m + most_rows - 1) / most_rows;
@@ -2093,7 +2098,10 @@ static void run(const Product& p, Backend backend) {
   const int64_t across = (p.n + cols - 1) / cols, tasks = (p.m + rows - 1) / rows * across;
   auto part = [&, rows = rows, cols = cols](int64_t i) {
     const int64_t i0 = i / across * rows, j0 = i % across * cols;
-    (blas ? blas_part : one_panel ? one_panel_part : narrow ? words_part : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
+    (blas        ? blas_part
+     : one_panel ? one_panel_part
+     : narrow    ? words_part
+                 : own_part)(p, i0, std::min(p.m, i0 + rows), j0, std::min(p.n, j0 + cols));
   };
   [[maybe_unused]] std::optional<OneBlasThread> one;
   if (blas) {

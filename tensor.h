@@ -787,7 +787,7 @@ struct Kernels {
   using Tile = void(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
                     int cols, bool add);
   Tile* tile;
-  // The same in words of 32 bits that hold several k: a_step is 1, depth a positive multiple of 16, and of a as many rows as a tile has may be
+  // The same in words of 32 bits that hold several k: a_step is 1, depth a positive multiple of 16; of a as many rows as a tile has may be
   // read, whatever `rows`. Two bf16: of each 16 words (32 k, in the order that bf16_pairs says) two chains from 0, of the even and of the
   // odd k; their sum is added to c, which starts from 0 or, with `add`, from what is there: the order of AMX's TDPBF16PS. Under
   // DefaultFloatMode(true). Four int8: c holds int32.
