@@ -1335,6 +1335,7 @@ struct Bf16Dot {  // of words in pairs: the first holds even k, the second odd o
   }
 };
 #endif
+// Both chains of R rows by kCols columns live in registers over 16 words; c is in the first cache.
 template <class Words, int R, int N = kCols / W>
 TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int cols, bool add) {
   for (int64_t k = 0; k < depth; k += 16, add = true) {
@@ -1386,15 +1387,15 @@ template <int From>
 OP void store(float* to, int64_t row) {
   asm volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(to), "r"(4 * row), "i"(From) : "memory");
 }
-template <bool Bf16, int A, int B, int Sum>
+template <bool IsBf16, int A, int B, int Sum>
 OP void multiply() {
-  if constexpr (Bf16)
+  if constexpr (IsBf16)
     asm volatile("tdpbf16ps %%tmm%c1, %%tmm%c0, %%tmm%c2" : : "i"(A), "i"(B), "i"(Sum));
   else
     asm volatile("tdpbssd %%tmm%c1, %%tmm%c0, %%tmm%c2" : : "i"(A), "i"(B), "i"(Sum));
 }
 // 16 rows of a, or 32, by 32 columns.
-template <bool Bf16, int Rows>
+template <bool IsBf16, int Rows>
 TARGET void multiply_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, bool add) {
   static_assert(kCols == 32);
   if (add) {
@@ -1405,18 +1406,18 @@ TARGET void multiply_rows(int64_t depth, const float* a, int64_t a_row, const fl
   }
   for (int64_t k = 0; k < depth; k += 16, b += 16 * kCols) {
     load<4>(a + k, a_row), load<6>(b, kCols), load<7>(b + 16, kCols);
-    multiply<Bf16, 4, 6, 0>(), multiply<Bf16, 4, 7, 1>();
-    if constexpr (Rows == 32) load<5>(a + 16 * a_row + k, a_row), multiply<Bf16, 5, 6, 2>(), multiply<Bf16, 5, 7, 3>();
+    multiply<IsBf16, 4, 6, 0>(), multiply<IsBf16, 4, 7, 1>();
+    if constexpr (Rows == 32) load<5>(a + 16 * a_row + k, a_row), multiply<IsBf16, 5, 6, 2>(), multiply<IsBf16, 5, 7, 3>();
   }
   store<0>(c, c_row), store<1>(c + 16, c_row);
   if constexpr (Rows == 32) store<2>(c + 16 * c_row, c_row), store<3>(c + 16 * c_row + 16, c_row);
 }
-template <bool Bf16>
+template <bool IsBf16>
 void tile(int64_t depth, const float* a, int64_t a_row, int64_t, const float* b, float* c, int64_t c_row, int rows, int cols, bool add) {
-  if (rows == 32 && cols == kCols) return multiply_rows<Bf16, 32>(depth, a, a_row, b, c, c_row, add);
+  if (rows == 32 && cols == kCols) return multiply_rows<IsBf16, 32>(depth, a, a_row, b, c, c_row, add);
   alignas(64) float whole[32 * kCols];
   for (int i = 0; i < rows && add; i++) std::copy_n(c + i * c_row, cols, whole + i * kCols);
-  (rows > 16 ? multiply_rows<Bf16, 32> : multiply_rows<Bf16, 16>)(depth, a, a_row, b, whole, kCols, add);
+  (rows > 16 ? multiply_rows<IsBf16, 32> : multiply_rows<IsBf16, 16>)(depth, a, a_row, b, whole, kCols, add);
   for (int i = 0; i < rows; i++) std::copy_n(whole + i * kCols, cols, c + i * c_row);
 }
 }  // namespace amx
@@ -1742,6 +1743,7 @@ const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile_bf16<Bf16>, 
 #undef TARGET
 #undef EVEN_PRODUCTS
 #undef PAIR_SUMS
+#undef ROWS
 #endif  // BERT_ISA
 #ifndef BERT_ISA
 
@@ -1841,8 +1843,8 @@ void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_
     for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
 }
 
-// The product of no numbers.
-void nothing(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+// Where k is 0.
+void finish_empty(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (!p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
   finish(p, i0, i1, j0, j1);
@@ -1854,7 +1856,7 @@ void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* 
   for (int64_t i = i0; i < i1; i++, words += distance_of(p.words())) {
     char* const to = (char*)words;
     const int64_t bytes = bf16 ? 2 * p.k : p.k;
-    if (!p.bf16 && i + 2 < i1) fetch(p.a + (i + 2) * p.lda, 0, 1, p.k, 0, 1);
+    if (!p.bf16 && i + 2 < i1) fetch(p.a + (i + 2) * p.lda, p.lda, 1, p.k, 0, 1);
     if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
     else if (bf16)
@@ -1895,7 +1897,7 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   float* const panel = scratch(kDepth * t.nr + (a_transposed ? kDepth : spread ? rows : 0) * a_stride);
   float* const a_copy = panel + kDepth * t.nr;
   auto b_at = [&](int64_t k, int64_t j) { return p.b + (b_transposed ? j * p.ldb + k : k * p.ldb + j); };
-  if (!p.k) nothing(p, i0, i1, j0, j1);
+  if (!p.k) finish_empty(p, i0, i1, j0, j1);
   for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, p.k - k0), next_k = k0 + kDepth;
     const float* a = a_transposed ? a_copy : p.a + i0 * p.lda + k0;
@@ -1936,7 +1938,7 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
   float *const copy = scratch(readable * distance + 16 * rows), *const room = copy + readable * distance;
   const float *a = p.narrowed ? p.a + i0 * distance : copy, *scales = p.row_scales ? p.row_scales + i0 : room;
   if (!p.narrowed && !a_transposed) narrow_rows(p, i0, i1, copy, room);
-  if (!p.k) return nothing(p, i0, i1, j0, j1);
+  if (!p.k) return finish_empty(p, i0, i1, j0, j1);
   auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end) {
     const DefaultFloatMode mode(p.precision() == Precision::bf16);
     const float* const from = a + (a_transposed ? 0 : k0);
@@ -2079,7 +2081,13 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
                             : large            ? 640
                                                : 240;
   const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
-  const int64_t most_cols = blas ? 768 : p.m < 64 ? 64 : packed && few ? 96 : narrow && packed ? p.n : narrow || packed ? 768 : transposed ? 384 : 192;
+  const int64_t most_cols = blas               ? 768
+                            : p.m < 64         ? 64
+                            : packed && few    ? 96
+                            : narrow && packed ? p.n
+                            : narrow || packed ? 768
+                            : transposed       ? 384
+                                               : 192;
   // Few tasks are made as many as the threads can share evenly.
   const int64_t across = (p.n + most_cols - 1) / most_cols, unit = threads() / std::gcd<int64_t>(threads(), across);
   int64_t down = (p.m + most_rows - 1) / most_rows;
