@@ -964,8 +964,11 @@ static bool amx_allowed() {
 #if defined(__linux__)
   constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & needed) == needed && !syscall(SYS_arch_prctl, request, tile_data);
+  static const bool allowed = [] {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & needed) == needed && !syscall(SYS_arch_prctl, request, tile_data);
+  }();
+  return allowed;
 #else
   return false;
 #endif
