@@ -1818,9 +1818,6 @@ struct Product {
 
   Precision precision() const { return packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
-  Kernels::Tile* tile() const {
-    return precision() == Precision::f32 ? table.tile : precision() == Precision::bf16 ? table.tile_bf16 : table.tile_int8;
-  }
   int mr() const { return precision() == Precision::f32 ? table.mr : precision() == Precision::bf16 ? table.mr_bf16 : table.mr_int8; }
 };
 
@@ -1846,7 +1843,7 @@ void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_
     for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
 }
 
-// Where k is 0.
+// C where k is 0: zeros, or what is there.
 void finish_empty(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   if (!p.how.add)
     for (int64_t i = i0; i < i1; i++) std::fill(p.c + i * p.ldc + j0, p.c + i * p.ldc + j1, 0.f);
@@ -1859,7 +1856,8 @@ void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* 
   for (int64_t i = i0; i < i1; i++, words += distance_of(p.words())) {
     char* const to = (char*)words;
     const int64_t bytes = bf16 ? 2 * p.k : p.k;
-    if (!p.bf16 && i + 2 < i1) fetch(p.a + (i + 2) * p.lda, p.lda, 1, p.k, 0, 1);
+    if (!p.bf16 && i + 2 < i1)  // the row after the next is asked for
+      fetch(p.a + (i + 2) * p.lda, p.lda, 1, p.k, 0, 1);
     if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
     else if (bf16)
@@ -1935,7 +1933,8 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
 void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed;
-  const int64_t rows = i1 - i0, words = p.words(), strip = p.mr() > 16 ? p.mr() : 48 / p.mr() * p.mr();
+  const int64_t rows = i1 - i0, words = p.words(), strip = 48 / p.mr() * p.mr();
+  Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : t.tile_int8;
   const int64_t distance = distance_of(a_transposed ? kWords : words), readable = p.narrowed ? 0 : rows + p.mr();
   const int64_t columns = std::max<int64_t>(1, kPanelWords / std::max<int64_t>(1, words) / t.nr) * t.nr;
   float *const copy = scratch(readable * distance + 16 * rows), *const room = copy + readable * distance;
@@ -1947,9 +1946,8 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
     const float* const from = a + (a_transposed ? 0 : k0);
     for (int64_t j = first; j < end; j += t.nr)
       for (int64_t r = r0; r < r1; r += p.mr())
-        p.tile()(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr,
-                 p.c + (i0 + r) * p.ldc + j, p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j),
-                 p.how.add || k0);
+        tile(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr, p.c + (i0 + r) * p.ldc + j,
+             p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j), p.how.add || k0);
   };
   t.tiles_on();
   for (int64_t k0 = 0; k0 < words && a_transposed; k0 += kWords) {

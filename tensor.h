@@ -780,7 +780,7 @@ class VectorIndex {
 // i mod 16, the lanes added in the tree 8-4-2-1; every multiply-add that is fused is written as one). A kernel never threads,
 // allocates or throws. n may be 0 unless said; pointers need no alignment; y may be x.
 struct Kernels {
-  const char* name;        // scalar, avx2, avx512, neon
+  const char* name;        // scalar, avx2, avx512_amx, neon ...
   int mr, nr;              // rows and columns of one tile
   // c[i][j] for i < rows <= mr, j < cols <= nr:  the chain acc = fma(a[i,k], b[k][j], acc) from 0 over ascending k < depth, then
   // stored, or added to what is there. a[i,k] = a[i * a_row + k * a_step]; b is a panel [depth][nr].

@@ -226,6 +226,20 @@ TEST_CASE("kernels: a column's sums, which are the tile's") {
   });
 }
 
+TEST_CASE("kernels: a transpose of any size, between rows of any distance") {
+  for (const Kernels* t : usable_kernels())
+    for (int64_t rows = 0; rows <= 17; rows++)
+      for (int64_t cols = 0; cols <= 17; cols++) {
+        const int64_t x_row = cols + 3, y_row = rows + 1;
+        const Floats x = numbers(rows * x_row + 1, 1);
+        Floats y((size_t)(cols * y_row + 1), 7), want = y;
+        for (int64_t i = 0; i < rows; i++)
+          for (int64_t j = 0; j < cols; j++) want[(size_t)(1 + j * y_row + i)] = x[(size_t)(1 + i * x_row + j)];
+        t->transpose(x.data() + 1, x_row, rows, cols, y.data() + 1, y_row);
+        CAPTURE(t->name);
+        REQUIRE(same_bytes(want, y));
+      }
+}
 TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers") {
   compare_tables([](const Kernels& k, int64_t n, int o, uint64_t seed, bool wild) {
     const Floats x = numbers(n + o, seed, 3, wild), scales = numbers(n + o, seed + 1), bias = numbers(n + o, seed + 2, 1, wild);
@@ -239,8 +253,9 @@ TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers"
     }
     Floats wide((size_t)(n + 1), 7), words((size_t)(n + 1), 7);
     k.from_bf16(halves.data(), wide.data(), n);
-    for (const uint16_t* odd : std::array<const uint16_t*, 2>{halves.data(), nullptr}) {
-      k.interleave(halves.data(), odd, words.data(), n);
+    const uint16_t* const some = halves.data();
+    for (const auto& [even, odd] : {std::pair{some, some}, {some, nullptr}, {nullptr, some}, {nullptr, nullptr}}) {
+      k.interleave(even, odd, words.data(), n);
       for (const float w : words)
         all.push_back((float)(std::bit_cast<uint32_t>(w) >> 16)), all.push_back((float)(std::bit_cast<uint32_t>(w) & 0xFFFF));
     }
