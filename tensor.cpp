@@ -1338,14 +1338,21 @@ struct Bf16Dot {  // of words in pairs: the first holds even k, the second odd o
   }
 };
 #endif
-// Both chains of R rows by kCols columns live in registers over 16 words; c is in the first cache.
+// R rows by kCols columns of sums and of both chains live in registers.
 template <class Words, int R, int N = kCols / W>
 TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int cols, bool add) {
-  for (int64_t k = 0; k < depth; k += 16, add = true) {
+  V sum[R][N];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {
+    const float* const from = c + r * c_row + j * W;
+    const int n = cols - j * W;
+    __builtin_prefetch(from, 1);
+    sum[r][j] = !add || n <= 0 ? spread(0) : n >= W ? read(from) : read(from, n);
+  }
+  for (int64_t k = 0; k < depth; k += 16) {
     V even[R][N], odd[R][N];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) even[r][j] = odd[r][j] = spread(0);
     for (int i = 0; i < 8; i++) UNROLL for (int second = 0; second < 2; second++, a++, b += kCols) {
-        if constexpr (R < kRows / 2) __builtin_prefetch(b + 32 * kCols), __builtin_prefetch(b + 32 * kCols + 16);  // as in tile_rows
+        if constexpr (R < kRows / 3) __builtin_prefetch(b + 32 * kCols), __builtin_prefetch(b + 32 * kCols + 16);  // as in tile_rows
         V from_b[N];
         UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
         UNROLL for (int r = 0; r < R; r++) {
@@ -1353,17 +1360,17 @@ TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float*
           UNROLL for (int j = 0; j < N; j++) Words::products(from_a, from_b[j], second, even[r][j], odd[r][j]);
         }
       }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {
-      float* const to = c + r * c_row + j * W;
-      const V sum = even[r][j] + odd[r][j];
-      if (const int n = cols - j * W; n >= W)
-        write(to, (add ? read(to) : spread(0)) + sum);
-      else if (n > 0)
-        write(to, (add ? read(to, n) : spread(0)) + sum, n);
-    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = sum[r][j] + (even[r][j] + odd[r][j]);
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {
+    float* const to = c + r * c_row + j * W;
+    if (const int n = cols - j * W; n >= W)
+      write(to, sum[r][j]);
+    else if (n > 0)
+      write(to, sum[r][j], n);
   }
 }
-template <class Words, int R = kRows / 2>
+template <class Words, int R = kRows / 3>
 TARGET void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
                       int cols, bool add) {
   if (rows == R) return bf16_rows<Words, R>(depth, a, a_row, b, c, c_row, cols, add);
@@ -1732,7 +1739,7 @@ TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, f
     store(p + i, fma(-f.rate, fma(f.decay, kept, m1 / fma(sqrt(v1), f.root, f.eps)), kept), w);
   });
 }
-#define ROWS kRows / 2, kRows
+#define ROWS kRows / 3, kRows
 const Kernels table = BERT_TABLE(kName, tile<Floats>, tile_bf16<Bf16>, tile<Int8>, ROWS, false, 0, no_tiles, no_tiles);
 #if BERT_ISA == 512
 const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile_bf16<Bf16>, tile<Int8Dot>, ROWS, false, 128, no_tiles, no_tiles);
