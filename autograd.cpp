@@ -491,6 +491,7 @@ static void scatter_rows(const Tensor& table, const std::vector<int32_t>& ids, c
   });
 }
 
+static constexpr int64_t kGatherRows = 1024;  // of a table in a file
 // e = word[ids] + segment[segments] + position[positions],  y = dropout(LayerNorm(e))       -> y [N,H]       kept: the three lists
 Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
                       const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,
@@ -507,17 +508,21 @@ Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& p
   check("id", ids, word), check("segment", segments, segment), check("position", positions, position);
   Tensor e(Shape{N, H});
   const Kernels& k = kernels();
-  parallel_ranges(N, kRowBlock, [&](int64_t n0, int64_t n1) {
-    for (int64_t n = n0; n < n1; n++) {
-      float* row = e.data() + n * H;
-      if (const NarrowMatrix* const narrow = word.narrow())
-        narrow->widen(ids[(size_t)n], row);
-      else
-        std::copy_n(word.data() + ids[(size_t)n] * H, H, row), round_row(rounded, row, H, scratch(3, H));
-      k.add(segment.data() + segments[(size_t)n] * H, row, H);
-      k.add(position.data() + positions[(size_t)n] * H, row, H);
-    }
-  });
+  // A table in a file comes into memory by 16 pages a row: it leaves again, or in the end all of it would be there.
+  for (int64_t first = 0; first < N; first += kGatherRows) {
+    parallel_ranges(std::min(kGatherRows, N - first), kRowBlock, [&](int64_t n0, int64_t n1) {
+      for (int64_t n = first + n0; n < first + n1; n++) {
+        float* row = e.data() + n * H;
+        if (const NarrowMatrix* const narrow = word.narrow())
+          narrow->widen(ids[(size_t)n], row);
+        else
+          std::copy_n(word.data() + ids[(size_t)n] * H, H, row), round_row(rounded, row, H, scratch(3, H));
+        k.add(segment.data() + segments[(size_t)n] * H, row, H);
+        k.add(position.data() + positions[(size_t)n] * H, row, H);
+      }
+    });
+    word.give_back();
+  }
 
   // each table's row adds the de of every token that used it, in token order
   record("embedding", e, {word, segment, position}, [=, e = e.grad_only()] {

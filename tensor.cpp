@@ -3042,6 +3042,21 @@ static SafeTensors::Entry read_entry(const std::string& name, const Json& v, uin
   return e;
 }
 
+namespace {
+struct Unmap {  // also the mark of what is a mapped file
+  size_t size;
+  void operator()(const void* at) const {
+    if (at) munmap(const_cast<void*>(at), size);
+  }
+};
+
+void give_back_pages(const std::shared_ptr<const void>& owner, const void* data, size_t bytes) {
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes) / page * page;  // whole pages of this data alone
+  if (std::get_deleter<Unmap>(owner) && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+}  // namespace
+
 Mapped map_file(const std::string& path) {
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // O_NONBLOCK: a pipe without a writer would wait
   if (file < 0) throw Error(path + ": cannot open: " + std::strerror(errno));
@@ -3055,9 +3070,7 @@ Mapped map_file(const std::string& path) {
   if (S_ISDIR(s.st_mode)) throw Error(path + ": this is a folder, where a file is needed");
   if (!S_ISREG(s.st_mode)) throw Error(path + ": not a plain file");
   if (unmapped) throw Error(path + ": cannot map " + std::to_string(size) + " bytes: " + std::strerror(unmapped));
-  const std::shared_ptr<const void> owner(at, [size](const void* p) {
-    if (p) munmap(const_cast<void*>(p), size);
-  });
+  const std::shared_ptr<const void> owner(at, Unmap{size});
   const std::string_view bytes{static_cast<const char*>(at), size};
   if (bytes.starts_with("version https://git-lfs"))
     throw Error(path + ": a Git LFS pointer stands here in place of the file; fetch the file itself: git lfs pull");
@@ -3066,9 +3079,7 @@ Mapped map_file(const std::string& path) {
 
 SafeTensors SafeTensors::open(const std::string& path) {
   const Mapped file = map_file(path);
-  SafeTensors opened = parse(file.bytes, path, file.owner);
-  opened.mapped_ = true;
-  return opened;
+  return parse(file.bytes, path, file.owner);
 }
 
 SafeTensors SafeTensors::parse(std::string_view bytes, const std::string& where, std::shared_ptr<const void> owner) {
@@ -3211,10 +3222,12 @@ NarrowMatrix SafeTensors::narrow(const Entry& e, const Entry* scales) const {
   return m;
 }
 
-void SafeTensors::give_back(const Entry& e) const {
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = reinterpret_cast<uintptr_t>(data_.data());
-  const uintptr_t begin = (at + e.begin + page - 1) / page * page, end = (at + e.end) / page * page;  // whole pages of this tensor alone
-  if (mapped_ && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+void SafeTensors::give_back(const Entry& e) const { give_back_pages(owner_, data_.data() + e.begin, e.end - e.begin); }
+void Tensor::give_back() const {
+  if (const NarrowMatrix* const m = narrow())
+    give_back_pages(m->owner, m->data, (size_t)(m->n * m->row_bytes()));
+  else
+    give_back_pages(impl().owner, impl_->data, (size_t)size() * sizeof(float));
 }
 
 // ---- zip: the archive that torch.save writes, its entries stored as they are ----------------------------------------------------------

@@ -367,6 +367,7 @@ class Tensor {
   Tensor(Shape shape, std::span<const float> values);         // copied; throws Error when the sizes differ
   // A read-only view of memory that `owner` keeps alive (a mapped file).
   static Tensor borrowed(Shape shape, const float* data, std::shared_ptr<const void> owner);
+  void give_back() const;   // of such a view of a file, or a narrow one: its pages leave this process's memory, until they are read
 
   explicit operator bool() const { return impl_ != nullptr; }
   bool same(const Tensor& other) const { return impl_ == other.impl_; }   // the same storage and gradient
@@ -703,7 +704,6 @@ class SafeTensors {
   void give_back(const Entry& entry) const;
 
  private:
-  bool mapped_ = false;
   std::string where_;
   std::string_view data_;
   std::shared_ptr<const void> owner_;
