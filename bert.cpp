@@ -1592,18 +1592,18 @@ MaskVocabulary mask_vocabulary(const WordPiece& tokenizer) {
   return v;
 }
 
-// The candidates of a row, each a word's pieces or one token: everything but [CLS] and [SEP].
-static std::vector<std::vector<int64_t>> mask_candidates(const Batch& batch, int64_t begin, int64_t end, const MaskVocabulary& vocabulary,
-                                                         bool whole_word) {
-  std::vector<std::vector<int64_t>> words;
+// The candidates of a row, from token .. to token: each a word's pieces or one token, everything but [CLS] and [SEP].
+static std::vector<std::pair<int64_t, int64_t>> mask_candidates(const Batch& batch, int64_t begin, int64_t end,
+                                                                const MaskVocabulary& vocabulary, bool whole_word) {
+  std::vector<std::pair<int64_t, int64_t>> words;
   bool inside = false;  // whether a continuation piece would continue the last word
   for (int64_t t = begin; t < end; t++) {
     const int32_t id = batch.ids[(size_t)t];
     const bool added = id == vocabulary.cls || id == vocabulary.sep;
     if (!added && whole_word && inside && vocabulary.continues[(size_t)id])
-      words.back().push_back(t);
+      words.back().second = t + 1;
     else if (!added)
-      words.push_back({t});
+      words.emplace_back(t, t + 1);
     inside = !added;
   }
   return words;
@@ -1618,8 +1618,9 @@ void mask_tokens(Batch& batch, const MaskVocabulary& vocabulary, double share, b
     // nearbyint, as Python rounds: halves to even. The length counts [CLS] and [SEP].
     const int64_t count = std::max<int64_t>(1, (int64_t)std::nearbyint((double)(end - begin) * share));
     std::vector<int64_t> chosen;
-    for (const auto& word : words)  // a word that does not fit is passed over, later ones are tried
-      if ((int64_t)(chosen.size() + word.size()) <= count) chosen.insert(chosen.end(), word.begin(), word.end());
+    for (const auto& [first, after] : words)  // a word that does not fit is passed over, later ones are tried
+      if ((int64_t)chosen.size() + after - first <= count)
+        for (int64_t t = first; t < after; t++) chosen.push_back(t);
     std::sort(chosen.begin(), chosen.end());
     for (const int64_t t : chosen) {
       int32_t& id = batch.ids[(size_t)t];
