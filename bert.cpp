@@ -917,7 +917,8 @@ MemoryUse training_memory(const Bert& model, const TrainSettings& settings, int6
   use.gradients = 4 * (earlier * parameters + (at_loss > at_end ? word : parameters));
   use.activations = 4 * N * ((at_loss > at_end ? L * kept - left_out : kept) + ends) + (narrow ? 2 * in_layers : 0);
   use.buffers = 4 * (at_loss > at_end ? logits : N * backward);
-  if (settings.recompute) use.buffers = 4 * (logits + N * backward + M * few);  // whose room does not serve a whole layer's tensors
+  if (settings.recompute)  // measured: half of the smaller finds room where the larger was
+    use.buffers = 4 * (logits + N * backward - 0.5 * std::min(logits, N * backward) + M * few);
   use.buffers += 0.09 * use.total() + (20 << 20) + 512 * V;  // measured: what the pool cannot fill, the program, a vocabulary's tables
   return use;
 }
