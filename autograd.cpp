@@ -491,7 +491,8 @@ static void scatter_rows(const Tensor& table, const std::vector<int32_t>& ids, c
   });
 }
 
-static constexpr int64_t kGatherRows = 1024;  // of a table in a file
+static constexpr int64_t kGatherRows = 1024;  // tokens, after which the pages of a word table in a file are given back
+
 // e = word[ids] + segment[segments] + position[positions],  y = dropout(LayerNorm(e))       -> y [N,H]       kept: the three lists
 Tensor embedding_norm(const Tensor& word, const Tensor& segment, const Tensor& position, const std::vector<int32_t>& ids,
                       const std::vector<int32_t>& segments, const std::vector<int32_t>& positions, const Tensor& gamma, const Tensor& beta,

@@ -1593,7 +1593,7 @@ MaskVocabulary mask_vocabulary(const WordPiece& tokenizer) {
   return v;
 }
 
-// The candidates of a row, from token .. to token: each a word's pieces or one token, everything but [CLS] and [SEP].
+// The candidates of a row, each a word's pieces or one token, as its first token and the one after its last: all but [CLS] and [SEP].
 static std::vector<std::pair<int64_t, int64_t>> mask_candidates(const Batch& batch, int64_t begin, int64_t end,
                                                                 const MaskVocabulary& vocabulary, bool whole_word) {
   std::vector<std::pair<int64_t, int64_t>> words;
