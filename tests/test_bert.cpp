@@ -1083,6 +1083,46 @@ TEST_CASE("embedding in windows: the mean of them, by the tokens that each decid
   CHECK(answer_items(plain, {}).empty());
 }
 
+TEST_CASE("questions: a long context is asked paragraph by paragraph; the one that has the question's rare words answers, as alone") {
+  const ModelFolder m = load_folder(kGolden + "heads/question-answering");
+  const std::string none, question = "the black dog by the river", paragraph = "the black dog is by the river and eats";
+  const Asked how = {m.bert, m.tokenizer, m.pooling, none, 32, 8, 500};
+  auto ask = [&](const std::string& context) {
+    const Item item = {question, context};
+    return answer_items(how, {&item, 1})[0];
+  };
+  auto windows_of = [&](const std::string& context) { return make_windows(m.tokenizer, Task::qa, {question, context}, 32, 8); };
+  const Outcome alone = ask(paragraph);
+  REQUIRE(windows_of(paragraph).size() == 1);
+  const std::string one = "the man and the woman walk in the old city";
+  for (const char* mark : {"\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "\n"}) {
+    std::string before, after;
+    for (int i = 0; i < 40; i++) before += std::string("in the house") + mark, after += mark + std::string("in the house");
+    const std::string context = before + paragraph + after;
+    const std::vector<Window> windows = windows_of(context);
+    REQUIRE(windows.size() == 81);  // none of what stands between
+    const Window &there = windows[40], by_itself = windows_of(paragraph)[0];
+    CHECK(there.example.ids == by_itself.example.ids);
+    CHECK(there.decides == by_itself.decides);
+    for (size_t i = 0; i < there.words.size(); i++)
+      if (there.words[i] >= 0) CHECK(there.places[i][0] == by_itself.places[i][0] + (int64_t)before.size());
+    const Outcome found = ask(context);
+    CHECK(found.answers[0].text == alone.answers[0].text);
+    CHECK(found.answers[0].start == alone.answers[0].start + (int64_t)before.size());
+    CHECK(found.null_margin == alone.null_margin);
+    Gold gold;
+    gold.answers = {"black"}, gold.starts = {(int64_t)before.size() + 4};
+    const std::vector<Example> examples = make_examples(Task::qa, windows, gold);
+    for (size_t i = 0; i < examples.size(); i++) CHECK((examples[i].labels != std::vector<int32_t>{0, 0}) == (i == 40));
+  }
+  CHECK(windows_of(one + "\n" + one).size() == 1);                             // one window holds both
+  CHECK(windows_of(one + "\n" + one + "\n" + one + "\n\n" + one).size() > 2);  // lines of one paragraph, which needs several windows
+  CHECK(windows_of(one + "\n" + one + "\n" + one + "\n\n" + one).back().example.ids == windows_of(one)[0].example.ids);
+  double total = 0;
+  for (const Answer& a : ask(one + "\n\n" + paragraph + "\n\n" + one + " " + one).answers) total += a.score;
+  CHECK(total == doctest::Approx(1));
+}
+
 TEST_CASE("what a model does not answer is refused; a choice of none has no probability") {
   for (const char* name : {"token-classification", "question-answering", "multiple-choice", "masked-lm"}) {
     const Model model = Model::load(kGolden + "heads/" + name);
