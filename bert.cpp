@@ -3138,19 +3138,26 @@ static size_t paragraph_end(const std::string& text, size_t at, bool blank_lines
   return text.size();
 }
 
-// The windows of a question's context that one window does not hold: of each paragraph by itself, as it would be asked about alone.
-static std::vector<Window> paragraph_windows(const WordPiece& t, const Item& item, int64_t max_length, int64_t stride) {
-  const std::string& context = *item.pair;
-  const bool blank_lines = paragraph_end(context, 0, true) < context.size();
+// The windows of a text to tag or a context to answer from that one window does not hold: of each paragraph by itself, as if it were alone.
+static std::vector<Window> paragraph_windows(const WordPiece& t, Task task, const Item& item, int64_t max_length, int64_t stride) {
+  const std::string& text = task == Task::qa ? *item.pair : item.text;
+  const bool blank_lines = paragraph_end(text, 0, true) < text.size();
   std::vector<Window> all;
-  for (size_t begin = 0, end; begin < context.size(); begin = end) {
-    end = paragraph_end(context, begin, blank_lines);
-    for (Window& w : text_windows(t, Task::qa, item, context.substr(begin, end - begin), max_length, stride)) {
-      bool empty = true;
-      for (size_t i = 0; i < w.words.size(); i++)
-        if (w.words[i] >= 0) empty = false, w.places[i][0] += (int64_t)begin, w.places[i][1] += (int64_t)begin;
-      if (!empty) all.push_back(std::move(w));
+  int32_t words = 0;  // before the paragraph
+  for (size_t begin = 0, end; begin < text.size(); begin = end) {
+    end = paragraph_end(text, begin, blank_lines);
+    Item one = {item.text, item.pair};
+    (task == Task::qa ? *one.pair : one.text) = text.substr(begin, end - begin);
+    int32_t next = words;
+    for (Window& w : text_windows(t, task, one, one.pair, max_length, stride)) {
+      for (size_t i = 0; i < w.words.size(); i++) {
+        if (w.words[i] < 0) continue;
+        w.words[i] += words, next = std::max(next, w.words[i] + 1);
+        for (int64_t& place : w.places[i]) place += (int64_t)begin;
+      }
+      if (next > words) all.push_back(std::move(w));  // not of a blank line alone
     }
+    words = next;
   }
   return all;
 }
@@ -3161,7 +3168,8 @@ std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item
   if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
   if (task != Task::choice && task != Task::embed) {
     std::vector<Window> windows = text_windows(t, task, item, item.pair, max_length, stride);
-    return task == Task::qa && windows.size() > 1 ? paragraph_windows(t, item, max_length, stride) : windows;
+    const bool in_paragraphs = windows.size() > 1 && (task == Task::qa || (task == Task::tag && item.words.empty()));
+    return in_paragraphs ? paragraph_windows(t, task, item, max_length, stride) : windows;
   }
   std::vector<Window> all;
   int32_t part = 0;

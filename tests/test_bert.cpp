@@ -1083,7 +1083,7 @@ TEST_CASE("embedding in windows: the mean of them, by the tokens that each decid
   CHECK(answer_items(plain, {}).empty());
 }
 
-TEST_CASE("questions: a long context is asked paragraph by paragraph; the one that has the question's rare words answers, as alone") {
+TEST_CASE("long texts go paragraph by paragraph, tagged and answered as alone; the one with the question's rare words answers") {
   const ModelFolder m = load_folder(kGolden + "heads/question-answering");
   const std::string none, question = "the black dog by the river", paragraph = "the black dog is by the river and eats";
   const Asked how = {m.bert, m.tokenizer, m.pooling, none, 32, 8, 500};
@@ -1118,6 +1118,17 @@ TEST_CASE("questions: a long context is asked paragraph by paragraph; the one th
   CHECK(windows_of(one + "\n" + one).size() == 1);                             // one window holds both
   CHECK(windows_of(one + "\n" + one + "\n" + one + "\n\n" + one).size() > 2);  // lines of one paragraph, which needs several windows
   CHECK(windows_of(one + "\n" + one + "\n" + one + "\n\n" + one).back().example.ids == windows_of(one)[0].example.ids);
+  const ModelFolder tagger = load_folder(kGolden + "heads/token-classification");
+  const Asked tagging = {tagger.bert, tagger.tokenizer, tagger.pooling, none, 32, 8, 500};
+  const Item line = {one, {}}, lines = {one + "\n\n" + one + " " + paragraph + " " + one + " " + one + "\n\n\n" + one, {}};
+  const Outcome of_line = answer_items(tagging, {&line, 1})[0], of_lines = answer_items(tagging, {&lines, 1})[0];
+  REQUIRE(of_line.tags.size() == 10);
+  REQUIRE(of_lines.tags.size() == 59);
+  for (size_t i = 0; i < 10; i++)  // the first paragraph and the last, as alone
+    for (const auto& [word, shift] : {std::pair(i, (size_t)0), {i + 49, lines.text.size() - one.size()}}) {
+      CHECK((of_lines.tags[word] == of_line.tags[i] && of_lines.scores[word] == of_line.scores[i]));
+      for (const size_t end : {0, 1}) CHECK(of_lines.words[word][end] == of_line.words[i][end] + (int64_t)shift);
+    }
   double total = 0;
   for (const Answer& a : ask(one + "\n\n" + paragraph + "\n\n" + one + " " + one).answers) total += a.score;
   CHECK(total == doctest::Approx(1));
