@@ -3163,13 +3163,13 @@ static std::vector<Window> paragraph_windows(const WordPiece& t, Task task, cons
 }
 
 std::vector<Window> make_windows(const WordPiece& t, Task task, const Item& item, int64_t max_length, int64_t stride,
-                                 const std::string& prompt) {
+                                 const std::string& prompt, bool paragraphs) {
   if (task == Task::qa && !item.pair) throw Error("a question without a context");
   if (max_length < 8) throw Error("windows of " + std::to_string(max_length) + " tokens are too short; 8 are wanted at least");
   if (task != Task::choice && task != Task::embed) {
     std::vector<Window> windows = text_windows(t, task, item, item.pair, max_length, stride);
-    const bool in_paragraphs = windows.size() > 1 && (task == Task::qa || (task == Task::tag && item.words.empty()));
-    return in_paragraphs ? paragraph_windows(t, task, item, max_length, stride) : windows;
+    paragraphs = paragraphs && windows.size() > 1 && (task == Task::qa || (task == Task::tag && item.words.empty()));
+    return paragraphs ? paragraph_windows(t, task, item, max_length, stride) : windows;
   }
   std::vector<Window> all;
   int32_t part = 0;

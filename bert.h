@@ -618,10 +618,10 @@ struct Window {
 };
 // The item in windows of at most max_length tokens, `stride` tokens of each repeated in the next (at most half of what a window has room
 // for). Of a pair the longer text goes through the windows; of a question at most its first 64 pieces stand in each. A text to tag, not
-// given as words, or a context to answer from that needs several goes paragraph by paragraph: to a blank line, where there is none to the
-// end of a line. Similarity: each text by itself, with the prompt in front.
+// given as words, or a context to answer from that needs several goes paragraph by paragraph, if so told: to a blank line, where there is
+// none to the end of a line. Similarity: each text by itself, with the prompt in front.
 std::vector<Window> make_windows(const WordPiece& tokenizer, Task task, const Item& item, int64_t max_length, int64_t stride,
-                                 const std::string& prompt = "");
+                                 const std::string& prompt = "", bool paragraphs = true);
 // What to train with: every window of tags and questions, otherwise the first one. An answer that a window does not hold whole is at [CLS].
 std::vector<Example> make_examples(Task task, std::vector<Window> windows, const Gold& gold);
 // All items so, made in parallel; cut: how many have more text than is trained with.

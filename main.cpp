@@ -2667,7 +2667,7 @@ std::vector<Window> usable_windows(Answering& s, const Row& row, const Predictio
   if (!row.pair && row.others.empty() && task == Task::embed) throw BadLine("one text; two are compared, joined by a TAB");
   Item item = row;
   if (task == Task::tag && !row.words.empty()) item.text.clear();
-  std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride, f.prompt);
+  std::vector<Window> windows = make_windows(f.tokenizer, task, item, f.max_length, s.stride, f.prompt, how != "truncate");
   const bool too_long = in_windows(windows);
   const int64_t other = cut_to(windows);
   if (how == "error" && (too_long || other))

@@ -945,6 +945,10 @@ TEST_CASE("questions: trained from SQuAD's format, answered from the context, wi
   }
   const Ran cut = bert_run("predict --long truncate --model " + model + " --input " + (folder / "ask.jsonl"));
   CHECK_MESSAGE(has(cut.err, "1 of 1 texts were longer than 48 tokens and were cut"), cut.err);
+  const std::string begin = "a bird sings.\\n\\nthe dog sleeps by the river.\\n\\n" + filler;  // a window's, not a paragraph's
+  put(folder / "ask.jsonl", "{\"question\":\"the dog\",\"context\":\"" + begin + "\"}\n");
+  const Ran in_begin = bert_run("predict --jsonl --long truncate --model " + model + " --input " + (folder / "ask.jsonl"));
+  CHECK_MESSAGE(has(in_begin.out, "the dog sleeps"), (in_begin.out + in_begin.err));
   // A question may take half of a window's 45 pieces: more is cut, and said.
   put(folder / "ask.jsonl", "{\"question\":\"" + filler.substr(0, 400) + "\",\"context\":\"the dog sleeps\",\"answers\":\"dog\"}\n");
   for (const char* command : {"predict", "evaluate"}) {
