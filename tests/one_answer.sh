@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # One answer per text: the embeddings and logits of 200 real sentences are the same bytes for each binary given, each kernel table,
-# 1 and 2 threads, alone and in batches of several sizes; so are those of 60 in bf16 and int8, of a folder that was quantized, and of 12 by
-# the scalar kernels.
+# 1 and 2 threads, alone and in batches of several sizes; so are those of 60 in bf16 and int8, and of a folder that was quantized.
 # usage: one_answer.sh BERT [BERT ...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,9 +34,10 @@ for model in $models; do
     for bert in "$@"; do
       for kernels in $("$bert" info --json | tr ',' '\n' | grep -o '"kernels_usable":"[^"]*"' | cut -d'"' -f4 | tr ' ' '\n' | tac); do
         texts=texts settings="1,1 1,300 1,4096 2,1 2,300 2,4096"
-        # The low precisions differ from f32 in the products alone; the scalar reference is slow: one setting of it, and few texts.
+        # The low precisions differ from f32 in the products alone; the scalar reference is slow: one setting of it is enough.
         [ $dtype = f32 ] || texts=60-texts settings="1,4096 2,1 2,300"
-        [ "$kernels" != scalar ] || texts=12-texts settings=2,300
+        [ "$kernels" != scalar ] || settings=2,300
+        [ "$kernels" != scalar ] || [ $dtype = f32 ] || texts=12-texts
         for setting in $settings; do
           answer "$bert" "$kernels" "${setting%,*}" "${setting#*,}" $texts --model "$model" --dtype $dtype
         done
