@@ -222,11 +222,11 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
   Tensor z = training && act != Activation::none ? Tensor(y.shape()) : Tensor();
   // Inference keeps to the own kernels, whose answer for a row does not depend on the batch around it.
   const Gemm how{.b_transposed = true, .backend = training ? Backend::automatic : Backend::own, .epilogue = {.activation = act}};
-  NarrowMatrix x16, w16, z16;
+  NarrowMatrix x16, z16;
   if (narrow) {
-    x16 = narrowed(x, Precision::bf16), w16 = narrowed(w, Precision::bf16);
+    x16 = narrowed(x, Precision::bf16);
     const Epilogue epilogue{b ? b.data() : nullptr, act, z ? z.data() : nullptr};
-    gemm({.b_transposed = true, .epilogue = epilogue}, N, x16, PackedWeights(w16), y.data(), O);
+    gemm({.b_transposed = true, .epilogue = epilogue}, N, x16, w, y.data(), O);
     if (z) z16 = narrowed(z, Precision::bf16);
   } else {
     gemm(how, x, w, y, b, z);
@@ -250,7 +250,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act)
     if (x.needs_grad()) {
       const Tensor& dx = x.grad_to_add(add);
       if (narrow)
-        gemm({.b_transposed = true, .add = add}, N, dz16, PackedWeights(w16, true), dx.data(), I);
+        gemm({.add = add}, N, dz16, w, dx.data(), I);
       else
         gemm({.add = add}, dz, w, dx);
     }
@@ -734,16 +734,17 @@ Tensor cross_entropy(const Tensor& x, const std::vector<int32_t>& labels, double
 
 // The products of linear_cross_entropy, for m rows of x from `first` on; in bf16 where the tape says so.
 struct HeadProducts {
+  static constexpr int64_t kAtOnce = 512;  // rows; a multiple of the products' 256 and of the sums' 64: the bytes do not depend on it
   const Tensor &x, &w, &b;
   bool training, narrow;
   NarrowMatrix x16 = {};
-  std::optional<PackedWeights> w16 = {}, w16_transposed = {};
+  std::optional<PackedWeights> w16 = {}, w16_transposed = {};  // for many rows: packed once
 
   HeadProducts(const Tensor& x_, const Tensor& w_, const Tensor& b_) : x(x_), w(w_), b(b_), training(recording({x_, w_, b_})) {
     narrow = training && current_tape->products() == Precision::bf16;
     if (!narrow) return;
-    const NarrowMatrix rounded = narrowed(w, Precision::bf16);
-    x16 = narrowed(x, Precision::bf16), w16.emplace(rounded), w16_transposed.emplace(rounded, true);
+    x16 = narrowed(x, Precision::bf16);
+    if (x.rows() > kAtOnce) w16.emplace(w, false), w16_transposed.emplace(w, true);
   }
   NarrowMatrix part(int64_t first, int64_t m) const {
     return {.precision = Precision::bf16, .n = m, .k = x16.k, .data = x16.row(first), .owner = {}, .scales = {}};
@@ -752,8 +753,11 @@ struct HeadProducts {
   // z [m,V] = x W^T + b
   void forward(int64_t first, const Tensor& z) const {
     const int64_t m = z.rows();
-    if (narrow)
-      gemm({.b_transposed = true, .epilogue = {.bias = b.data()}}, m, part(first, m), *w16, z.data(), z.cols());
+    const Gemm biased{.b_transposed = true, .epilogue = {.bias = b.data()}};
+    if (w16)
+      gemm(biased, m, part(first, m), *w16, z.data(), z.cols());
+    else if (narrow)
+      gemm(biased, m, part(first, m), w, z.data(), z.cols());
     else
       gemm({.b_transposed = true, .backend = training ? Backend::automatic : Backend::own}, rows(first, m), w, z, b);
   }
@@ -763,7 +767,10 @@ struct HeadProducts {
     const Gemm up{.a_transposed = true, .b_transposed = narrow, .add = first > 0};
     if (narrow) {
       const NarrowMatrix dz16 = narrowed(dz, Precision::bf16);
-      gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx.data() + first * E, E);
+      if (w16)
+        gemm({.b_transposed = true}, m, dz16, *w16_transposed, dx.data() + first * E, E);
+      else
+        gemm({}, m, dz16, w, dx.data() + first * E, E);
       gemm(up, w.rows(), dz16, PackedWeights(part(first, m), true), dw.data(), E);
     } else {
       const Tensor own({m, E});  // a device keeps its product with the tensor asked for, which must outlive it
@@ -779,7 +786,7 @@ struct HeadProducts {
 // listens their gradient takes their place and is multiplied on at once.        kept: the gradients of x, W and b, for d loss = 1
 Tensor linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& b, const std::vector<int32_t>& labels, double divisor,
                             int64_t* right) {
-  constexpr int64_t kAtOnce = 512;  // a multiple of the products' 256 and of the sums' 64 rows: the bytes do not depend on it
+  constexpr int64_t kAtOnce = HeadProducts::kAtOnce;
   const int64_t M = x.rows(), V = w.rows(), blocks = row_blocks(M);
   if (w.cols() != x.cols() || b.size() != V || (int64_t)labels.size() != M)
     throw Error("linear_cross_entropy: x " + shape_of(x) + ", w " + shape_of(w) + ", b " + shape_of(b) + " and " +

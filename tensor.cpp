@@ -715,10 +715,11 @@ float normal_cdf_f32(float x) {
 }
 
 // What differs between tables of one instruction set: the words' tiles and their rows, and what they need.
-#define BERT_TABLE(name, f32, ...)                                                                                                     \
-  {                                                                                                                                    \
-    name, kRows, kCols, f32, __VA_ARGS__, column, pack, transpose, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy, \
-        scale, finish, to_bf16, from_bf16, interleave, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, adamw       \
+#define BERT_TABLE(name, f32, ...)                                                                                                      \
+  {                                                                                                                                     \
+    name, kRows, kCols, f32, __VA_ARGS__, column, pack, transpose, sum, add_sum, dot, squares, max, squares_about, exp_sum, add, axpy,  \
+        scale, finish, to_bf16, from_bf16, interleave, round_pairs, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, \
+        adamw                                                                                                                           \
   }
 static void no_tiles() {}
 
@@ -853,13 +854,16 @@ void finish(Activation act, const Kernels::Int8Sums* sums, const float* bias, fl
       y[r * stride + i] = activation(act, z);
     }
 }
+uint16_t rounded(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x), size = u & 0x7FFFFFFF;
+  return (uint16_t)(size < 0x00800000   ? u >> 16 & 0x8000  // a denormal, or 0
+                    : size > 0x7F800000 ? u >> 16 | 0x40    // NaN stays one
+                                        : (u + 0x7FFF + (u >> 16 & 1)) >> 16);
+}
 void to_bf16(const float* x, void* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
-    const uint32_t u = std::bit_cast<uint32_t>(x[i]), size = u & 0x7FFFFFFF;
-    const uint16_t rounded = size < 0x00800000   ? u >> 16 & 0x8000  // a denormal, or 0
-                             : size > 0x7F800000 ? u >> 16 | 0x40    // NaN stays one
-                                                 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-    std::memcpy((char*)y + 2 * i, &rounded, 2);
+    const uint16_t half = rounded(x[i]);
+    std::memcpy((char*)y + 2 * i, &half, 2);
   }
 }
 void from_bf16(const void* x, float* y, int64_t n) {
@@ -869,6 +873,12 @@ void interleave(const void* even, const void* odd, void* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const uint32_t low = even ? at<uint16_t>((const char*)even, i) : 0, high = odd ? at<uint16_t>((const char*)odd, i) : 0;
     const uint32_t word = low | high << 16;
+    std::memcpy((char*)y + 4 * i, &word, 4);
+  }
+}
+void round_pairs(const float* even, const float* odd, void* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t word = (even ? rounded(even[i]) : 0u) | (odd ? rounded(odd[i]) : 0u) << 16;
     std::memcpy((char*)y + 4 * i, &word, 4);
   }
 }
@@ -945,6 +955,7 @@ const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kR
   return r
 #define FOR_EACH_ACTIVATION(f) /* in the enum's order */ \
   { f<Activation::none>, f<Activation::gelu>, f<Activation::gelu_tanh>, f<Activation::tanh>, f<Activation::relu> }
+static constexpr int64_t kMostColumns = 32;  // of a tile, in any table
 #if defined(__x86_64__)
 #define BERT_ISA 256
 #include "tensor.cpp"
@@ -1085,6 +1096,7 @@ OP V dot_int8(V a, V b, V sum) {
 
 // ---- sixteen floats at a time: the lanes of the sums, whatever a vector's width ----------------------------------
 constexpr int W = BERT_ISA / 32, K = 16 / W;
+static_assert(kCols <= kMostColumns);
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint64_t L __attribute__((vector_size(4 * W)));
@@ -1615,18 +1627,16 @@ OP void write_low(char* to, const Words& x, Part w) {
   write_low<Narrow>(all, x, Full());
   std::memcpy(to, all, (size_t)w.n * sizeof(Narrow) / W);
 }
+OP Words rounded(const P& x) {  // to bf16, in the low halves
+  Words r;
+  EACH {
+    const U u = (U)x.v[q], size = u & 0x7FFFFFFFu, up = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+    r.v[q] = size < 0x00800000u ? u >> 16 & 0x8000u : size > 0x7F800000u ? u >> 16 | 0x40u : up;
+  }
+  return r;
+}
 TARGET void to_bf16(const float* x, void* y, int64_t n) {
-  chunks(n, [&] BODY {
-    const P v = load(x + i, w);
-    Words r;
-    EACH {
-      const U u = (U)v.v[q], size = u & 0x7FFFFFFFu;
-      U rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
-      rounded = size > 0x7F800000u ? u >> 16 | 0x40u : rounded;
-      r.v[q] = size < 0x00800000u ? u >> 16 & 0x8000u : rounded;
-    }
-    write_low<H>((char*)y + 2 * i, r, w);
-  });
+  chunks(n, [&] BODY { write_low<H>((char*)y + 2 * i, rounded(load(x + i, w)), w); });
 }
 TARGET void from_bf16(const void* x, float* y, int64_t n) {
   chunks(n, [&] BODY {
@@ -1636,13 +1646,17 @@ TARGET void from_bf16(const void* x, float* y, int64_t n) {
     store(y + i, r, w);
   });
 }
+OP P side_by_side(const Words& low, const Words& high) { MAKE(P, (V)(low.v[q] | high.v[q] << 16)); }
 TARGET void interleave(const void* even, const void* odd, void* y, int64_t n) {
   chunks(n, [&] BODY {
     auto half = [&](const void* x) INLINE { return x ? load_halves((const uint16_t*)x + i, w) : Words(); };
-    const Words low = half(even), high = half(odd);
-    P r;
-    EACH r.v[q] = (V)(low.v[q] | high.v[q] << 16);
-    store((float*)y + i, r, w);
+    store((float*)y + i, side_by_side(half(even), half(odd)), w);
+  });
+}
+TARGET void round_pairs(const float* even, const float* odd, void* y, int64_t n) {
+  chunks(n, [&] BODY {
+    auto half = [&](const float* x) INLINE { return x ? rounded(load(x + i, w)) : Words(); };
+    store((float*)y + i, side_by_side(half(even), half(odd)), w);
   });
 }
 TARGET float to_int8(const float* x, int zero, void* y, int64_t n) {
@@ -1759,7 +1773,8 @@ const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile_bf16<Bf16>, 
 
 // ==== gemm ========================================================================================================
 static constexpr int64_t kPackedRows = 132;  // of a task whose weights are packed: they stay in the second cache
-static constexpr int64_t kPackFirst = 1024;  // rows of op(a) from which on b is laid out in panels before the tasks are cut
+static constexpr int64_t kPackFirst = 1024;       // rows of op(a) from which on b is laid out in panels before the tasks are cut
+static constexpr int64_t kPackFirstNarrow = 512;  // the same where it is rounded to bf16
 static constexpr int64_t kDepth = 256;  // of a block of k: one chain of fused multiply-adds, whose sum is then added to C
 static constexpr int64_t kWords = 192;  // of bf16 and int8 at a time: some rows of op(a) and C stay in the first cache
 static constexpr int64_t kPanelWords = 3 << 16;  // 768 KiB of packed panels stay in the second cache
@@ -1798,13 +1813,60 @@ static void pair_up(float* row, int64_t words) {
     row[i + 1] = std::bit_cast<float>((first & 0xFFFF0000u) | second >> 16);
   }
 }
+// Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
+static void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_t part, int64_t parts) {
+  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
+    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
+}
+// Which k the halves of word i hold, lower and upper.
+static std::pair<int64_t, int64_t> halves(const Kernels& t, int64_t i) {
+  const int64_t first = i / 2 * 4 + i % 2;
+  return t.bf16_pairs ? std::pair(first + 2, first) : std::pair(2 * i, 2 * i + 1);
+}
 // Word i of columns first .. first + n of a matrix in bf16 whose rows are k.
 static void copy_word(const Kernels& t, const NarrowMatrix& x, int64_t i, int64_t first, int64_t n, float* to) {
   auto row = [&](int64_t k) { return k < x.n ? x.row(k) + 2 * first : nullptr; };
-  int64_t lower = 2 * i, upper = 2 * i + 1;
-  if (t.bf16_pairs) upper = i / 2 * 4 + i % 2, lower = upper + 2;
+  const auto [lower, upper] = halves(t, i);
   t.interleave(row(lower), row(upper), to, n);
 }
+// A matrix in f32 that is rounded to bf16 as it is laid out in panels: element (k, j) is at[k * step + j * col]; step or col is 1.
+struct RoundedPanels {
+  const Kernels& t;
+  int64_t k, n;
+  const float* at;
+  int64_t step, col;
+  int64_t words = words_of(Precision::bf16, k);
+
+  // Words first..end of the panels of columns j0..j1; both begin where a tile does. to: panel j0.
+  void pack(int64_t first, int64_t end, int64_t j0, int64_t j1, float* to) const {
+    if (step == 1)  // along the memory in either case
+      for (int64_t j = j0; j < j1; j += t.nr)
+        for (int64_t i = first; i < end; i += 16) pack_tile(i, j, to + (j - j0) * words + i * t.nr);
+    else
+      for (int64_t i = first; i < end; i += 16)
+        for (int64_t j = j0; j < j1; j += t.nr) pack_tile(i, j, to + (j - j0) * words + i * t.nr);
+  }
+
+ private:
+  // Sixteen words of a panel, which hold 32 rows of k. What follows is asked for: rows lie pages apart, and no processor fetches so many
+  // streams ahead by itself.
+  void pack_tile(int64_t word, int64_t j, float* to) const {
+    constexpr int64_t kRows = 32, kAhead = 64;
+    alignas(64) float room[kRows * kMostColumns];
+    const bool turned = step == 1;
+    const int64_t first = 2 * word, rows = std::clamp<int64_t>(k - first, 0, kRows), cols = std::min<int64_t>(t.nr, n - j);
+    const int64_t ahead = std::clamp<int64_t>(k - first - kAhead, 0, kRows), filled = turned ? t.nr : cols;
+    const float* const from = at + first * step + j * col;
+    if (ahead) fetch(from + kAhead * step, turned ? col : step, turned ? cols : ahead, turned ? ahead : cols, 0, 1);
+    if (turned) t.pack(rows, from, 1, col, room, (int)cols);
+    auto row = [&](int64_t i) { return i >= rows ? nullptr : turned ? room + i * t.nr : from + i * step; };
+    for (int64_t i = 0; i < kRows / 2; i++, to += t.nr) {
+      const auto [lower, upper] = halves(t, i);
+      t.round_pairs(row(lower), row(upper), to, filled);
+      std::fill(to + filled, to + t.nr, 0.f);
+    }
+  }
+};
 
 namespace {
 struct Product {
@@ -1813,7 +1875,7 @@ struct Product {
   int64_t m, n, k;
   const float* a;
   int64_t lda;
-  const float* b;  // null when packed
+  const float* b;  // null when packed; in bf16 rounded by each task, which then has all rows
   int64_t ldb;
   const float* panels;
   float* c;
@@ -1823,8 +1885,9 @@ struct Product {
   const float* row_scales = nullptr;  // int8: of rows that were
   const NarrowMatrix* bf16 = nullptr;  // op(a)'s matrix, in place of a
 
-  Precision precision() const { return packed ? packed->precision() : Precision::f32; }
+  Precision precision() const { return bf16 ? Precision::bf16 : packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
+  RoundedPanels rounded() const { return {table, k, n, b, how.b_transposed ? 1 : ldb, how.b_transposed ? ldb : 1}; }
   int mr() const { return precision() == Precision::f32 ? table.mr : precision() == Precision::bf16 ? table.mr_bf16 : table.mr_int8; }
 };
 
@@ -1842,12 +1905,6 @@ void finish(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, co
   const Kernels::Int8Sums sums{row_scales, row_scales ? p.packed->scales() + j0 : nullptr, row_scales ? p.packed->zeros() + j0 : nullptr};
   if (row_scales || bias || e.pre || e.activation != Activation::none)
     p.table.finish(e.activation, row_scales ? &sums : nullptr, bias, c, e.pre ? e.pre + i0 * p.ldc + j0 : nullptr, p.ldc, i1 - i0, j1 - j0);
-}
-
-// Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
-void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats, int64_t part, int64_t parts) {
-  for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
-    for (int64_t f = 0; f < floats; f += 16) __builtin_prefetch(at + r * stride + f, 0, 2);
 }
 
 // C where k is 0: zeros, or what is there.
@@ -1934,9 +1991,9 @@ void own_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) 
   }
 }
 
-// The same in bf16 or int8, where b is always packed. op(a) is laid out in words first. A few rows of it stay in the first cache while the
-// panels pass, which stay in the second cache: so many columns at a time. Of a transposed op(a), whose k are many, a block is copied at
-// a time, and C stays in the second cache.
+// The same in bf16 or int8. op(a) is laid out in words first. A few rows of it stay in the first cache while the panels pass, which stay in
+// the second cache: so many columns at a time, packed here where they are not. Of a transposed op(a), whose k are many, a block is copied
+// at a time, and C stays in the second cache.
 void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const Kernels& t = p.table;
   const bool a_transposed = p.how.a_transposed;
@@ -1944,30 +2001,37 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
   Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : t.tile_int8;
   const int64_t distance = distance_of(a_transposed ? kWords : words), readable = p.narrowed ? 0 : rows + p.mr();
   const int64_t columns = std::max<int64_t>(1, kPanelWords / std::max<int64_t>(1, words) / t.nr) * t.nr;
-  float *const copy = scratch(readable * distance + 16 * rows), *const room = copy + readable * distance;
+  const int64_t own_panels = p.panels ? 0 : std::min(columns, (j1 - j0 + t.nr - 1) / t.nr * t.nr) * words;
+  float* const copy = scratch(readable * distance + 16 * rows + own_panels);
+  float *const room = copy + readable * distance, *const packed = room + 16 * rows;
   const float *a = p.narrowed ? p.a + i0 * distance : copy, *scales = p.row_scales ? p.row_scales + i0 : room;
   if (!p.narrowed && !a_transposed) narrow_rows(p, i0, i1, copy, room);
   if (!p.k) return finish_empty(p, i0, i1, j0, j1);
-  auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end) {
+  auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end, const float* panels) {
     const DefaultFloatMode mode(p.precision() == Precision::bf16);
     const float* const from = a + (a_transposed ? 0 : k0);
     for (int64_t j = first; j < end; j += t.nr)
       for (int64_t r = r0; r < r1; r += p.mr())
-        tile(std::min(kWords, words - k0), from + r * distance, distance, 1, p.panels + j * words + k0 * t.nr, p.c + (i0 + r) * p.ldc + j,
-             p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j), p.how.add || k0);
+        tile(std::min(kWords, words - k0), from + r * distance, distance, 1, panels + (j - first) * words + k0 * t.nr,
+             p.c + (i0 + r) * p.ldc + j, p.ldc, (int)std::min<int64_t>(p.mr(), r1 - r), (int)std::min<int64_t>(t.nr, end - j),
+             p.how.add || k0);
   };
   t.tiles_on();
   for (int64_t k0 = 0; k0 < words && a_transposed; k0 += kWords) {
     copy_transposed(p, k0, std::min(kWords, words - k0), i0, i1, copy, distance, room);
-    for (int64_t r = 0; r < rows; r += strip) multiply(r, std::min(rows, r + strip), k0, j0, j1);
+    for (int64_t r = 0; r < rows; r += strip) multiply(r, std::min(rows, r + strip), k0, j0, j1, p.panels + j0 * words);
   }
   if (a_transposed) finish(p, i0, i1, j0, j1);
-  for (int64_t j = j0; j < j1 && !a_transposed; j += columns)
+  for (int64_t j = j0; j < j1 && !a_transposed; j += columns) {
+    const int64_t end = std::min(j1, j + columns);
+    if (!p.panels) p.rounded().pack(0, words, j, end, packed);
+    const float* const panels = p.panels ? p.panels + j * words : packed;
     for (int64_t r = 0; r < rows; r += strip) {
-      const int64_t end = std::min(j1, j + columns), r1 = std::min(rows, r + strip);
-      for (int64_t k0 = 0; k0 < words; k0 += kWords) multiply(r, r1, k0, j, end);
+      const int64_t r1 = std::min(rows, r + strip);
+      for (int64_t k0 = 0; k0 < words; k0 += kWords) multiply(r, r1, k0, j, end, panels);
       finish(p, i0 + r, i0 + r1, j, end, p.precision() == Precision::int8 ? scales + r : nullptr);
     }
+  }
   t.tiles_off();
 }
 
@@ -2080,8 +2144,9 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   const bool narrow = p.precision() != Precision::f32, transposed = p.how.a_transposed, few = p.m <= kPackedRows;
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows to
   // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
-  const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
+  const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed, pack_here = narrow && !p.panels;
   const int64_t most_rows = blas               ? 512
+                            : pack_here        ? p.m
                             : one_panel        ? 480
                             : narrow && packed ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.words()), 128, 512)
                             : narrow           ? 256
@@ -2090,6 +2155,7 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
                                                : 240;
   const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
   const int64_t most_cols = blas               ? 768
+                            : pack_here        ? std::clamp<int64_t>(p.n / threads(), 1, 384)
                             : p.m < 64         ? 64
                             : packed && few    ? 96
                             : narrow && packed ? p.n
@@ -2099,7 +2165,8 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   // Few tasks are made as many as the threads can share evenly.
   const int64_t across = (p.n + most_cols - 1) / most_cols, unit = threads() / std::gcd<int64_t>(threads(), across);
   int64_t down = (p.m + most_rows - 1) / most_rows;
-  if (unit > 1 && down * across < 4 * threads()) down = std::max(1l, std::lround((double)p.m / (double)(most_rows * unit))) * unit;
+  if (unit > 1 && !pack_here && down * across < 4 * threads())
+    down = std::max(1l, std::lround((double)p.m / (double)(most_rows * unit))) * unit;
   return {even_piece(p.m, (p.m + down - 1) / down, rows_unit), even_piece(p.n, most_cols, p.table.nr)};
 }
 
@@ -2162,22 +2229,33 @@ void gemm_here(const Gemm& how, int64_t m, int64_t n, int64_t k, const float* a,
 // Panel j holds columns j nr .. of the transposed weights, all of k. For OpenBLAS they are copied as they are.
 PackedWeights::PackedWeights(const float* w, int64_t n, int64_t k, Precision precision) : n_(n), k_(k), precision_(precision) {
   const Kernels& t = kernels();
-  const int64_t nr = t.nr, panels = (n + nr - 1) / nr;
-  if (precision != Precision::f32) {
-    pack_rows([&](int64_t i, char* to) {
-      if (precision == Precision::bf16)
-        t.to_bf16(w + i * k, to, k);
-      else
-        scales_.data()[i] = t.to_int8(w + i * k, 0, to, k);
-    });
-    return;
+  if (precision == Precision::bf16) {
+    round_panels(w, false);
+  } else if (precision == Precision::int8) {
+    pack_rows([&](int64_t i, char* to) { scales_.data()[i] = t.to_int8(w + i * k, 0, to, k); });
+  } else {
+    const int64_t nr = t.nr, panels = (n + nr - 1) / nr;
+    panels_ = Tensor({panels * nr, k});
+    float* const to = panels_.data();
+    if (blas_alone())
+      std::copy_n(w, n * k, to);
+    else
+      parallel_for(panels, [&](int64_t j) { t.pack(k, w + j * nr * k, 1, k, to + j * nr * k, (int)std::min(nr, n - j * nr)); });
   }
-  panels_ = Tensor({panels * nr, k});
+}
+PackedWeights::PackedWeights(const Tensor& w, bool transposed)
+    : n_(transposed ? w.cols() : w.rows()), k_(transposed ? w.rows() : w.cols()), precision_(Precision::bf16) {
+  round_panels(w.data(), transposed);
+}
+void PackedWeights::round_panels(const float* w, bool transposed) {
+  const RoundedPanels from{kernels(), k_, n_, w, transposed ? n_ : 1, transposed ? 1 : k_};
+  const int64_t nr = from.t.nr, panels = (n_ + nr - 1) / nr;
+  panels_ = Tensor({panels * nr, from.words});
   float* const to = panels_.data();
-  if (blas_alone())
-    std::copy_n(w, n * k, to);
+  if (transposed)
+    parallel_ranges(from.words, kDepth, [&](int64_t first, int64_t end) { from.pack(first, end, 0, n_, to); });
   else
-    parallel_for(panels, [&](int64_t j) { t.pack(k, w + j * nr * k, 1, k, to + j * nr * k, (int)std::min(nr, n - j * nr)); });
+    parallel_for(panels, [&](int64_t j) { from.pack(0, from.words, j * nr, std::min(n_, (j + 1) * nr), to + j * nr * from.words); });
 }
 PackedWeights::PackedWeights(const NarrowMatrix& w, bool transposed)
     : n_(transposed ? w.k : w.n), k_(transposed ? w.n : w.k), precision_(w.precision) {
@@ -2229,15 +2307,42 @@ void PackedWeights::pack_columns(const NarrowMatrix& w) {
     }
   });
 }
+// Rows of op(a) that go to several tasks of columns each are narrowed once for all.
+static Tensor narrow_first(Product& p) {
+  const int64_t distance = distance_of(p.words()), rows = p.m + p.mr();
+  Tensor words({rows, distance + 1});
+  float* const scales = words.data() + rows * distance;
+  parallel_ranges(p.m, std::max<int64_t>(16, (1 << 15) / (p.k + 1)),
+                  [&](int64_t i, int64_t end) { narrow_rows(p, i, end, words.data() + i * distance, scales + i); });
+  p.a = words.data(), p.lda = distance, p.narrowed = true;
+  if (p.precision() == Precision::int8) p.row_scales = scales;
+  return words;
+}
+static void check_narrow(const Gemm& how, int64_t m, int64_t n, int64_t k, const NarrowMatrix& a, int64_t ldb, int64_t ldc) {
+  if (a.precision != Precision::bf16 || (how.a_transposed ? a.k : a.n) != m || (how.a_transposed ? a.n : a.k) != k)
+    throw Error("gemm: a [" + std::to_string(a.n) + "," + std::to_string(a.k) + "] and b, [" + std::to_string(n) + "," + std::to_string(k) +
+                "], do not multiply to " + std::to_string(m) + " rows, or a is not bf16");
+  check_product(how, m, n, k, a.k, ldb, ldc);
+}
 void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const PackedWeights& b, float* c, int64_t ldc) {
   const int64_t n = b.rows(), k = b.cols();
-  if (a.precision != Precision::bf16 || b.precision() != Precision::bf16 || (how.a_transposed ? a.k : a.n) != m ||
-      (how.a_transposed ? a.n : a.k) != k || !how.b_transposed)
-    throw Error("gemm: a [" + std::to_string(a.n) + "," + std::to_string(a.k) + "] and packed [" + std::to_string(n) + "," +
-                std::to_string(k) + "] do not multiply to " + std::to_string(m) + " rows, or are not bf16");
-  check_product(how, m, n, k, a.k, k, ldc);
+  if (b.precision() != Precision::bf16 || !how.b_transposed) throw Error("gemm: packed weights are bf16 and b_transposed here");
+  check_narrow(how, m, n, k, a, k, ldc);
   Product p{kernels(), how, m, n, k, nullptr, a.k, nullptr, k, b.panels(), c, ldc, &b};
   p.bf16 = &a;
+  run(p, Backend::own);
+}
+void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const Tensor& b, float* c, int64_t ldc) {
+  const int64_t n = how.b_transposed ? b.rows() : b.cols(), k = how.b_transposed ? b.cols() : b.rows();
+  check_narrow(how, m, n, k, a, b.cols(), ldc);
+  if (m >= kPackFirstNarrow || how.a_transposed) {
+    Gemm packed = how;
+    packed.b_transposed = true;
+    return gemm(packed, m, a, PackedWeights(b, !how.b_transposed), c, ldc);
+  }
+  Product p{kernels(), how, m, n, k, nullptr, a.k, b.data(), b.cols(), nullptr, c, ldc};
+  p.bf16 = &a;
+  const Tensor words = narrow_first(p);
   run(p, Backend::own);
 }
 void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float* c, int64_t ldc, const Epilogue& epilogue) {
@@ -2247,15 +2352,7 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
   const bool plain = w.precision() == Precision::f32 && blas_alone();
   Product p{kernels(), how, m, n, k, a, lda, plain ? w.panels() : nullptr, k, plain ? nullptr : w.panels(), c, ldc, &w};
   Tensor words;
-  if (p.precision() != Precision::f32 && m <= kPackedRows) {  // few rows go to several tasks of columns each: narrowed once for all
-    const int64_t distance = distance_of(p.words()), rows = m + p.mr();
-    words = Tensor({rows, distance + 1});
-    float* const scales = words.data() + rows * distance;
-    parallel_ranges(m, std::max<int64_t>(16, (1 << 15) / (k + 1)),
-                    [&](int64_t i, int64_t end) { narrow_rows(p, i, end, words.data() + i * distance, scales + i); });
-    p.a = words.data(), p.lda = distance, p.narrowed = true;
-    if (p.precision() == Precision::int8) p.row_scales = scales;
-  }
+  if (p.precision() != Precision::f32 && m <= kPackedRows) words = narrow_first(p);
   run(p, Backend::own);
 }
 

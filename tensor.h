@@ -826,6 +826,7 @@ struct Kernels {
   void (*to_bf16)(const float* x, void* y, int64_t n);                   // n times 16 bits, rounded to nearest even; denormals give 0
   void (*from_bf16)(const void* x, float* y, int64_t n);
   void (*interleave)(const void* even, const void* odd, void* y, int64_t n);   // of 16 bits: even[0] odd[0] even[1] ...; null: zeros
+  void (*round_pairs)(const float* even, const float* odd, void* y, int64_t n);   // the same of what to_bf16 makes of them
   // y = rint(x * (127 / m)) + zero, n times 8 bits, m = max |x|; returns m / 127, the scale. For m below 1e-30: y = zero, scale 0
   float (*to_int8)(const float* x, int zero, void* y, int64_t n);
   void (*activate_grad)(Activation act, const float* z, const float* dy, float* dz, int64_t n);   // dz = dy * act'(z)
@@ -885,6 +886,7 @@ class PackedWeights {
   PackedWeights(const float* w, int64_t n, int64_t k, Precision precision = Precision::f32);
   // In the precision that it has; transposed: w is [k,n], in bf16.
   explicit PackedWeights(const NarrowMatrix& w, bool transposed = false);
+  explicit PackedWeights(const Tensor& w, bool transposed);   // in bf16
   int64_t rows() const { return n_; }
   int64_t cols() const { return k_; }
   Precision precision() const { return precision_; }
@@ -896,6 +898,7 @@ class PackedWeights {
   template <class Narrow>
   void pack_rows(Narrow&& narrow);
   void pack_columns(const NarrowMatrix& w);
+  void round_panels(const float* w, bool transposed);
   int64_t n_, k_;
   Precision precision_;
   Tensor panels_, scales_;
@@ -905,6 +908,8 @@ void gemm(int64_t m, const float* a, int64_t lda, const PackedWeights& w, float*
 // c [m,n] = op(a) b^T, or c += where `add`, of bf16 matrices: op(a) is a [m,k], or with a_transposed the transpose of a [k,m]. `how` has
 // b_transposed, as the panels are of b [n,k]. This is how training multiplies in bf16.
 void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const PackedWeights& b, float* c, int64_t ldc);
+// The same with b in f32, rounded as it is packed: [n,k] with b_transposed, else [k,n].
+void gemm(const Gemm& how, int64_t m, const NarrowMatrix& a, const Tensor& b, float* c, int64_t ldc);
 
 // The same of whole tensors: c [m,n] = act(op(a) op(b) + bias [n]), before act copied to `pre` [m,n]; how.epilogue holds the activation
 // alone. b may be packed, then it is b_transposed. A device in use computes it where it is large; c and `pre` stay there till asked for.

@@ -256,6 +256,9 @@ TEST_CASE("kernels: rounding to bf16 and to int8, and sums of int8 made numbers"
     const uint16_t* const some = halves.data();
     for (const auto& [even, odd] : {std::pair{some, some}, {some, nullptr}, {nullptr, some}, {nullptr, nullptr}}) {
       k.interleave(even, odd, words.data(), n);
+      const Floats of_halves = words;
+      k.round_pairs(even ? x.data() + o : nullptr, odd ? x.data() + o : nullptr, words.data(), n);
+      CHECK(same_bytes(of_halves, words));
       for (const float w : words)
         all.push_back((float)(std::bit_cast<uint32_t>(w) >> 16)), all.push_back((float)(std::bit_cast<uint32_t>(w) & 0xFFFF));
     }
@@ -659,7 +662,8 @@ TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training,
       for (int64_t j = 0; j < cols; j++) t[(size_t)(j * rows + i)] = x[(size_t)(i * cols + j)];
     return Tensor({cols, rows}, t);
   };
-  for (const auto& shape : {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 2}, {33, 70, 129}, {121, 31, 257}, {300, 65, 600}}) {
+  for (const auto& shape :
+       {std::array<int64_t, 3>{1, 1, 1}, {7, 33, 2}, {33, 70, 129}, {121, 31, 257}, {300, 65, 600}, {5, 300, 3000}, {513, 9, 40}}) {
     const int64_t m = shape[0], n = shape[1], k = shape[2];
     CAPTURE(m);
     CAPTURE(k);
@@ -683,7 +687,20 @@ TEST_CASE("gemm of bf16 matrices: the promised bytes in the layouts of training,
           gemm({.a_transposed = a_transposed, .b_transposed = true, .add = true}, m, a_transposed ? turned : plain, *w, c.data(), n);
           REQUIRE(same_bytes(twice, c));
         }
+    const Tensor rows({n, k}, b), columns = transposed(b, n, k);  // rounded as they are packed
+    for (const bool a_transposed : {false, true})
+      for (const bool b_transposed : {false, true})
+        for (const int count : {1, 3}) {
+          UseThreads use(count);
+          Gemm how{.a_transposed = a_transposed, .b_transposed = b_transposed};
+          for (const Floats* want : {&once, &twice}) {
+            gemm(how, m, a_transposed ? turned : plain, b_transposed ? rows : columns, c.data(), n);
+            REQUIRE(same_bytes(*want, c));
+            how.add = true;
+          }
+        }
     CHECK_THROWS_WITH_AS(gemm({.b_transposed = true}, m + 1, plain, right, c.data(), n), doctest::Contains("do not multiply"), Error);
+    CHECK_THROWS_WITH_AS(gemm({.b_transposed = true}, m + 1, plain, rows, c.data(), n), doctest::Contains("do not multiply"), Error);
   }
   CHECK_THROWS_AS(PackedWeights(narrowed(Tensor({2, 2}, 1.f), Precision::int8), true), Error);
 }
