@@ -721,6 +721,7 @@ float normal_cdf_f32(float x) {
         scale, finish, to_bf16, from_bf16, interleave, round_pairs, to_int8, activate_grad, norm, norm_grad, softmax_grad, draws, drop, \
         adamw                                                                                                                           \
   }
+using Halves = Kernels::Halves;
 static void no_tiles() {}
 
 // The upper half is added to the lower, four times.
@@ -760,9 +761,9 @@ void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t, const floa
       for (int64_t k = 0; k < depth;) {
         float even = 0, odd = 0;
         for (const int64_t end = k + 16; k < end; k++) {
-          const uint32_t x = std::bit_cast<uint32_t>(a[i * a_row + k]), y = std::bit_cast<uint32_t>(b[k * kCols + j]);
-          even = std::fma(std::bit_cast<float>(x << 16), std::bit_cast<float>(y << 16), even);
-          odd = std::fma(std::bit_cast<float>(x & 0xFFFF0000u), std::bit_cast<float>(y & 0xFFFF0000u), odd);
+          const uint32_t y = std::bit_cast<uint32_t>(b[k * kCols + j]);
+          even = std::fma(a[i * a_row + 2 * k], std::bit_cast<float>(y << 16), even);
+          odd = std::fma(a[i * a_row + 2 * k + 1], std::bit_cast<float>(y & 0xFFFF0000u), odd);
         }
         acc += even + odd;
       }
@@ -931,7 +932,7 @@ void adamw(const AdamWSettings& s, float lr, float decay, float factor, float co
     p[i] = std::fma(-f.rate, std::fma(f.decay, kept, update), kept);
   }
 }
-const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kRows, false, 0, no_tiles, no_tiles);
+const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
 }  // namespace
 }  // namespace scalar
 
@@ -995,7 +996,11 @@ std::vector<const Kernels*> usable_kernels() {
               __builtin_cpu_supports("avx512vl"),
           avx512::table) &&
       has(__builtin_cpu_supports("avx512vnni"), avx512::table_vnni) && has(__builtin_cpu_supports("avx512bf16"), avx512::table_bf16);
-  if (tables.back() == &avx512::table_bf16 && amx_allowed()) tables.push_back(&avx512::table_amx);
+  if (tables.back() == &avx512::table_bf16) {
+    // VDPBF16PS takes two cycles on Intel's cores, the two f32 products in its place one.
+    if (__builtin_cpu_is("intel")) std::swap(tables.back(), tables.end()[-2]);
+    if (amx_allowed()) tables.push_back(&avx512::table_amx);
+  }
 #elif defined(__aarch64__)
   tables.push_back(&neon::table);
 #if defined(__linux__)
@@ -1096,6 +1101,7 @@ OP V dot_int8(V a, V b, V sum) {
 
 // ---- sixteen floats at a time: the lanes of the sums, whatever a vector's width ----------------------------------
 constexpr int W = BERT_ISA / 32, K = 16 / W;
+constexpr int kWideRows = BERT_ISA == 512 ? 6 : 2;  // of bf16's tile: two sums for each element
 static_assert(kCols <= kMostColumns);
 typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
@@ -1334,19 +1340,20 @@ TARGET void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
   if constexpr (R > 1) tile<Words, R - 1>(depth, a, a_row, a_step, b, c, c_row, rows, cols, add);
 }
 
-// Words of two bf16. A word's products join the chains `even` and `odd`; of two words `second` is the one after.
+// A word of b, two bf16, with its part of a. The products join the chains `even` and `odd`; of two words `second` is the one after.
 struct Bf16 {
-  OP void products(V a, V b, bool, V& even, V& odd) {
-    const U high = U{} + 0xFFFF0000u;
-    even = fused((V)((U)a << 16), (V)((U)b << 16), even);
-    odd = fused((V)((U)a & high), (V)((U)b & high), odd);
+  static constexpr int kNumbers = 2;  // of a: floats
+  OP void products(const float* a, V b, bool, V& even, V& odd) {
+    even = fused(spread(a[0]), (V)((U)b << 16), even);
+    odd = fused(spread(a[1]), (V)((U)b & (U{} + 0xFFFF0000u)), odd);
   }
 };
 #if BERT_ISA == 512
 struct Bf16Dot {  // of words in pairs: the first holds even k, the second odd ones
-  OP void products(V a, V b, bool second, V& even, V& odd) {
+  static constexpr int kNumbers = 1;
+  OP void products(const float* a, V b, bool second, V& even, V& odd) {
     V& chain = second ? odd : even;
-    chain = dot_bf16(a, b, chain);
+    chain = dot_bf16(spread(*a), b, chain);
   }
 };
 #endif
@@ -1363,14 +1370,12 @@ TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float*
   for (int64_t k = 0; k < depth; k += 16) {
     V even[R][N], odd[R][N];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) even[r][j] = odd[r][j] = spread(0);
-    for (int i = 0; i < 8; i++) UNROLL for (int second = 0; second < 2; second++, a++, b += kCols) {
+    for (int i = 0; i < 8; i++) UNROLL for (int second = 0; second < 2; second++, a += Words::kNumbers, b += kCols) {
         if constexpr (R < kRows / 3) __builtin_prefetch(b + 32 * kCols), __builtin_prefetch(b + 32 * kCols + 16);  // as in tile_rows
         V from_b[N];
         UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
-        UNROLL for (int r = 0; r < R; r++) {
-          const V from_a = spread(a[r * a_row]);
-          UNROLL for (int j = 0; j < N; j++) Words::products(from_a, from_b[j], second, even[r][j], odd[r][j]);
-        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)
+            Words::products(a + r * a_row, from_b[j], second, even[r][j], odd[r][j]);
       }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = sum[r][j] + (even[r][j] + odd[r][j]);
   }
@@ -1382,7 +1387,7 @@ TARGET void bf16_rows(int64_t depth, const float* a, int64_t a_row, const float*
       write(to, sum[r][j], n);
   }
 }
-template <class Words, int R = kRows / 3>
+template <class Words, int R>
 TARGET void tile_bf16(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, float* c, int64_t c_row, int rows,
                       int cols, bool add) {
   if (rows == R) return bf16_rows<Words, R>(depth, a, a_row, b, c, c_row, cols, add);
@@ -1753,21 +1758,26 @@ TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, f
     store(p + i, fma(-f.rate, fma(f.decay, kept, m1 / fma(sqrt(v1), f.root, f.eps)), kept), w);
   });
 }
-#define ROWS kRows / 3, kRows
-const Kernels table = BERT_TABLE(kName, tile<Floats>, tile_bf16<Bf16>, tile<Int8>, ROWS, false, 0, no_tiles, no_tiles);
+#define WIDE tile_bf16<Bf16, kWideRows>
+const Kernels table = BERT_TABLE(kName, tile<Floats>, WIDE, tile<Int8>, kWideRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
 #if BERT_ISA == 512
-const Kernels table_vnni = BERT_TABLE("avx512_vnni", tile<Floats>, tile_bf16<Bf16>, tile<Int8Dot>, ROWS, false, 128, no_tiles, no_tiles);
-const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, tile_bf16<Bf16Dot>, tile<Int8Dot>, ROWS, true, 128, no_tiles, no_tiles);
-const Kernels table_amx = BERT_TABLE("avx512_amx", tile<Floats>, amx::tile<true>, amx::tile<false>, 32, 32, false, 0, amx::on, amx::off);
+constexpr int kDotRows = 4;
+const Kernels table_vnni =
+    BERT_TABLE("avx512_vnni", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 128, no_tiles, no_tiles);
+const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, (tile_bf16<Bf16Dot, kDotRows>), tile<Int8Dot>, kDotRows, kRows,
+                                      Halves::pairs, 128, no_tiles, no_tiles);
+const Kernels table_amx =
+    BERT_TABLE("avx512_amx", tile<Floats>, amx::tile<true>, amx::tile<false>, 32, 32, Halves::words, 0, amx::on, amx::off);
 #elif BERT_ISA == 128
-const Kernels table_dot = BERT_TABLE("neon_dot", tile<Floats>, tile_bf16<Bf16>, tile<Int8Dot>, ROWS, false, 0, no_tiles, no_tiles);
+const Kernels table_dot =
+    BERT_TABLE("neon_dot", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
 #endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
 #undef TARGET
 #undef EVEN_PRODUCTS
 #undef PAIR_SUMS
-#undef ROWS
+#undef WIDE
 #endif  // BERT_ISA
 #ifndef BERT_ISA
 
@@ -1805,7 +1815,7 @@ static int64_t words_of(Precision precision, int64_t k) {
 }
 // From one row of words to the next in memory: an odd number of cache lines spreads the rows over all sets of the first cache.
 static int64_t distance_of(int64_t words) { return words | 16; }
-// The words of a row of bf16, which hold k in order, as bf16_pairs wants them.
+// The words of a row of bf16, which hold k in order, as Halves::pairs are.
 static void pair_up(float* row, int64_t words) {
   for (int64_t i = 0; i < words; i += 2) {
     const uint32_t first = std::bit_cast<uint32_t>(row[i]), second = std::bit_cast<uint32_t>(row[i + 1]);
@@ -1821,7 +1831,7 @@ static void fetch(const float* at, int64_t stride, int64_t rows, int64_t floats,
 // Which k the halves of word i hold, lower and upper.
 static std::pair<int64_t, int64_t> halves(const Kernels& t, int64_t i) {
   const int64_t first = i / 2 * 4 + i % 2;
-  return t.bf16_pairs ? std::pair(first + 2, first) : std::pair(2 * i, 2 * i + 1);
+  return t.halves == Halves::pairs ? std::pair(first + 2, first) : std::pair(2 * i, 2 * i + 1);
 }
 // Word i of columns first .. first + n of a matrix in bf16 whose rows are k.
 static void copy_word(const Kernels& t, const NarrowMatrix& x, int64_t i, int64_t first, int64_t n, float* to) {
@@ -1887,6 +1897,8 @@ struct Product {
 
   Precision precision() const { return bf16 ? Precision::bf16 : packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
+  bool floats() const { return precision() == Precision::bf16 && table.halves == Halves::floats; }
+  int64_t a_room(int64_t words) const { return floats() ? 2 * words : words; }  // in a's copy
   RoundedPanels rounded() const { return {table, k, n, b, how.b_transposed ? 1 : ldb, how.b_transposed ? ldb : 1}; }
   int mr() const { return precision() == Precision::f32 ? table.mr : precision() == Precision::bf16 ? table.mr_bf16 : table.mr_int8; }
 };
@@ -1914,31 +1926,43 @@ void finish_empty(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t 
   finish(p, i0, i1, j0, j1);
 }
 
-// Rows i0..i1 of a in the precision of b, each in words() words whose end is zero; and of int8 their scales.
+// Rows i0..i1 of a in the precision of b, each in words() words, or as many floats as a tile wants, whose end is zero; and of int8 their
+// scales.
 void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
   const bool bf16 = p.precision() == Precision::bf16;
-  for (int64_t i = i0; i < i1; i++, words += distance_of(p.words())) {
+  const int64_t room = p.a_room(p.words()), bytes = p.floats() ? 4 * p.k : bf16 ? 2 * p.k : p.k;
+  for (int64_t i = i0; i < i1; i++, words += distance_of(room)) {
     char* const to = (char*)words;
-    const int64_t bytes = bf16 ? 2 * p.k : p.k;
     if (!p.bf16 && i + 2 < i1)  // the row after the next is asked for
       fetch(p.a + (i + 2) * p.lda, p.lda, 1, p.k, 0, 1);
-    if (p.bf16)
+    if (p.bf16 && p.floats())
+      p.table.from_bf16(p.bf16->row(i), words, p.k);
+    else if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
+    else if (p.floats())
+      p.table.round_pairs(nullptr, p.a + i * p.lda, to, p.k);  // as upper halves they are floats
     else if (bf16)
       p.table.to_bf16(p.a + i * p.lda, to, p.k);
     else
       scales[i - i0] = p.table.to_int8(p.a + i * p.lda, p.table.int8_zero, to, p.k);
-    std::memset(to + bytes, bf16 ? 0 : p.table.int8_zero, (size_t)(4 * p.words() - bytes));
-    if (bf16 && p.table.bf16_pairs) pair_up(words, p.words());
+    std::memset(to + bytes, bf16 ? 0 : p.table.int8_zero, (size_t)(4 * room - bytes));
+    if (bf16 && p.table.halves == Halves::pairs) pair_up(words, p.words());
   }
 }
 
-// Words k0.. of rows i0..i1 of op(a), which is a transposed matrix in bf16: `depth` words a row, `distance` apart; room: 16 words each.
+// Words k0.. of rows i0..i1 of op(a), which is a transposed matrix in bf16, as narrow_rows has them: `depth` words a row, `distance` apart;
+// room: 16 words each.
 void copy_transposed(const Product& p, int64_t k0, int64_t depth, int64_t i0, int64_t i1, float* to, int64_t distance, float* room) {
-  const int64_t rows = i1 - i0;
-  for (int64_t k = 0; k < depth; k += 16) {
-    for (int64_t i = 0; i < 16; i++) copy_word(p.table, *p.bf16, k0 + k + i, i0, rows, room + i * rows);
-    p.table.transpose(room, rows, 16, rows, to + k, distance);
+  const int64_t rows = i1 - i0, first = p.a_room(k0);
+  for (int64_t at = 0; at < p.a_room(depth); at += 16) {
+    for (int64_t i = 0; i < 16; i++)
+      if (float* const row = room + i * rows; !p.floats())
+        copy_word(p.table, *p.bf16, first + at + i, i0, rows, row);
+      else if (first + at + i < p.k)
+        p.table.from_bf16(p.bf16->row(first + at + i) + 2 * i0, row, rows);
+      else
+        std::fill_n(row, rows, 0.f);
+    p.table.transpose(room, rows, 16, rows, to + at, distance);
   }
 }
 
@@ -1999,7 +2023,7 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
   const bool a_transposed = p.how.a_transposed;
   const int64_t rows = i1 - i0, words = p.words(), strip = 48 / p.mr() * p.mr();
   Kernels::Tile* const tile = p.precision() == Precision::bf16 ? t.tile_bf16 : t.tile_int8;
-  const int64_t distance = distance_of(a_transposed ? kWords : words), readable = p.narrowed ? 0 : rows + p.mr();
+  const int64_t distance = distance_of(p.a_room(a_transposed ? kWords : words)), readable = p.narrowed ? 0 : rows + p.mr();
   const int64_t columns = std::max<int64_t>(1, kPanelWords / std::max<int64_t>(1, words) / t.nr) * t.nr;
   const int64_t own_panels = p.panels ? 0 : std::min(columns, (j1 - j0 + t.nr - 1) / t.nr * t.nr) * words;
   float* const copy = scratch(readable * distance + 16 * rows + own_panels);
@@ -2009,7 +2033,7 @@ void words_part(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1
   if (!p.k) return finish_empty(p, i0, i1, j0, j1);
   auto multiply = [&](int64_t r0, int64_t r1, int64_t k0, int64_t first, int64_t end, const float* panels) {
     const DefaultFloatMode mode(p.precision() == Precision::bf16);
-    const float* const from = a + (a_transposed ? 0 : k0);
+    const float* const from = a + (a_transposed ? 0 : p.a_room(k0));
     for (int64_t j = first; j < end; j += t.nr)
       for (int64_t r = r0; r < r1; r += p.mr())
         tile(std::min(kWords, words - k0), from + r * distance, distance, 1, panels + (j - first) * words + k0 * t.nr,
@@ -2148,7 +2172,7 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   const int64_t most_rows = blas               ? 512
                             : pack_here        ? p.m
                             : one_panel        ? 480
-                            : narrow && packed ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.words()), 128, 512)
+                            : narrow && packed ? std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, p.a_room(p.words())), 128, 512)
                             : narrow           ? 256
                             : packed           ? kPackedRows
                             : large            ? 640
@@ -2281,7 +2305,7 @@ void PackedWeights::pack_rows(Narrow&& narrow) {
       char* const row = (char*)(rows.data() + i * words);
       narrow(j * nr + i, row);
       for (int64_t x = 0; x < k_ && !zeros_.empty(); x++) zeros_[(size_t)(j * nr + i)] += t.int8_zero * (int8_t)row[x];
-      if (precision_ == Precision::bf16 && t.bf16_pairs) pair_up((float*)row, words);
+      if (precision_ == Precision::bf16 && t.halves == Halves::pairs) pair_up((float*)row, words);
     }
     t.pack(words, rows.data(), 1, words, panels_.data() + j * nr * words, cols);
   });
@@ -2309,7 +2333,7 @@ void PackedWeights::pack_columns(const NarrowMatrix& w) {
 }
 // Rows of op(a) that go to several tasks of columns each are narrowed once for all.
 static Tensor narrow_first(Product& p) {
-  const int64_t distance = distance_of(p.words()), rows = p.m + p.mr();
+  const int64_t distance = distance_of(p.a_room(p.words())), rows = p.m + p.mr();
   Tensor words({rows, distance + 1});
   float* const scales = words.data() + rows * distance;
   parallel_ranges(p.m, std::max<int64_t>(16, (1 << 15) / (p.k + 1)),

@@ -788,15 +788,15 @@ struct Kernels {
                     int cols, bool add);
   Tile* tile;
   // The same in words of 32 bits that hold several k: a_step is 1, depth a positive multiple of 16; of a as many rows as a tile has may be
-  // read, whatever `rows`. Two bf16: of each 16 words (32 k, in the order that bf16_pairs says) two chains from 0, of the even and of the
+  // read, whatever `rows`. Two bf16: of each 16 words (32 k, as halves says) two chains from 0, of the even and of the
   // odd k; their sum is added to c, which starts from 0 or, with `add`, from what is there: the order of AMX's TDPBF16PS. Under
   // DefaultFloatMode(true). Four int8: c holds int32.
   // (Of a sum that rounds up to the smallest normal number, 2^-126, ARM makes 0: it flushes before it rounds. All else is alike.)
   Tile *tile_bf16, *tile_int8;
   int mr_bf16, mr_int8;    // rows of their tiles
-  // How words hold bf16 k 0 to 3, lower half first: 0 1, 2 3; or for VDPBF16PS, which adds a word's upper product and then its lower one
-  // to one chain, 2 0, 3 1
-  bool bf16_pairs;
+  // How tile_bf16 wants k 0 to 3. words: 0 1, 2 3, the lower half of a word first. pairs: 2 0, 3 1, for VDPBF16PS, which adds a word's
+  // upper product and then its lower one to one chain. floats: b in words, of a each k a float of its own, so that a_row counts floats.
+  enum class Halves { words, pairs, floats } halves;
   int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
   void (*tiles_on)(), (*tiles_off)();   // around a thread's calls of tile_bf16 and tile_int8
   // One column: c[i * c_row] = the tile's chain of row i of a and b [depth], or added to what is there, for i < rows

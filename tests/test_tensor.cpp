@@ -336,6 +336,14 @@ static void pair_words(float* from, int64_t rows, int64_t apart, int64_t depth, 
       first = std::bit_cast<float>(x << 16 | (y & 0xFFFF)), second = std::bit_cast<float>(x >> 16 << 16 | y >> 16);
     }
 }
+// The two bf16 of each word as floats, lower half first.
+static Floats halves_of(const Floats& words) {
+  Floats wide;
+  for (const float word : words)
+    for (const uint32_t half : {std::bit_cast<uint32_t>(word) << 16, std::bit_cast<uint32_t>(word) & 0xFFFF0000u})
+      wide.push_back(std::bit_cast<float>(half));
+  return wide;
+}
 TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at every number of rows and columns") {
   const Kernels& scalar = *usable_kernels()[0];
   for (const Kernels* t : usable_kernels())
@@ -344,8 +352,10 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
         for (const int64_t depth : {16, 32, 48, 128, 256}) {
           const int64_t a_row = depth + 3, b_row = t->nr, mr = bf16 ? t->mr_bf16 : t->mr_int8, c_row = t->nr + 2;
           const Floats b = words(depth * b_row + 1, 1, bf16, extreme), a = words(a_row * mr + 1, 2, bf16, extreme);
-          Floats its_a = a, its_b = b;  // as the instruction wants them
-          if (bf16 && t->bf16_pairs)
+          const bool floats = bf16 && t->halves == Kernels::Halves::floats;
+          const Floats wide = halves_of(a);
+          Floats its_a = floats ? wide : a, its_b = b;  // as the instruction wants them
+          if (bf16 && t->halves == Kernels::Halves::pairs)
             pair_words(its_a.data() + 1, mr, a_row, depth, 1), pair_words(its_b.data() + 1, b_row, 1, depth, b_row);
           if (!bf16 && t->int8_zero)
             for (float& x : its_a) x = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ 0x80808080u);
@@ -362,7 +372,8 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
               for (int64_t j = 0; j < b_row; j++) {
                 float& to = all[(size_t)(i * c_row + j)];
                 const float* const panel = panels.data() + j * depth * scalar.nr;
-                (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, a.data() + 1 + i * a_row, 1, 1, panel, &to, 1, 1, 1, add);
+                const float* const row = bf16 ? wide.data() + 2 * (1 + i * a_row) : a.data() + 1 + i * a_row;
+                (bf16 ? scalar.tile_bf16 : scalar.tile_int8)(depth, row, 1, 1, panel, &to, 1, 1, 1, add);
                 for (int64_t k = 0; !bf16 && t->int8_zero && k < depth; k++)  // 128 times the column is to be taken off again
                   for (int bit = 0; bit < 32; bit += 8)
                     to = std::bit_cast<float>(std::bit_cast<int32_t>(to) +
@@ -373,7 +384,8 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
                 Floats c = start, want = start;
                 for (int i = 0; i < rows; i++) std::copy_n(all.begin() + i * c_row, cols, want.begin() + i * c_row);
                 t->tiles_on();
-                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, its_a.data() + 1, a_row, 1, its_b.data() + 1, c.data(), c_row, rows, cols, add);
+                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, its_a.data() + (floats ? 2 : 1), floats ? 2 * a_row : a_row, 1,
+                                                     its_b.data() + 1, c.data(), c_row, rows, cols, add);
                 t->tiles_off();
                 CAPTURE(t->name);
                 CAPTURE(bf16);
