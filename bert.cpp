@@ -3106,6 +3106,46 @@ static void mark_tokens(std::span<Window> windows, int64_t stride) {
   for (const Token& t : text) windows[t.window].decides[t.at] = 1;
 }
 
+// Makes the words of a running text those that tagged data has (CoNLL's, the Penn Treebank's), where the tokenizer splits at every
+// punctuation: - . & / _ between letters or digits stand inside of a word (Jean-Luc, AT&T), , and : between digits, ' where no English
+// ending follows (O'Neil, but Japan 's); a full stop behind one letter, alone or after another stop, belongs to it (J., U.S.).
+static void join_words(const std::string& text, std::span<Encoding> encodings) {
+  std::vector<std::array<size_t, 2>> words;  // of the tokenizer: begin, end
+  for (const Encoding& e : encodings)
+    for (size_t i = 0; i < e.ids.size(); i++) {
+      if (e.words[i] < 0) continue;
+      const auto begin = (size_t)e.offsets[i][0], end = (size_t)e.offsets[i][1], word = (size_t)e.words[i];
+      if (word >= words.size()) words.resize(word + 1, {text.size(), 0});
+      words[word] = {std::min(words[word][0], begin), std::max(words[word][1], end)};
+    }
+  auto word = [&](size_t i) { return std::string_view(text).substr(words[i][0], words[i][1] - words[i][0]); };
+  auto touches = [&](size_t i) { return i > 0 && i < words.size() && words[i][0] == words[i - 1][1]; };  // the word before it
+  auto letter = [&](size_t at) {  // or digit, of a script that puts spaces between its words; `at`: in the middle of it, too
+    while (at > 0 && ((uint8_t)text[at] & 0xC0) == 0x80) at--;
+    const auto c = (uint8_t)text[at];
+    return std::isalnum(c) || (c >= 0xC3 && c <= 0xE1);  // U+00C0 to U+1FFF
+  };
+  std::vector<uint8_t> joined(words.size());  // with the word before it
+  for (size_t i = 1; i < words.size(); i++) {
+    const std::string_view mark = word(i);
+    if (!touches(i) || !letter(words[i][0] - 1)) continue;
+    if (touches(i + 1) && letter(words[i][1])) {
+      const bool digits = std::isdigit((uint8_t)text[words[i][0] - 1]) && std::isdigit((uint8_t)text[words[i][1]]);
+      static const std::set<std::string_view> inside = {"-", ".", "&", "/", "_"}, endings = {"s", "S", "m", "d", "t", "ll", "re", "ve"};
+      if (inside.count(mark) || ((mark == "," || mark == ":") && digits) ||
+          ((mark == "'" || mark == "\u2019") && !endings.count(word(i + 1))))
+        joined[i] = joined[i + 1] = 1;
+    } else if (mark == "." && word(i - 1).size() == 1 && std::isalpha((uint8_t)word(i - 1)[0]) &&
+               (!touches(i - 1) || word(i - 2) == ".")) {
+      joined[i] = 1;
+    }
+  }
+  std::vector<int32_t> numbers(words.size());
+  for (size_t i = 1; i < words.size(); i++) numbers[i] = numbers[i - 1] + !joined[i];
+  for (Encoding& e : encodings)
+    for (int32_t& number : e.words) number = number < 0 ? number : numbers[(size_t)number];
+}
+
 // The windows of one text or pair.
 static std::vector<Window> text_windows(const WordPiece& t, Task task, const Item& item, const std::optional<std::string>& pair,
                                         int64_t max_length, int64_t stride) {
@@ -3117,6 +3157,7 @@ static std::vector<Window> text_windows(const WordPiece& t, Task task, const Ite
   std::vector<Encoding> encodings = !item.words.empty() ? t.encode_words_windows(item.words, {}, false, options)
                                     : pair              ? pair_windows(t, task, item.text, *pair, options, asked, cut_to)
                                                         : t.encode_windows(item.text, {}, options);
+  if (task == Task::tag && item.words.empty()) join_words(item.text, encodings);
   std::vector<Window> windows;
   for (Encoding& e : encodings) {
     for (size_t i = 0; i < e.ids.size(); i++)

@@ -542,7 +542,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
 struct Item {
   std::string text;                                // qa: the question; choice: what stands before every choice
   std::optional<std::string> pair;                 // the second text; qa: the context
-  std::vector<std::string> words = {};             // tag: a text that comes in words; empty: the tokenizer's own
+  std::vector<std::string> words = {};             // tag: a text that comes in words; empty: they are found
   std::vector<std::string> others = {};            // choice: the choices; similarity: the text to compare with, and one that is not alike
 };
 // What is right about it.

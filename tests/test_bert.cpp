@@ -1083,6 +1083,36 @@ TEST_CASE("embedding in windows: the mean of them, by the tokens that each decid
   CHECK(answer_items(plain, {}).empty());
 }
 
+TEST_CASE("a running text's words are those that tagged data has: one tag for U.S. and Jean-Luc, by their first piece") {
+  const ModelFolder m = load_folder(kGolden + "heads/token-classification");
+  auto words_of = [&](const std::string& text, int64_t length) {
+    std::vector<std::string> words;
+    int32_t last = -1;
+    for (const Window& w : make_windows(m.tokenizer, Task::tag, {text, {}}, length, 2))
+      for (size_t i = 0; i < w.words.size(); i++) {
+        if (w.words[i] < 0 || w.words[i] < last) continue;
+        if (w.decides[i]) CHECK((w.starts[i] != 0) == (w.words[i] > last));
+        const std::string piece = text.substr((size_t)w.places[i][0], (size_t)(w.places[i][1] - w.places[i][0]));
+        if (w.words[i] > last && w.starts[i]) words.push_back(""), last = w.words[i];
+        if (w.decides[i]) words.back() += piece;
+      }
+    return words;
+  };
+  const std::vector<std::string> apart = {
+      "Jean-Luc", "saw",   "the", "U.S.",   "and", "B.",     "Young", ",", "O'Neil", ",", "AT&T", ";",  "1,000",
+      "to",       "12:30", ".",   "Japan",  "'",   "s",      "a",     "-", "b",      "c", ".",    "d.", "caf\u00E9-bar",
+      "(",        "x_y",   ")",   "\u4E2D", "-",   "\u6587", "3.5",   ".", "No",     ":", "7"};
+  const std::string text =
+      "Jean-Luc saw the U.S. and B. Young, O'Neil, AT&T; 1,000 to 12:30. Japan's a - b c . d. caf\u00E9-bar (x_y) \u4E2D-\u6587 3.5. No:7";
+  CHECK(words_of(text, 512) == apart);
+  for (const std::string nothing : {"", " ", ".", "-", "'s", ". . .", "a.", ".a", "--a--b--"}) CHECK_NOTHROW(words_of(nothing, 512));
+  const std::string one = "U.S.", given = "the " + one + " dog";
+  const std::vector<Window> running = make_windows(m.tokenizer, Task::tag, {given, {}}, 32, 2),
+                            in_words = make_windows(m.tokenizer, Task::tag, {"", {}, {"the", one, "dog"}}, 32, 2);
+  CHECK(running[0].example.ids == in_words[0].example.ids);
+  CHECK(running[0].words == in_words[0].words);
+  CHECK(running[0].starts == in_words[0].starts);
+}
 TEST_CASE("long texts go paragraph by paragraph, tagged and answered as alone; the one with the question's rare words answers") {
   const ModelFolder m = load_folder(kGolden + "heads/question-answering");
   const std::string none, question = "the black dog by the river", paragraph = "the black dog is by the river and eats";
