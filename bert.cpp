@@ -227,6 +227,8 @@ static std::vector<std::string> parse_labels(const Json& id2label, const std::st
     labels[i] = label.as_string(where + ": id2label " + number);
     if (labels[i].find_first_of("\t\r\n") != std::string::npos)
       throw Error(where + ": id2label " + number + ": a label holds a TAB or an end of line; results are lines of columns");
+    if (!labels[i].empty() && std::count(labels.begin(), labels.end(), labels[i]) > 1)
+      throw Error(where + ": id2label " + number + ": '" + labels[i] + "' is the name of another label, too; rename one");
     seen[i] = true;
   }
   return labels;
@@ -1779,6 +1781,8 @@ static void check_names(const Item& item, const Labels& labels, bool known, cons
       throw Error(where + "a label that is empty, or holds a TAB or an end of line; results are lines of columns");
     if (tags && typed && !entity_tag(name))
       throw Error(where + "tag '" + name + "' beside tags like B-PER: it is neither O nor B-, I-, E- or S- and a type; correct it");
+    if (labels.task == Task::multilabel && name.find('|') != name.npos)
+      throw Error("a label that holds |, which stands between the labels of a text in results; rename it");
     if (known && !labels.ids.count(name))
       throw Error(where + "label '" + name + "', which training never saw (it knows " + labels.some() + "); correct it");
   }
@@ -1855,30 +1859,81 @@ bool only_partners(Task task, std::span<const Gold> golds) {
   return task == Task::embed && std::all_of(golds.begin(), golds.end(), [](const Gold& g) { return g.targets.empty(); });
 }
 
-LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed, bool by_context) {
-  const std::vector<Gold>& golds = set.golds;
-  const auto n = (int64_t)golds.size();
-  if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
-  int64_t take = std::clamp<int64_t>(std::llround((double)n * share), 1, n - 1);
-  std::vector<int64_t> order = count_up((size_t)n);
-  Random({seed, 0, 0, kSplitStream}).shuffle(order);
-  // Ordered by where each stands among its class's: of every class the first ones are taken, as many as its share.
-  std::map<int32_t, double> size, seen;
-  for (const Gold& g : golds) size[g.label]++;
-  std::vector<double> place((size_t)n);
-  for (const int64_t i : order) place[(size_t)i] = (seen[golds[(size_t)i].label]++ + 0.5) / size[golds[(size_t)i].label];
-  auto context = [&](int64_t i) -> const std::string& { return *set.items[(size_t)i].pair; };
-  std::map<std::string_view, double> contexts;
-  for (const int64_t i : order)
-    if (by_context) place[(size_t)i] = contexts.try_emplace(context(i), (double)contexts.size()).first->second;
-  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return place[(size_t)x] < place[(size_t)y]; });
-  auto parted = [&](int64_t at) { return place[(size_t)order[(size_t)at - 1]] != place[(size_t)order[(size_t)at]]; };
-  if (contexts.size() > 1) {  // up to the next context's begin, or back to where the last one begins
-    while (take < n && !parted(take)) take++;
-    for (take -= take == n; !parted(take);) take--;
+// What an item is one of, where a held-out set is to have its share: the class; of several labels or tags the rarest; of numbers the tenth
+// of all that it lies in.
+static std::vector<int64_t> strata(std::span<const Gold> golds, Task task) {
+  std::map<int64_t, int64_t> count;  // of labels
+  std::vector<float> sorted;
+  auto each = [&](const Gold& g, auto&& call) {
+    for (size_t c = 0; c < g.targets.size(); c++)
+      if (g.targets[c] > 0) call((int64_t)c);
+    for (const int32_t tag : std::set<int32_t>(g.tags.begin(), g.tags.end())) call((int64_t)tag);
+  };
+  const bool number = task == Task::regress || task == Task::embed;
+  for (const Gold& g : golds)
+    if (number && !g.targets.empty())
+      sorted.push_back(g.targets[0]);
+    else
+      each(g, [&](int64_t label) { count[label]++; });
+  std::sort(sorted.begin(), sorted.end());
+  std::vector<int64_t> of;
+  for (const Gold& g : golds) {
+    int64_t stratum = g.label;
+    if (number && !g.targets.empty())
+      stratum = 10 * (std::lower_bound(sorted.begin(), sorted.end(), g.targets[0]) - sorted.begin()) / (int64_t)sorted.size();
+    else
+      each(g, [&](int64_t label) { stratum = stratum < 0 || count[label] < count[stratum] ? label : stratum; });
+    of.push_back(stratum);
   }
+  return of;
+}
+
+// Questions about one context stay together: contexts in the order of the seed, those that bring their number nearer to what is wanted.
+static std::vector<uint8_t> held_contexts(std::span<const Item> items, int64_t take, Random& random) {
+  std::map<std::string_view, std::vector<size_t>> of;
+  for (size_t i = 0; i < items.size(); i++) of[*items[i].pair].push_back(i);
+  std::vector<const std::vector<size_t>*> contexts;
+  for (const auto& [context, questions] : of) contexts.push_back(&questions);
+  random.shuffle(contexts);
+  std::vector<uint8_t> held(items.size());
+  const auto least =
+      *std::min_element(contexts.begin(), contexts.end(), [](const auto* a, const auto* b) { return a->size() < b->size(); });
+  int64_t taken = 0;
+  auto hold = [&](const std::vector<size_t>& questions) {
+    for (const size_t i : questions) held[i] = 1;
+    taken += (int64_t)questions.size();
+  };
+  for (const auto* questions : contexts)
+    if (taken + (int64_t)questions->size() < (int64_t)items.size() &&
+        std::abs(taken + (int64_t)questions->size() - take) < std::abs(taken - take))
+      hold(*questions);
+  if (!taken) hold(*least);
+  return held;
+}
+
+LabelledSet hold_out(LabelledSet& set, Task task, double share, uint64_t seed) {
+  const auto n = (int64_t)set.golds.size();
+  if (n < 2) throw Error("one labelled text cannot be split into training and held-out data; give more, or none to hold out");
+  const int64_t take = std::clamp<int64_t>(std::llround((double)n * share), 1, n - 1);
+  Random random({seed, 0, 0, kSplitStream});
+  auto several = [&] {
+    return std::any_of(set.items.begin(), set.items.end(), [&](const Item& i) { return i.pair != set.items[0].pair; });
+  };
   std::vector<uint8_t> held((size_t)n);
-  for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
+  if (task == Task::qa && several()) {
+    held = held_contexts(set.items, take, random);
+  } else {
+    std::vector<int64_t> order = count_up((size_t)n);
+    random.shuffle(order);
+    // Ordered by where each stands in its stratum: of every one the first are taken, as many as its share.
+    const std::vector<int64_t> of = strata(set.golds, task);
+    std::map<int64_t, double> size, seen;
+    for (const int64_t stratum : of) size[stratum]++;
+    std::vector<double> place((size_t)n);
+    for (const int64_t i : order) place[(size_t)i] = (seen[of[(size_t)i]]++ + 0.5) / size[of[(size_t)i]];
+    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) { return place[(size_t)x] < place[(size_t)y]; });
+    for (int64_t i = 0; i < take; i++) held[(size_t)order[(size_t)i]] = 1;
+  }
   LabelledSet dev, rest;
   for (size_t i = 0; i < held.size(); i++) {
     LabelledSet& to = held[i] ? dev : rest;
@@ -2022,7 +2077,34 @@ static std::vector<double> ranks(std::span<const double> x) {
 }
 static double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
 
-RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
+using Scores = std::vector<std::pair<std::string, double>>;
+
+// scores(which, all) of all items, and from a seed percentile bootstrap intervals (Efron 1979): the items drawn anew with replacement,
+// 1,000 times; of more than 20,000 items fewer times, so that no more than 20 million are drawn, but 100 times at least: the interval of
+// so many is narrow, and its ends need no fine percentiles. Those that only `all` gives have none.
+template <class F>
+static std::vector<Metric> with_intervals(int64_t items, std::optional<uint64_t> seed, F&& scores) {
+  const auto resamples = seed ? (size_t)std::clamp<int64_t>(20'000'000 / items, 100, 1000) : 0;
+  std::vector<Scores> drawn(resamples);
+  parallel_for((int64_t)resamples, [&](int64_t s) {
+    Random random({*seed, (uint32_t)s, 0, kSplitStream});
+    std::vector<int64_t> which((size_t)items);
+    for (int64_t& i : which) i = random.below(items);
+    drawn[(size_t)s] = scores(which, false);
+  });
+  std::vector<Metric> out;
+  for (const auto& [name, value] : scores(count_up((size_t)items), seed.has_value())) {
+    out.push_back({name, value, NAN, NAN});
+    if (!seed || out.size() > drawn[0].size()) continue;
+    std::vector<double> sorted;
+    for (const Scores& s : drawn) sorted.push_back(s[out.size() - 1].second);
+    std::sort(sorted.begin(), sorted.end());
+    out.back().low = sorted[resamples / 40], out.back().high = sorted[resamples - 1 - resamples / 40];
+  }
+  return out;
+}
+
+std::vector<Metric> rank_scores(const Tensor& queries, const Tensor& candidates, std::optional<uint64_t> seed) {
   if (queries.shape() != candidates.shape() || queries.rows() < 1)
     throw Error("rank_scores: queries " + to_string(queries.shape()) + ", candidates " + to_string(candidates.shape()));
   constexpr int64_t kBlock = 512;  // queries and candidates multiplied at once
@@ -2044,10 +2126,15 @@ RankScores rank_scores(const Tensor& queries, const Tensor& candidates) {
         for (int64_t i = 0; i < Q; i++) nearer[(size_t)(q0 + i)] += c0 + r != q0 + i && !(cosine[r * Q + i] < best[i * Q + i]);
     }
   }
-  RankScores scores{};
-  for (const int64_t k : nearer) scores.mrr += 1 / (double)(k + 1), scores.recall_1 += k < 1, scores.recall_10 += k < 10;
-  for (double* s : {&scores.mrr, &scores.recall_1, &scores.recall_10}) *s /= (double)n;
-  return scores;
+  return with_intervals(n, seed, [&](std::span<const int64_t> which, bool) {
+    double mrr = 0, first = 0, among_ten = 0;
+    for (const int64_t i : which) {
+      const int64_t k = nearer[(size_t)i];
+      mrr += 1 / (double)(k + 1), first += k < 1, among_ten += k < 10;
+    }
+    const auto all = (double)which.size();
+    return Scores{{"mrr", mrr / all}, {"recall_1", first / all}, {"recall_10", among_ten / all}};
+  });
 }
 
 // ---- entities
@@ -2182,6 +2269,10 @@ Scorer::Scorer(Task task, std::vector<std::string> labels) : task_(task), labels
   width_ = kTypes + 3 * (int64_t)types_.size();
 }
 
+// Of several labels those are said whose probability, as it is printed, is one half or more.
+static float logistic(float x) { return 1 / (1 + exp_f32(-x)); }
+static bool holds(float logit) { return logistic(logit) >= 0.5f; }
+
 void Scorer::add(const Outcome& said, const Gold& is) {
   const std::string where = "score: item " + std::to_string(items_ + 1);
   auto fits = [&](bool yes, const char* what) {
@@ -2197,7 +2288,7 @@ void Scorer::add(const Outcome& said, const Gold& is) {
     row = {(float)(std::max_element(out.begin(), out.end()) - out.begin()), (float)is.label};
   } else if (task_ == Task::multilabel) {
     fits(out.size() == C && is.targets.size() == C, "the model's outputs, or its targets, are not one a label");
-    for (size_t c = 0; c < C; c++) row[c] = (float)((out[c] > 0) + 2 * (is.targets[c] > 0.5f));  // said: probability above one half
+    for (size_t c = 0; c < C; c++) row[c] = (float)(holds(out[c]) + 2 * (is.targets[c] > 0.5f));
   } else if (task_ == Task::regress || task_ == Task::embed) {
     fits(out.size() == 1, "the model's output is not one number");
     fits(is.targets.size() == 1 && std::isfinite(is.targets[0]), "it has no number to compare with");
@@ -2303,7 +2394,6 @@ Scorer::Scores Scorer::class_scores(Which which, bool all) const {
   } else if (C == 2) {  // of the second label, as GLUE counts
     scores = {{"accuracy", right}, {"f1", counts[1].f1()}, {"mcc", matthews(counts)}};
     if (all) scores.insert(scores.end(), {{"precision", counts[1].precision()}, {"recall", counts[1].recall()}});
-    return scores;
   } else {
     scores = {{"accuracy", right}, {"f1_macro", f1 / classes}, {"mcc", matthews(counts)}};
   }
@@ -2377,11 +2467,25 @@ std::vector<int64_t> Scorer::confusion() const {
   return matrix;
 }
 
-int32_t Scorer::only_answer() const {
-  if (task_ != Task::classify || !items_) return -1;
+std::optional<std::string> Scorer::only_answer() const {
+  if (task_ == Task::tag) {
+    double said = 0, is = 0;
+    for (int64_t i = 0; i < items_; i++) said += row(i)[3], is += row(i)[4];
+    return entities_ && said == 0 && is > 0 ? std::optional<std::string>("no entity was found") : std::nullopt;
+  }
+  if (!items_ || (task_ != Task::classify && task_ != Task::choice && task_ != Task::multilabel)) return {};
+  auto said = [&](int64_t i, int64_t c) { return task_ == Task::multilabel ? (int)row(i)[c] & 1 : (int)row(i)[0]; };
+  auto is = [&](int64_t i, int64_t c) { return task_ == Task::multilabel ? (int)row(i)[c] >> 1 : (int)row(i)[1]; };
   bool one_said = true, one_is = true;
-  for (int64_t i = 1; i < items_; i++) one_said &= row(i)[0] == row(0)[0], one_is &= row(i)[1] == row(0)[1];
-  return one_said && !one_is ? (int32_t)row(0)[0] : -1;
+  for (int64_t i = 1; i < items_; i++)
+    for (int64_t c = 0; c < width_; c++) one_said &= said(i, c) == said(0, c), one_is &= is(i, c) == is(0, c);
+  if (!one_said || one_is) return {};
+  if (task_ == Task::choice) return "choice " + std::to_string(said(0, 0)) + " was taken every time";
+  if (task_ == Task::classify) return "every text was given one label, " + labels_[(size_t)said(0, 0)];
+  Strings labels;
+  for (int64_t c = 0; c < width_; c++)
+    if (said(0, c)) labels.push_back(labels_[(size_t)c]);
+  return labels.empty() ? "no text was given a label" : "every text was given the same labels, " + join(labels, ", ");
 }
 
 bool Scorer::flat() const {
@@ -2442,36 +2546,16 @@ Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold,
   return scores;
 }
 
-// Percentile bootstrap (Efron 1979): the items drawn anew with replacement, 1,000 times; of more than 20,000 items fewer times, so that
-// no more than 20 million are drawn, but 100 times at least: the interval of so many is narrow, and its ends need no fine percentiles.
 std::vector<Metric> Scorer::metrics(std::optional<uint64_t> seed, std::optional<double> null_threshold) const {
   if (!items_) throw Error("score: no labelled row");
-  const auto resamples = seed ? (size_t)std::clamp<int64_t>(20'000'000 / items_, 100, 1000) : 0;
-  const std::vector<int64_t> every = count_up((size_t)items_);
-  std::vector<Scores> drawn(resamples);
-  parallel_for((int64_t)resamples, [&](int64_t s) {
-    Random random({*seed, (uint32_t)s, 0, kSplitStream});
-    std::vector<int64_t> which((size_t)items_);
-    for (int64_t& i : which) i = random.below(items_);
-    drawn[(size_t)s] = scores(which, null_threshold, false);
-  });
-  std::vector<Metric> out;
-  for (const auto& [name, value] : scores(every, null_threshold, seed.has_value())) {
-    out.push_back({name, value, 0, 0});
-    if (!seed || out.size() > drawn[0].size()) continue;
-    std::vector<double> sorted;
-    for (const Scores& s : drawn) sorted.push_back(s[out.size() - 1].second);
-    std::sort(sorted.begin(), sorted.end());
-    out.back().low = sorted[resamples / 40], out.back().high = sorted[resamples - 1 - resamples / 40];
-  }
-  return out;
+  return with_intervals(items_, seed, [&](Which which, bool all) { return scores(which, null_threshold, all); });
 }
 
 std::vector<float> probabilities(Task task, std::span<const float> outputs, int64_t C) {
   if (task == Task::regress || outputs.empty()) return {outputs.begin(), outputs.end()};
   std::vector<float> p(outputs.size());
   if (task == Task::multilabel) {
-    for (size_t i = 0; i < p.size(); i++) p[i] = 1 / (1 + exp_f32(-outputs[i]));
+    for (size_t i = 0; i < p.size(); i++) p[i] = logistic(outputs[i]);
     return p;
   }
   if (!C) C = (int64_t)outputs.size();
@@ -3535,11 +3619,11 @@ void score_items(const Asked& how, std::span<const Item> items, std::span<const 
   }
 }
 
-RankScores rank_partners(const Asked& how, std::span<const Item> items) {
+std::vector<Metric> rank_partners(const Asked& how, std::span<const Item> items, std::optional<uint64_t> seed) {
   std::vector<std::vector<Window>> windows = windows_of(how, items);
   for (std::vector<Window>& list : windows) std::erase_if(list, [](const Window& w) { return w.part > 1; });
   const auto [texts, partners] = pair_vectors(how.bert, how.pooling, windows, how.batch_tokens);
-  return rank_scores(texts, partners);
+  return rank_scores(texts, partners, seed);
 }
 
 // ==== Model =======================================================================================================

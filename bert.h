@@ -629,9 +629,9 @@ std::vector<Example> training_examples(const WordPiece& tokenizer, Task task, co
                                        const std::string& prompt, int64_t& cut);
 bool in_windows(std::span<const Window> windows);  // some text of the item did not fit into one
 int64_t cut_to(std::span<const Window> windows);   // what is left of the pair's other text, in pieces; 0: all of it
-// Takes items out as a held-out set: `share` of them, chosen by the seed, of each class its share; at least one, and one stays.
-// by_context: questions about one context stay together, where there are several contexts.
-LabelledSet hold_out(LabelledSet& set, double share, uint64_t seed, bool by_context = false);
+// Takes items out as a held-out set: `share` of them, chosen by the seed, of each class (rarest label or tag, tenth of the numbers) its
+// share; at least one, and one stays. Questions about one context stay together, where there are several contexts.
+LabelledSet hold_out(LabelledSet& set, Task task, double share, uint64_t seed);
 // How often each label is right: of items, or of words.   [C]
 std::vector<double> label_counts(std::span<const Gold> golds, size_t classes);
 // What makes all labels count alike: n / (C its own number), as scikit-learn's "balanced"; 0 where there is none.   [C]
@@ -658,7 +658,7 @@ Tensor embed_examples(const Bert& model, std::span<const Example> examples, cons
 std::vector<Example> examples_of(std::span<const std::vector<Window>> windows);   // one after another
 
 // ==== 8 metrics ==================================================================================================
-// low, high: bootstrap 95 % interval from the seed; both 0 where none is drawn (averages beside the main ones, single classes).
+// low, high: bootstrap 95 % interval from the seed; NaN where none is drawn (averages beside the main ones, single classes).
 struct Metric { std::string name; double value, low, high; };
 // The task's official metrics, an item at a time: it keeps a few numbers of each, no text.
 class Scorer {
@@ -674,7 +674,8 @@ class Scorer {
   // answered; where it is best to answer none, less than all of them.
   double best_null_threshold() const;
   std::vector<int64_t> confusion() const;          // classify: [C,C], row: is, column: said
-  int32_t only_answer() const;                     // classify: the label that all items were given, where not all have one; else -1
+  // Where all items were given one and the same answer, and not all have it: says which. Not of numbers, nor of answers to questions.
+  std::optional<std::string> only_answer() const;
   bool flat() const;                               // regress, similarity: all said is one number, or all right ones are: no correlation
 
  private:
@@ -702,9 +703,9 @@ struct Mistake {
 std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, const Gold& is, const Outcome& said,
                                     std::optional<double> null_threshold = {});
 // How high each query's own candidate (that of its number) ranks among all by cosine; a candidate as near as it counts as nearer.
-//   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_k: share of those with rank <= k
-struct RankScores { double mrr, recall_1, recall_10; };
-RankScores rank_scores(const Tensor& queries, const Tensor& candidates);
+//   queries, candidates [n,D]; mrr: mean of 1 / rank (Voorhees 1999), recall_1, recall_10: share of those with rank <= k; intervals
+//   where there is a seed
+std::vector<Metric> rank_scores(const Tensor& queries, const Tensor& candidates, std::optional<uint64_t> seed = {});
 
 // ==== 9 model folders and Model ==================================================================================
 // Where every tensor of the file and of the model went. Nothing is silent.
@@ -783,7 +784,7 @@ std::vector<Outcome> answer_items(const Asked& how, std::span<const Item> items)
 void score_items(const Asked& how, std::span<const Item> items, std::span<const Gold> golds, Scorer& scorer,
                  const std::function<void(size_t, const Outcome&)>& each = {});
 // Of texts and their partners: how near each one's partner is among the partners of all.
-RankScores rank_partners(const Asked& how, std::span<const Item> items);
+std::vector<Metric> rank_partners(const Asked& how, std::span<const Item> items, std::optional<uint64_t> seed = {});
 
 struct TextEntity : Answer { std::string type; };  // a named part of a text, with the mean of its words' probabilities
 std::vector<TextEntity> entities_in(const Outcome& outcome, std::span<const std::string> labels, const std::string& text);

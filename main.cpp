@@ -53,9 +53,13 @@ struct Stopped {       // a signal ended the run, which was saved
 
 bool quiet = false;          // no progress, no remarks
 bool progress_line = false;  // a progress line stands on the terminal, without an end
+int output_error = 0;        // of standard output, where it failed between results: main says so in the end
 
+void flush_output() {
+  if (std::fflush(stdout) && !output_error) output_error = errno;
+}
 void say(const std::string& text) {
-  std::fflush(stdout);  // a remark stands between two results, not inside one
+  flush_output();  // a remark stands between two results, not inside one
   std::fprintf(stderr, "%s%s\n", progress_line ? "\r\033[K" : "", text.c_str());
   progress_line = false;
 }
@@ -101,6 +105,20 @@ std::string duration(double seconds) {
   if (s < 100) return to_string(s) + " s";
   if (s < 3600) return to_string(s / 60) + " min " + to_string(s % 60) + " s";
   return to_string(s / 3600) + " h " + to_string(s / 60 % 60) + " min";
+}
+
+// A message with what would break its line, or act on the terminal, written out.
+std::string one_line(std::string_view text) {
+  std::string out;
+  for (const char c : text)
+    if ((uint8_t)c >= ' ' && c != 0x7F)
+      out += c;
+    else
+      out += c == '\n'   ? "\\n"
+             : c == '\r' ? "\\r"
+             : c == '\t' ? "\\t"
+                         : "\\x" + std::string{"0123456789ABCDEF"[c >> 4], "0123456789ABCDEF"[c & 15]};
+  return out;
 }
 
 // How long the rest takes, if all goes on as it went since `began`.
@@ -161,7 +179,10 @@ class Args {
     Strings values;
     while (const auto value = find(name)) {
       values.push_back(*value);
-      for (; at_ < words_.size() && !words_[at_].starts_with("--"); erase(at_, 1)) values.push_back(words_[at_]);
+      for (; at_ < words_.size() && !words_[at_].starts_with("--"); erase(at_, 1)) {
+        values.push_back(words_[at_]);
+        values_.emplace_back(name, words_[at_]);
+      }
     }
     keep(name, join(values, " "));
     return values;
@@ -232,12 +253,15 @@ class Args {
   void done() const {
     if (describes_) throw Described();
     if (words_.empty() && !missing_.empty()) fail(missing_);
+    if (words_.empty()) keep_files();
     if (words_.empty()) return when_done();
     const std::string word = words_[0].substr(0, words_[0].find('='));
     if (!word.starts_with("-")) fail("'" + words_[0] + "' belongs to no option");
     const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size()));
     if (among(name, asked_) && word == "--" + name) fail(word + (word != words_[0] ? " takes no value" : " is given twice"));
-    fail("no option " + word + "; did you mean --" + nearest(name, asked_) + "?");
+    const std::string near = nearest(name, asked_);
+    const bool alike = edit_distance(name, near) <= 1 + (int)name.size() / 3;
+    fail("no option " + word + (alike ? "; did you mean --" + near + "?" : ""));
   }
   [[noreturn]] void fail(const std::string& what) const { throw Usage(command_ + ": " + what + "; see bert help " + command_); }
 
@@ -250,7 +274,17 @@ class Args {
   bool describes_;
   std::set<std::string> given_;
   Named taken_;
+  Named values_;   // given, with the option of each
   size_t at_ = 0;  // where the last option taken stood
+
+  // A file that is read is not what is written.
+  void keep_files() const {
+    for (const auto& [to, path] : values_)
+      for (const auto& [from, file] : values_)
+        if (std::error_code code;
+            (to == "output" || to == "dump-batches") && from != to && fs::is_regular_file(path, code) && fs::equivalent(path, file, code))
+          fail("--" + to + " " + path + " is the file of --" + from + ", which it would replace; give another");
+  }
 
   void erase(size_t i, size_t n) { words_.erase(words_.begin() + (int64_t)i, words_.begin() + (int64_t)(i + n)); }
   std::string keep(const std::string& name, const std::string& value) { return taken_.emplace_back(name, value).second; }
@@ -276,7 +310,7 @@ class Args {
       const std::string value = with_value ? words_[at_].substr(plain.size() + 1) : bare ? "" : words_[at_ + 1];
       erase(at_, with_value || bare ? 1 : 2);
       if (value.empty() && empty_is_absent) return {};
-      given_.insert(name);
+      given_.insert(name), values_.emplace_back(name, value);
       return value;
     }
     return {};
@@ -301,7 +335,7 @@ struct Common {
     a.group = "of every command";
     use.emplace((int)a.take_int("threads", 0, 0, 4096, "default: the cores this process may use; results do not depend on it"));
     seed = (uint64_t)a.take_int("seed", 1, 0, INT64_MAX, "of everything random");
-    quiet = a.take_switch("quiet", "no progress, no remarks");
+    quiet = a.take_switch("quiet", "no progress, no remarks; warnings stay");
     const std::string device =
         a.take("device", "cpu|opencl|opencl:N|opencl:NAME", "what computes large products; bert info lists the devices", "cpu");
     const Strings dtypes = {"the folder's", "f32", "bf16", "int8", "f16"};
@@ -473,14 +507,14 @@ class Rows {
   // A row turned out to be of no use: an Error, or with --skip-bad counted.
   void bad(const std::string& where, const std::string& what) {
     if (!s_.skip_bad) throw Error(where + ": " + what + "; or pass over such lines with --skip-bad");
-    if (skipped_++ < 5) note("bert: " + where + ": " + what + "; skipped");
+    if (skipped_++ < 5) note("bert: " + one_line(where + ": " + what) + "; skipped");
   }
   // What was repaired or skipped, said once at the end.
   void report() const {
     if (skipped_) say("bert: " + counted(skipped_, format_ == kConll ? "sentence" : "line") + " could not be used and skipped");
     if (repaired_)
-      say("bert: invalid UTF-8 in " + counted(repaired_, "line") + ", the first is " + first_repaired_ +
-          "; each invalid part became U+FFFD");
+      say("bert: invalid UTF-8 in " + counted(repaired_, "line") + ", the first is " + first_repaired_ + "; each invalid part " +
+          (s_.keep_bytes ? "is read as U+FFFD" : "became U+FFFD, three bytes where offsets are counted"));
     if (misplaced_)
       say("bert: " + counted(misplaced_, "answer") + " not where the file says in the context, the first in " + first_misplaced_ +
           "; for the score the text counts");
@@ -599,9 +633,9 @@ class Rows {
   // Where the answer stands in the context: at `start` code points, or at its first place where none is given.
   void add_answer(Row& row, const Json& text, const Json* start) {
     const std::string& answer = text.as_string("text");
-    size_t at = start ? 0 : row.pair->find(answer);
-    for (int64_t i = start ? start->as_int("answer_start") : 0; i > 0 && at < row.pair->size(); i--)
-      at += std::max<size_t>(utf8_length(*row.pair, at), 1);
+    const int64_t told = start ? start->as_int("answer_start") : 0;
+    size_t at = !start ? row.pair->find(answer) : told < 0 ? row.pair->size() : 0;
+    for (int64_t i = told; i > 0 && at < row.pair->size(); i--) at += std::max<size_t>(utf8_length(*row.pair, at), 1);
     const bool stands = !answer.empty() && at < row.pair->size() && row.pair->compare(at, answer.size(), answer) == 0;
     if (!stands && (s_.training || answer.empty()))
       throw BadLine("the answer '" + answer + "' does not stand in the context" + (start ? " at its answer_start" : ""));
@@ -654,7 +688,7 @@ class Rows {
     row.pair = need_text(*paragraph, "context"), row.text = need_text(*question, "question"), row.id = need_text(*question, "id");
     row.where = lines_->name() + ": question " + row.id, row.told.listed = true;
     const Json *answers = question->find("answers"), *impossible = question->find("is_impossible");
-    if (s_.labels && !answers) throw Error(row.where + ": no 'answers'");
+    if (s_.labels && !answers) throw BadLine("no 'answers'");
     if (s_.labels && !(impossible && impossible->as_bool(row.where))) add_answers(row, *answers);
     return true;
   }
@@ -676,7 +710,9 @@ class Rows {
       row.told.answers.push_back(word.starts_with(mark) ? word.substr(mark.size()) : word);
       at = std::min(end + 1, text.size());
     } while (text.compare(at, mark.size(), mark) == 0);
-    if (row.told.answers[0].empty()) throw BadLine("no label; a line is a label, a space, the text");
+    const std::string& label = row.told.answers[0];
+    if (label.empty() || label.find('\t') != label.npos)
+      throw BadLine(std::string(label.empty() ? "no label" : "a label that holds a TAB") + "; a line is a label, a space, the text");
     row.told.listed = row.told.answers.size() > 1;
     row.text = text.substr(at);
   }
@@ -729,6 +765,11 @@ class Rows {
     picked_ = false, names_ = names, text_ = pair_ = label_ = -1, others_.clear();
     if (s_.task == Task::choice)
       for (int i = 0, at; (at = index_of("choice" + to_string(i), names)) >= 0; i++) others_.push_back(at);
+    const auto numbered = std::count_if(names.begin(), names.end(), [](const std::string& name) {
+      return name.starts_with("choice") && parse_number<int>(std::string_view(name).substr(6));
+    });
+    if (s_.task == Task::choice && (size_t)numbered > others_.size())
+      throw BadLine("no choice" + to_string(others_.size()) + " among " + join(names, ", ") + "; number the choices from 0 without a gap");
     if (s_.task == Task::choice && others_.empty() && among("choices", names)) others_ = {index_of("choices", names)};
     for (const char* name : {"positive", "negative"})
       if (s_.task == Task::embed && among(name, names)) others_.push_back(index_of(name, names));
@@ -744,8 +785,9 @@ class Rows {
     }
     if (text_ < 0 && s_.task != Task::qa) std::swap(text_, pair_);  // a context alone is the text
     const Strings& known_labels = s_.task == Task::tag ? kTagNames : s_.task == Task::qa ? kAnswerNames : kLabelNames;
+    const bool wants_label = s_.task != Task::embed || s_.columns.empty();  // texts that are alike need none
     for (const std::string& name : known_labels)
-      if (label_ < 0) label_ = index_of(name, names);
+      if (label_ < 0 && wants_label) label_ = index_of(name, names);
     if (!s_.labels) label_ = -1;
     auto missing = [&](const std::string& what, const Strings& known) {
       throw BadLine("no " + what + " (" + join(known, ", ") + ") among " + join(names, ", ") + "; name it with --columns");
@@ -780,6 +822,7 @@ class Rows {
 
   void json(const std::string& text, Row& row) {
     Json v;
+    if (blank(text)) throw BadLine("an empty line, where a JSON object is wanted");
     try {
       v = Json::parse(text, "column");
     } catch (const Error& e) {  // "column:1:17: not JSON: ...": the line is known already
@@ -1553,7 +1596,9 @@ struct Tokenization {
     if (const int64_t most = encode.max_length - (encode.add_special ? 3 : 2); encode.stride > std::max<int64_t>(most, 0))
       a.fail(stride + ": not smaller than the windows of " + length + (most > 0 ? "; at most " + to_string(most) : "; give a larger one"));
     for (const char* name : {"to", "stats", "offsets", "split-words", "max-length", "stride"}) a.exclude("decode", name);
-    a.needs("skip-special", "decode"), a.needs("cleanup", "decode");
+    a.needs("skip-special", "decode"), a.needs("cleanup", "decode"), a.needs("truncation", "max-length"), a.needs("side", "max-length");
+    if (chars && to != jsonl) a.fail("--offsets is for --to jsonl, which prints them");
+    a.exclude("stats", "to");
     if (decode ? format && format != kIds : format == kIds) a.fail("--decode takes --format ids, and nothing else does");
   }
 };
@@ -2105,9 +2150,20 @@ std::string task_name(Task task) { return task == Task::embed ? "similarity" : h
 
 constexpr size_t kItems = 2048;  // answered at once
 
-Numbers partner_scores(const Asked& how, std::span<const Item> items, const std::string& ending = "") {
-  const RankScores s = rank_partners(how, items);
-  return {{"mrr" + ending, s.mrr}, {"recall_1" + ending, s.recall_1}, {"recall_10" + ending, s.recall_10}};
+void check_stride(const Args& a, int64_t stride, int64_t max_length) {
+  if (a.given("stride") && stride > (max_length - 2) / 2)
+    a.fail("--stride " + to_string(stride) + ": of windows of " + to_string(max_length) + " tokens at most " +
+           to_string((max_length - 2) / 2));
+}
+
+// Each with its interval, where it has one.
+Numbers with_intervals(std::span<const Metric> metrics, const std::string& ending = "") {
+  Numbers list;
+  for (const Metric& m : metrics) {
+    list.emplace_back(m.name + ending, m.value);
+    if (!std::isnan(m.low)) list.insert(list.end(), {{m.name + "_low", m.low}, {m.name + "_high", m.high}});
+  }
+  return list;
 }
 
 // A fine-tuning run: its options, taken in this order, and its data, the same for every seed but for the split.
@@ -2128,7 +2184,7 @@ struct Finetuning {
   int64_t max_length = a.take_int("max-length", 0, 8, 1 << 20, "tokens of a text; default: 128, for qa 384");
   const int64_t stride = a.take_int("stride", 128, 0, 1 << 20, "tokens that the windows of long texts share");
   TrainSettings settings = take_training(a, common, 2e-5);
-  const int64_t reinit = a.take_int("reinit", 0, 1, 1000, "top layers that begin anew");
+  const int64_t reinit = a.take_int("reinit", 0, 1, 1000, "top layers (and the pooler) that begin anew");
   const bool balanced = a.take_choice("class-weights", {"none", "balanced"}, "for classify and tag");
   const std::optional<double> null_threshold =
       a.take_optional("null-threshold", -1e6, 1e6, "for qa: above it \"no answer\" answers; default: tuned on the held-out questions");
@@ -2174,6 +2230,8 @@ void Finetuning::check() const {
   };
   only("class-weights", task == Task::classify || task == Task::tag, "classify and tag");
   only("label-smoothing", task == Task::classify || task == Task::tag, "classify and tag");
+  only("stride", !similar, "every other task");
+  if (a.given("temperature") && similar && settings.loss.pairs != PairLoss::inbatch) a.fail("--temperature is for --loss inbatch");
   if (similar && settings.loss.pairs == PairLoss::inbatch && batch < 2)
     a.fail("--batch 1: --loss inbatch compares the texts of a batch; give 2 at least");
   if (patience && !dev_input && dev_split == 0) a.fail("--patience needs held-out texts, and --dev-split 0 leaves none");
@@ -2196,6 +2254,7 @@ void Finetuning::read() {
   if (seeds > 1 && fs::exists(run.output + "/log.jsonl"))
     throw Error(run.output + ": holds a run of its own, not one a seed; give another --output");
   max_length = task == Task::qa && !max_length ? std::min<int64_t>(384, config.max_position_embeddings) : length_limit(max_length, config);
+  check_stride(a, stride, max_length);
   tokenizer = open_tokenizer(model);
   if (task == Task::embed) settings.loss.pooling = folder_pooling(model, config), prompt = folder_prompt(model, "");
   if (task == Task::regress) labels.set({"LABEL_0"});
@@ -2212,7 +2271,7 @@ void Finetuning::read() {
 
 // Holds out a share of the training data, unless there is --dev, and makes what is trained with.
 void Finetuning::split(uint64_t seed) {
-  if (!dev_input && dev_split > 0) dev = hold_out(train, dev_split, seed, task == Task::qa);
+  if (!dev_input && dev_split > 0) dev = hold_out(train, task, dev_split, seed);
   examples = training_examples(tokenizer, task, train, max_length, stride, prompt, cut);
   if (balanced) settings.loss.classes.weights = balanced_weights(label_counts(train.golds, labels.names.size()));
 }
@@ -2293,6 +2352,9 @@ Named data_facts(const Finetuning& f) {
 void remark(const Scorer& scorer, const Labels& labels) {
   if (labels.task == Task::classify && labels.names.size() == 2)
     note("bert: f1, precision and recall are those of label " + labels.names[1]);
+  if (const auto only = scorer.only_answer())
+    say("bert: " + *only + ": nothing was learned yet; train with more --epochs, a lower --lr" +
+        (labels.task == Task::classify || labels.task == Task::tag ? ", or --class-weights balanced" : ""));
   if (scorer.flat()) say("bert: all answers, or all right ones, are one number: no correlation is defined, and 0 stands for it");
 }
 
@@ -2304,7 +2366,7 @@ struct Evaluation {
 };
 Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& set, const std::string& ending = "") {
   if (set.items.empty()) return {};
-  if (only_partners(f.task, set.golds)) return {partner_scores(f.asked(bert), set.items, ending), {}, ""};
+  if (only_partners(f.task, set.golds)) return {with_intervals(rank_partners(f.asked(bert), set.items), ending), {}, ""};
   Evaluation e;
   Scorer scorer(f.task, f.labels.names);
   const bool last = ending == "_dev";  // of the model that is kept: the page shows it
@@ -2314,12 +2376,9 @@ Evaluation evaluate(const Finetuning& f, const Bert& bert, const LabelledSet& se
   });
   e.null_threshold = bert.config.null_threshold;
   if (!e.null_threshold && f.tunes_null()) e.null_threshold = scorer.best_null_threshold();
-  for (const Metric& m : scorer.metrics({}, e.null_threshold)) e.metrics.emplace_back(m.name + ending, m.value);
+  e.metrics = with_intervals(scorer.metrics({}, e.null_threshold), ending);
   if (!last) return e;
   remark(scorer, f.labels);
-  if (const int32_t only = scorer.only_answer(); only >= 0)
-    say("bert: every text was given one label, " + f.labels.names[(size_t)only] +
-        ": nothing was learned yet; more --epochs, a lower --lr, or --class-weights balanced");
   std::multimap<double, Mistake, std::greater<>> worst;
   for (size_t i = 0; i < said.size(); i++) {
     if (const auto m = find_mistake(f.labels, set.items[i], set.golds[i], said[i], e.null_threshold)) worst.emplace(m->size, *m);
@@ -2347,7 +2406,10 @@ bool finetune_steps(const Finetuning& f, FinetuneSampler& sampler, Trainer& trai
   while (trainer.done() < steps && !best.ended && !stop_signal) {
     run.after_step(trainer.step(sampler.next(trainer.done())));
     const int64_t done = trainer.done();
-    if (done % per_epoch && done < steps) continue;
+    if (done % per_epoch && done < steps) {
+      if (run.save_due(done)) run.save(trainer);
+      continue;
+    }
     if (const Numbers metrics = evaluate(f, trainer.model(), f.dev).metrics; !metrics.empty()) {
       run.evaluated(done, metrics);
       const auto& [name, value] = metrics[0];
@@ -2458,6 +2520,7 @@ struct Answering {
   int64_t batch_tokens = a.take_int("batch-tokens", usual_tokens, 1, 1 << 30, "tokens of a batch"), stride = 0;
   ModelFolder folder = {};                        // by open()
   std::atomic<int64_t> were_cut = 0, cut_to = 0;  // texts
+  std::atomic<bool> cut_others = false;           // what was cut is a pair's text that stands in every window
 
   void open() {  // when every option is taken
     a.done();
@@ -2477,15 +2540,15 @@ struct Answering {
     if (cut) count_cut(limit);
     return e;
   }
-  void count_cut(int64_t tokens) {  // what a text was cut to; 0: it was not
-    if (tokens) were_cut++, cut_to = tokens;
+  void count_cut(int64_t tokens, bool other = false) {  // what a text was cut to; 0: it was not
+    if (tokens) were_cut++, cut_to = tokens, cut_others = other;
   }
   // Says in the end what the input was like.
   void report(const Rows& rows) {
     rows.report();
     if (were_cut)
       note("bert: " + grouped(were_cut) + " of " + grouped(rows.count()) + " texts were longer than " + to_string(cut_to) +
-           " tokens and were cut");
+           " tokens and were cut" + (cut_others ? ": of a pair the one that stands beside every window of the other" : ""));
     were_cut = 0;
   }
   // Runs answer(rows, made) over the input, a chunk at a time; returns the number of rows. made[i] = make(rows[i]), which throws BadLine
@@ -2544,19 +2607,14 @@ Numbers label_scores(Answering& s) {
     if (only_partners(labels.task, set.golds))
       std::move(set.items.begin(), set.items.end(), std::back_inserter(partners));
     else
-      score_items(how, set.items, set.golds, scorer, [&](size_t, const Outcome& o) { s.count_cut(o.cut_to); });
+      score_items(how, set.items, set.golds, scorer, [&](size_t, const Outcome& o) { s.count_cut(o.cut_to, true); });
   s.report(rows);
   if (!partners.empty() && scorer.size())
     throw Error(join(s.source.files, ", ") + ": some pairs have a score and some have none; give files of one kind");
-  if (!partners.empty()) return partner_scores(how, partners);
+  if (!partners.empty()) return with_intervals(rank_partners(how, partners, s.common.seed));
   if (!scorer.size()) nothing(s.source, kNoLabelled);
   remark(scorer, labels);
-  Numbers list;
-  for (const Metric& m : scorer.metrics(s.common.seed, s.folder.config.null_threshold)) {
-    list.emplace_back(m.name, m.value);
-    if (m.low != m.high || m.low != 0) list.insert(list.end(), {{m.name + "_low", m.low}, {m.name + "_high", m.high}});
-  }
-  return list;
+  return with_intervals(scorer.metrics(s.common.seed, s.folder.config.null_threshold));
 }
 
 void cmd_evaluate(Args& a) {
@@ -2588,7 +2646,7 @@ struct Prediction {
   std::optional<double> null_threshold = {};
 
   std::string lines(const Row& row, const Outcome& o) const {
-    if (task == Task::tag) return row.format == kConll ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
+    if (task == Task::tag) return row.format == kConll && !json ? tag_lines(row, o) : json_object({{"entities", entities(row, o)}}) + "\n";
     if (task == Task::qa) return answer_json(row, o) + "\n";
     const bool plain = logits || task == Task::regress || task == Task::embed;
     if (logits || (plain && !json)) return numbers(o.outputs) + "\n";
@@ -2672,7 +2730,8 @@ std::vector<Window> usable_windows(Answering& s, const Row& row, const Predictio
   const int64_t other = cut_to(windows);
   if (how == "error" && (too_long || other))
     throw BadLine("longer than " + to_string(too_long ? f.max_length : other) + " tokens; shorten it, or leave out --long error");
-  s.count_cut(how == "truncate" && too_long ? f.max_length : other);
+  const bool cuts = how == "truncate" && too_long;
+  s.count_cut(cuts ? f.max_length : other, !cuts);
   if (how == "window" || !too_long) return windows;
   std::vector<Window> first;  // of each part
   for (Window& w : windows)
@@ -2689,6 +2748,7 @@ void cmd_predict(Args& a) {
   if (how != "window" && a.given("stride")) a.fail("--stride is for --long window");
   a.exclude("jsonl", "logits"), a.exclude("jsonl", "top"), a.exclude("logits", "top");
   s.open();
+  check_stride(a, s.stride, s.folder.max_length);
   p.task = s.folder.bert.task, p.labels = s.folder.config.labels, p.null_threshold = s.folder.config.null_threshold;
   if (s.head().next_sentence) p.labels = {"follows", "random"};
   if (!s.head().output && !s.head().next_sentence && p.task != Task::embed) s.wrong_model("a task; make one with bert finetune");
@@ -2882,6 +2942,8 @@ void cmd_search(Args& a) {
   if (format_of(path) != kLines)  // its lines, names and quotes included, would be taken for texts
     throw Error(path + ": a corpus is plain text, a text a line, and this ending means columns or keys; write its texts to a .txt file");
 
+  for (const std::string& file : s.source.files)
+    if (!pairs && file != "-" && !fs::exists(file)) Lines{file};  // says so before the corpus's vectors are made, which takes long
   LineFile corpus(path);
   const uint64_t computed_in = s.common.half               ? 4
                                : s.common.precision        ? (uint64_t)*s.common.precision
@@ -3020,6 +3082,7 @@ void cmd_convert(Args& a) {
   const std::string model = a.need("model", "DIR", "the folder to read"), output = a.need("output", "DIR", "the folder to write");
   const bool overwrite = take_overwrite(a);
   a.done();
+  refuse_same_folder(model, output);
   const ModelFolder folder = open_model(model, false);
   const FolderLock lock = lock_output(output, {}, overwrite);
   save_folder(output, folder.bert, folder.carried, std::array{"F32", "F16", "BF16"}[dtype]);
@@ -3084,7 +3147,7 @@ Quantizing::Cost Quantizing::measure(const std::string& what, Precision dtype, c
     cost.metrics = scorer.metrics({}, plain.config.null_threshold);
     header += "\t" + cost.metrics[0].name, line += "\t" + format_number(cost.metrics[0].value);
   }
-  std::printf("%s%s\n", dtype == Precision::f32 ? (header + "\n").c_str() : "", line.c_str()), std::fflush(stdout);
+  std::printf("%s%s\n", dtype == Precision::f32 ? (header + "\n").c_str() : "", line.c_str()), flush_output();
   return cost;
 }
 
@@ -3165,7 +3228,7 @@ struct BenchTable {
     else
       std::printf("%-9s %-18s %-24s %12s %s\n", what.c_str(), by.c_str(), of.c_str(), fixed(value, value < 10 ? 3 : 1).c_str(),
                   metric.c_str());
-    std::fflush(stdout);
+    flush_output();
   }
   void rows(const Numbers& list) const {
     for (const auto& [metric, value] : list) row(engine, config, metric, value);
@@ -3531,16 +3594,17 @@ int run_main(const Strings& words) {
   command_line += among("--resume", words) ? "" : "--resume";
   try {
     const int status = run(Strings(words.begin() + 1, words.end()));
-    if (std::fflush(stdout) && errno != EPIPE) throw Error(std::string("standard output: cannot write: ") + std::strerror(errno));
+    flush_output();
+    if (output_error && output_error != EPIPE) throw Error(std::string("standard output: cannot write: ") + std::strerror(output_error));
     return status;
   } catch (const ClosedPipe&) { return 0; } catch (const Stopped& s) {
     return 128 + s.signal;
   } catch (const Usage& e) {
-    say(std::string("bert: ") + e.what());
+    say("bert: " + one_line(e.what()));
     return 2;
   } catch (const std::bad_alloc&) {
     say("bert: out of memory; a smaller --batch-tokens or --batch takes less");
-  } catch (const std::exception& e) { say(std::string("bert: ") + e.what()); }
+  } catch (const std::exception& e) { say("bert: " + one_line(e.what())); }
   return 1;
 }
 

@@ -65,9 +65,8 @@ def classes():
         if C == 2:
             for name, f in [("f1", metrics.f1_score), ("precision", metrics.precision_score), ("recall", metrics.recall_score)]:
                 want[name] = f(is_, said, zero_division=0)
-        else:
-            every = averages(is_, said, list(range(C)), ["micro", "macro", "weighted"])
-            want |= {k: v for k, v in every.items() if C <= 20 or "_L" not in k}
+        every = averages(is_, said, list(range(C)), ["micro", "macro", "weighted"])
+        want |= {k: v for k, v in every.items() if C <= 20 or "_L" not in k}
         matrix = metrics.confusion_matrix(is_, said, labels=list(range(C))).ravel()
         cases.append({"task": "classify", "classes": C, "is": is_, "said": said, "confusion": [int(x) for x in matrix],
                       "metrics": {k: float(v) for k, v in want.items()}})

@@ -2206,15 +2206,38 @@ TEST_CASE("finetune: of questions whole contexts are held out, where there are s
     for (int i = 0; i < 40; i++) all.items.push_back({"q" + std::to_string(i), "c" + std::to_string(i * i % 7 % contexts)});
     all.golds.resize(40);
     LabelledSet copy = all, other = all;
-    const LabelledSet dev = hold_out(all, share, 3, true);
+    const LabelledSet dev = hold_out(all, Task::qa, share, 3);
     std::set<std::string> of_dev, of_train;
     for (const Item& item : dev.items) of_dev.insert(*item.pair);
     for (const Item& item : all.items) of_train.insert(*item.pair);
     CHECK(dev.items.size() + all.items.size() == 40);
     CHECK((!of_dev.empty() && !of_train.empty()));
     for (const std::string& context : of_dev) CHECK((contexts == 1) == (of_train.count(context) > 0));
-    CHECK(hold_out(copy, share, 3, true).items[0].text == dev.items[0].text);
+    CHECK(hold_out(copy, Task::qa, share, 3).items[0].text == dev.items[0].text);
     if (contexts == 1) CHECK(dev.items.size() == 12);
+  }
+  for (uint64_t seed = 1; seed < 9; seed++) {  // a large context is not held out for a small share
+    LabelledSet uneven;
+    for (int i = 0; i < 100; i++) uneven.items.push_back({"q", i < 90 ? "large" : "small"});
+    uneven.golds.resize(100);
+    CHECK(hold_out(uneven, Task::qa, 0.1, seed).items.size() == 10);
+  }
+}
+TEST_CASE("finetune: what is held out has its share of rare labels, of rare tags and of each tenth of the numbers") {
+  for (uint64_t seed = 1; seed < 9; seed++) {
+    LabelledSet many, tags, numbers;
+    for (int i = 0; i < 200; i++) {
+      many.items.push_back({"x", {}}), tags.items.push_back({"x", {}}), numbers.items.push_back({"x", {}});
+      Gold labels, tagged, number;
+      labels.targets = {1, i % 10 == 3 ? 1.f : 0.f}, tagged.tags = {0, i % 10 == 7 ? 1 : 0, 0}, number.targets = {(float)i};
+      many.golds.push_back(labels), tags.golds.push_back(tagged), numbers.golds.push_back(number);
+    }
+    int rare = 0, tagged = 0, tenths[10] = {};
+    for (const Gold& g : hold_out(many, Task::multilabel, 0.1, seed).golds) rare += g.targets[1] > 0;
+    for (const Gold& g : hold_out(tags, Task::tag, 0.1, seed).golds) tagged += g.tags[1];
+    for (const Gold& g : hold_out(numbers, Task::regress, 0.1, seed).golds) tenths[(int)g.targets[0] / 20]++;
+    CHECK((rare == 2 && tagged == 2));
+    for (const int n : tenths) CHECK(n == 2);
   }
 }
 
@@ -2379,10 +2402,11 @@ TEST_CASE("metrics: Pearson and Spearman as scipy's; cosine ranks") {
   for (const Json& row : ranks.find("candidates")->items("candidates"))
     for (const Json& x : row.items("row")) c.push_back((float)x.as_double("x"));
   const int64_t n = (int64_t)q.size() / 4;
-  const RankScores scores = rank_scores(Tensor(Shape{n, 4}, q), Tensor(Shape{n, 4}, c));
-  CHECK(std::fabs(scores.mrr - ranks.find("mrr")->as_double("mrr")) < 1e-12);
-  CHECK(scores.recall_1 == ranks.find("recall_1")->as_double("recall_1"));
-  CHECK(scores.recall_10 == ranks.find("recall_10")->as_double("recall_10"));
+  const std::vector<Metric> scores = rank_scores(Tensor(Shape{n, 4}, q), Tensor(Shape{n, 4}, c), 1);
+  CHECK(std::fabs(value_of(scores, "mrr") - ranks.find("mrr")->as_double("mrr")) < 1e-12);
+  CHECK(value_of(scores, "recall_1") == ranks.find("recall_1")->as_double("recall_1"));
+  CHECK(value_of(scores, "recall_10") == ranks.find("recall_10")->as_double("recall_10"));
+  for (const Metric& m : scores) CHECK((m.low <= m.value && m.value <= m.high && m.low < m.high));
 }
 
 TEST_CASE("metrics: entities of 1,000 tag sequences as seqeval's") {

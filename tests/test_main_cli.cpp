@@ -285,6 +285,10 @@ TEST_CASE("readers: jsonl, fasttext, ids") {
   CHECK(has(t.text("{\"text\":3}\n", "in.jsonl").err, "in.jsonl:1: 'text' is not a string"));
   CHECK(has(t.text("\"a\"\n{\"text\":\"a\"\n", "in.jsonl").err, "in.jsonl:2: column 12"));
   CHECK(has(t.text("{\"foo\":\"a\"}\n", "in.jsonl").err, "no text"));
+  CHECK(has(t.text("\"a\"\n \n", "in.jsonl").err, "in.jsonl:2: an empty line"));
+  CHECK(has(t.text("hello\tworld x\n", "in.ft", "--format fasttext").err, "in.ft:1: a label that holds a TAB"));
+  const Ran old = t.text("text\rhello\n", "in.tsv");  // a line of another system's ends stays one line
+  CHECK_MESSAGE((old.status == 1 && has(old.err, "text\\rhello") && lines_in(old.err) == 1), old.err);
   for (const std::string other : {"{\"foo\":\"a\"}", "{}"}) {  // several without a text, after one that has it
     const Ran skipped = t.text("{\"text\":\"a\"}\n" + other + "\n" + other + "\n{\"text\":\"b\"}\n", "in.jsonl", "--skip-bad");
     CHECK(skipped.out == "a\nb\n");
@@ -328,6 +332,17 @@ TEST_CASE("results: --output whole or not at all, a full device, a closed pipe")
     CHECK(has(r.err, "No space left"));
   }
   CHECK(testing::run("./bert help > /dev/full").status == 1);
+  const Ran lost = bert_run(small().finetune(pretrained(), t.folder / "tuned") + "--epochs 1 > /dev/full");  // with remarks between
+  CHECK((lost.status == 1 && has(lost.err, "standard output: cannot write: No space left")));
+  CHECK(bert_run("bench gemm --tsv --quiet > /dev/full").status == 1);
+  std::filesystem::create_symlink(t.folder / "in.txt", t.folder / "link.txt");
+  for (const char* file : {"in.txt", "link.txt", "vocab.txt"}) {  // what is read is not written
+    const Ran same = t.text("hello\n", "in.txt", "--output " + (t.folder / file));
+    CHECK(same.status == 2);
+    CHECK_MESSAGE(has(same.err, ", which it would replace; give another"), same.err);
+  }
+  CHECK(bert::read_file(t.folder / "in.txt") == "hello\n");
+  CHECK(bert::read_file(t.folder / "vocab.txt") == kVocab);
   std::string many;
   for (int i = 0; i < 200000; i++) many += "hello world\n";
   put(t.folder / "many.txt", many);
@@ -768,6 +783,20 @@ TEST_CASE("training: bad labelled data is named with its line") {
     CHECK_MESSAGE(has(r.err, message), r.err);
     CHECK(!std::filesystem::exists(folder / "o"));
   }
+  put(folder / "t.jsonl", "{\"text\":\"a\",\"labels\":[\"x|y\"]}\n");
+  put(folder / "t.csv", "text,choice0,choice1,choice3,label\na,x,y,z,0\n");
+  put(folder / "t.json",
+      "{\"data\":[{\"paragraphs\":[{\"context\":\"a b\",\"qas\":[{\"id\":\"1\",\"question\":\"c\"},"
+      "{\"id\":\"2\",\"question\":\"c\",\"answers\":[{\"text\":\"a\",\"answer_start\":-1}]}]}]}]}");
+  const std::array<std::string, 3> others[] = {{"multilabel", "t.jsonl", "t.jsonl:1: a label that holds |"},
+                                               {"choice", "t.csv", "t.csv:1: no choice2 among"},
+                                               {"qa", "t.json", "t.json: question 1: no 'answers'; or pass over such lines"},
+                                               {"qa", "t.json --skip-bad", "question 2: the answer 'a' does not stand in the context"}};
+  for (const auto& [task, file, message] : others) {
+    const Ran r =
+        bert_run("finetune --task " + task + " --model " + pretrained() + " --output " + (folder / "o") + " --train " + (folder / file));
+    CHECK_MESSAGE((r.status == 1 && has(r.err, message)), r.err);
+  }
 }
 
 TEST_CASE("finetune: texts and pairs are not mixed, pairs that are not alike are no positives, options that would do nothing are refused") {
@@ -775,6 +804,7 @@ TEST_CASE("finetune: texts and pairs are not mixed, pairs that are not alike are
   put(folder / "pairs.jsonl", "{\"text\":\"a\",\"pair\":\"b\",\"label\":1}\n{\"text\":\"a\",\"pare\":\"b\",\"label\":0}\n");
   put(folder / "unlike.tsv", "text\tpair\tscore\na\tb\t1\na\tb\t0\n");
   put(folder / "alike.tsv", "text\tpair\nthe dog\tbarks\nthe cat\tsings\na\tb\nb\tc\n");  // needs no score
+  put(folder / "named.tsv", "text\tpair\tlabel\na\tb\tyes\nb\tc\tno\na\tc\tyes\n");
   const std::string begin = "finetune --epochs 1 --model " + pretrained() + " --output " + (folder / "o") + " --task ";
   const std::string alike = "similarity --loss inbatch --train " + (folder / "alike.tsv"),
                     classes = "classify --train " + small().folder.path;
@@ -784,6 +814,9 @@ TEST_CASE("finetune: texts and pairs are not mixed, pairs that are not alike are
       {alike + " --batch 1", "--loss inbatch compares the texts of a batch"},
       {classes + "/train.tsv --dev-split 0 --patience 1", "--patience needs held-out texts"},
       {classes + "/train.tsv --freeze 1 --from-scratch", "exclude each other"},
+      {classes + "/train.tsv --max-length 32 --stride 16", "--stride 16: of windows of 32 tokens at most 15"},
+      {"similarity --temperature 0.1 --train " + (folder / "alike.tsv"), "--temperature is for --loss inbatch"},
+      {"similarity --loss inbatch --train " + (folder / "named.tsv"), "named.tsv:2: 'yes' is no number"},
       {classes + "/train.tsv --freeze 2 --reinit 1", "layers that begin anew would stay as drawn"}};
   for (const auto& [rest, message] : wrong) {
     const Ran r = bert_run(begin + rest);
@@ -792,8 +825,11 @@ TEST_CASE("finetune: texts and pairs are not mixed, pairs that are not alike are
   }
   const Ran skipped = bert_run(begin + "similarity --loss inbatch --dev-split 0 --skip-bad --train " + (folder / "unlike.tsv"));
   CHECK_MESSAGE((skipped.status == 0 && has(skipped.err, "1 line could not be used")), skipped.err);
+  const std::string unnamed = "similarity --loss inbatch --columns text=0,pair=1 --train " + (folder / "named.tsv");
+  CHECK(bert_run(begin + unnamed + " --dev-split 0 --batch 2 --overwrite").status == 0);  // the label is not asked for
   REQUIRE(bert_run(begin + alike + " --dev-split 0 --batch 4 --overwrite").status == 0);
-  CHECK(has(bert_run("evaluate --model " + (folder / "o") + " --input " + (folder / "alike.tsv")).out, "mrr\t"));
+  const std::string ranked = bert_run("evaluate --model " + (folder / "o") + " --input " + (folder / "alike.tsv")).out;
+  for (const char* figure : {"mrr\t", "mrr_low\t", "mrr_high\t", "recall_10_low\t"}) CHECK_MESSAGE(has(ranked, figure), ranked);
   put(folder / "equal.tsv", "text\tpair\tscore\na\tb\t1\nb\tc\t1\n");
   CHECK(has(bert_run("evaluate --model " + (folder / "o") + " --input " + (folder / "equal.tsv")).err, "no correlation is defined"));
   CHECK(has(bert_run("predict --offsets chars --model " + (folder / "o")).err, "--offsets is for tags and questions"));
