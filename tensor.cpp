@@ -2168,7 +2168,8 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
   const bool narrow = p.precision() != Precision::f32, transposed = p.how.a_transposed, few = p.m <= kPackedRows;
   // A task's rows of op(a) and its part of C stay in a cache of 1 MiB. Where a panel must be packed for each task it wants more rows to
   // be worth it, where op(a) must be copied more columns, and where there are few rows, more tasks are made of the columns.
-  const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed, pack_here = narrow && !p.panels;
+  const bool large = p.m * p.n >= 1 << 20, packed = p.panels && !transposed;
+  const bool pack_here = !p.panels && !transposed && !blas && p.m <= 640;  // all rows in one task: no panel is packed twice
   const int64_t most_rows = blas               ? 512
                             : pack_here        ? p.m
                             : one_panel        ? 480
@@ -2179,7 +2180,7 @@ static std::pair<int64_t, int64_t> cut(const Product& p, bool blas, bool one_pan
                                                : 240;
   const int64_t rows_unit = one_panel && p.n == 1 ? kColumnRows : p.mr();
   const int64_t most_cols = blas               ? 768
-                            : pack_here        ? std::clamp<int64_t>(p.n / threads(), 1, 384)
+                            : pack_here        ? std::clamp<int64_t>(p.n / threads(), 1, narrow ? 384 : 192)
                             : p.m < 64         ? 64
                             : packed && few    ? 96
                             : narrow && packed ? p.n
