@@ -2077,8 +2077,6 @@ static std::vector<double> ranks(std::span<const double> x) {
 }
 static double spearman(std::span<const double> x, std::span<const double> y) { return pearson(ranks(x), ranks(y)); }
 
-using Scores = std::vector<std::pair<std::string, double>>;
-
 // scores(which, all) of all items, and from a seed percentile bootstrap intervals (Efron 1979): the items drawn anew with replacement,
 // 1,000 times; of more than 20,000 items fewer times, so that no more than 20 million are drawn, but 100 times at least: the interval of
 // so many is narrow, and its ends need no fine percentiles. Those that only `all` gives have none.
@@ -2348,7 +2346,6 @@ void Scorer::add_tags(std::span<const int32_t> said, std::span<const int32_t> is
 
 // Adds precision, recall and F1: of all decisions together, the mean over `classes` of the classes, that weighted by how often each is
 // right, and of each class. What `scores` has stays.
-template <class Scores>
 static void add_averages(Scores& scores, std::span<const ClassCounts> counts, const std::vector<std::string>& labels, double classes) {
   auto add = [&](const std::string& name, double value) {
     if (std::none_of(scores.begin(), scores.end(), [&](const auto& s) { return s.first == name; })) scores.emplace_back(name, value);
@@ -2368,7 +2365,7 @@ static void add_averages(Scores& scores, std::span<const ClassCounts> counts, co
 }
 
 // classify, choice, multilabel
-Scorer::Scores Scorer::class_scores(Which which, bool all) const {
+Scores Scorer::class_scores(Which which, bool all) const {
   const size_t C = labels_.size();
   std::vector<ClassCounts> counts(C);
   double right = 0, f1 = 0, classes = 0;
@@ -2404,7 +2401,7 @@ Scorer::Scores Scorer::class_scores(Which which, bool all) const {
 // The strict score is seqeval's, mode "strict". It finds the scheme in the right tags: IOBES (or BILOU) where words are marked as ends or
 // as single, else IOB2. It never finds IOB1, and would see no entity in tags that follow it; so here IOB1 is what all right tags obey
 // where they do not obey IOB2.
-Scorer::Scores Scorer::tag_scores(Which which, bool all) const {
+Scores Scorer::tag_scores(Which which, bool all) const {
   auto sum = [&](int64_t column) {
     double s = 0;
     for (const int64_t i : which) s += row(i)[column];
@@ -2429,7 +2426,7 @@ std::array<double, 2> Scorer::answer_score(int64_t item, std::optional<double> n
   return {r[0], Overlap{false, r[1], r[2], r[3]}.f1()};
 }
 
-Scorer::Scores Scorer::answer_scores(Which which, std::optional<double> null_threshold, bool all) const {
+Scores Scorer::answer_scores(Which which, std::optional<double> null_threshold, bool all) const {
   std::array<double, 2> sum[3] = {};  // of those without an answer, of those with one, of all: exact, F1
   double n[2] = {};
   for (const int64_t i : which) {
@@ -2535,7 +2532,7 @@ std::optional<Mistake> find_mistake(const Labels& labels, const Item& item, cons
   return best == is.label ? std::nullopt : std::optional(m);
 }
 
-Scorer::Scores Scorer::scores(Which which, std::optional<double> null_threshold, bool all) const {
+Scores Scorer::scores(Which which, std::optional<double> null_threshold, bool all) const {
   if (task_ == Task::tag) return tag_scores(which, all);
   if (task_ == Task::qa) return answer_scores(which, null_threshold, all);
   if (task_ != Task::regress && task_ != Task::embed) return class_scores(which, all);

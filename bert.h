@@ -542,7 +542,7 @@ PretrainScores evaluate_pretraining(const Bert& model, const Corpus& heldout, co
 struct Item {
   std::string text;                                // qa: the question; choice: what stands before every choice
   std::optional<std::string> pair;                 // the second text; qa: the context
-  std::vector<std::string> words = {};             // tag: a text that comes in words; empty: they are found
+  std::vector<std::string> words = {};             // tag: a text that comes in words; empty: they are found, as CoNLL's data has them
   std::vector<std::string> others = {};            // choice: the choices; similarity: the text to compare with, and one that is not alike
 };
 // What is right about it.
@@ -660,6 +660,7 @@ std::vector<Example> examples_of(std::span<const std::vector<Window>> windows); 
 // ==== 8 metrics ==================================================================================================
 // low, high: bootstrap 95 % interval from the seed; NaN where none is drawn (averages beside the main ones, single classes).
 struct Metric { std::string name; double value, low, high; };
+using Scores = std::vector<std::pair<std::string, double>>;   // figures by name, in order
 // The task's official metrics, an item at a time: it keeps a few numbers of each, no text.
 class Scorer {
  public:
@@ -680,7 +681,6 @@ class Scorer {
 
  private:
   using Which = std::span<const int64_t>;          // items, some of them perhaps several times: that is how the bootstrap draws
-  using Scores = std::vector<std::pair<std::string, double>>;
   void add_tags(std::span<const int32_t> said, std::span<const int32_t> is, float* row);
   Scores scores(Which which, std::optional<double> null_threshold, bool all) const;   // all: also those without interval
   Scores class_scores(Which which, bool all) const;
