@@ -207,7 +207,7 @@ static void check_drawable(const char* op, int64_t blocks) {
 
 // ==== linear ======================================================================================================
 // z = x W^T + b,  y = act(z)       x [N,I]   W [O,I]   b [O]   ->   y [N,O]            kept: x, and z where there is an activation
-// On a tape of bf16 the factors of all three products are rounded to it, each once, and so is what is kept.
+// On a tape of bf16 the factors of all three products are rounded to it, x, z and dz once, W as each product packs it; so is what is kept.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor& b, Activation act) {
   const PackedWeights* packed = w ? w.packed() : nullptr;
   const int64_t N = x.rows(), I = x.cols(), O = packed ? packed->rows() : w ? w.shape()[0] : 0;

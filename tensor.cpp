@@ -2311,8 +2311,7 @@ void PackedWeights::pack_rows(Narrow&& narrow) {
     t.pack(words, rows.data(), 1, words, panels_.data() + j * nr * words, cols);
   });
 }
-// A panel's word holds two rows of w, side by side. Rows lie pages apart, which no processor fetches ahead by itself: waiting for them took
-// a sixth of base's step with short rows.
+// A panel's word holds two rows of w, side by side. Rows lie pages apart, which no processor fetches ahead by itself.
 void PackedWeights::pack_columns(const NarrowMatrix& w) {
   constexpr int64_t kAhead = 32;  // rows
   if (precision_ != Precision::bf16) throw Error("pack: only bf16 is packed transposed");
