@@ -932,7 +932,7 @@ void adamw(const AdamWSettings& s, float lr, float decay, float factor, float co
     p[i] = std::fma(-f.rate, std::fma(f.decay, kept, update), kept);
   }
 }
-const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
+const Kernels table = BERT_TABLE("scalar", tile, tile_bf16, tile_int8, kRows, kRows, Halves::floats, 0, false, no_tiles, no_tiles);
 }  // namespace
 }  // namespace scalar
 
@@ -1255,26 +1255,38 @@ OP P activation_slope(const P& x) {
 }
 
 // ---- the product's tile ------------------------------------------------------------------------------------------
-// A word of 32 bits is a float or four int8; products(a, b, sum) adds all of two words' to a sum.
+// A word of 32 bits is a float or four int8; products(a, b, sum) adds all of two words' to a sum. b's may come in kParts, each with a
+// word of a's.
 struct Floats {
+  static constexpr int kParts = 1;
+  OP V part(V b, int) { return b; }
   OP V products(V a, V b, V sum) { return fused(a, b, sum); }
   OP V join(V block, V sum) { return block + sum; }
 };
 struct Int8 {
+#if BERT_ISA > 128  // as int8_wide: nothing can saturate
+  static constexpr int kParts = 2;
+  OP V part(V b, int i) { return (V)(i ? (S)b >> 8 : (S)b << 8 >> 8); }
   OP V products(V a, V b, V sum) {
-#if BERT_ISA > 128  // bytes 0 and 2, then 1 and 3, widened to 16 bits: nothing can saturate
-    const S even = (S)PAIR_SUMS((S)a << 8 >> 8, (S)b << 8 >> 8), odd = (S)PAIR_SUMS((S)a >> 8, (S)b >> 8);
-    return (V)((I)sum + (I)even + (I)odd);
+    sum = (V)((I)sum + (I)PAIR_SUMS(a, b));
+    asm("" : "+v"(sum));  // or g++ adds the parts first, for which there are no registers
+    return sum;
+  }
 #else
+  static constexpr int kParts = 1;
+  OP V part(V b, int) { return b; }
+  OP V products(V a, V b, V sum) {
     const int8x16_t x = (int8x16_t)a, y = (int8x16_t)b;
     const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y))), high = vpaddlq_s16(vmull_high_s8(x, y));
     return (V)((I)sum + (I)vpaddq_s32(low, high));
-#endif
   }
+#endif
   OP V join(V block, V sum) { return (V)((I)block + (I)sum); }
 };
 #if BERT_ISA != 256
 struct Int8Dot : Int8 {
+  static constexpr int kParts = 1;
+  OP V part(V b, int) { return b; }
   OP V products(V a, V b, V sum) { return dot_int8(a, b, sum); }
 };
 #endif
@@ -1283,11 +1295,13 @@ struct Int8Dot : Int8 {
 // Of a there is a pointer to every third row: the two between are one and two distances on, which addresses can say.
 template <class Words, int R, int N>
 OP void multiply_step(const float* const (&row)[(R + 2) / 3], int64_t a_row, const float* b, V (&acc)[R][N]) {
-  V from_b[N];
-  UNROLL for (int j = 0; j < N; j++) from_b[j] = read(b + j * W);
-  UNROLL for (int r = 0; r < R; r++) {
-    const V from_a = spread(row[r / 3][r % 3 * a_row]);
-    UNROLL for (int j = 0; j < N; j++) acc[r][j] = Words::products(from_a, from_b[j], acc[r][j]);
+  UNROLL for (int part = 0; part < Words::kParts; part++) {
+    V from_b[N];
+    UNROLL for (int j = 0; j < N; j++) from_b[j] = Words::part(read(b + j * W), part);
+    UNROLL for (int r = 0; r < R; r++) {
+      const V from_a = spread(row[r / 3][r % 3 * a_row + part]);
+      UNROLL for (int j = 0; j < N; j++) acc[r][j] = Words::products(from_a, from_b[j], acc[r][j]);
+    }
   }
 }
 template <class Words, int R, int N = kCols / W>
@@ -1312,13 +1326,13 @@ TARGET void tile_rows(int64_t depth, const float* a, int64_t a_row, int64_t a_st
         UNROLL for (int i = 0; i < 4 * kCols; i += 16) __builtin_prefetch(b + 32 * kCols + i);
       UNROLL for (int i = 0; i < 4; i++, b += kCols) {
         multiply_step<Words, R, N>(row, a_row, b, acc);
-        UNROLL for (int r = 0; r < R; r += 3) row[r / 3]++;
+        UNROLL for (int r = 0; r < R; r += 3) row[r / 3] += Words::kParts;
       }
     }
   for (; k < depth; k++, b += kCols) {
     __builtin_prefetch(row[0] + R * a_row);
     multiply_step<Words, R, N>(row, a_row, b, acc);
-    UNROLL for (int r = 0; r < R; r += 3) row[r / 3] += a_step;
+    UNROLL for (int r = 0; r < R; r += 3) row[r / 3] += Words::kParts * a_step;
   }
   UNROLL for (int r = 0; r < R; r++) {
     float* const to = c + r * c_row;
@@ -1759,18 +1773,19 @@ TARGET void adamw(const AdamWSettings& s, float lr, float decay, float factor, f
   });
 }
 #define WIDE tile_bf16<Bf16, kWideRows>
-const Kernels table = BERT_TABLE(kName, tile<Floats>, WIDE, tile<Int8>, kWideRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
+const Kernels table =
+    BERT_TABLE(kName, tile<Floats>, WIDE, tile<Int8>, kWideRows, kRows, Halves::floats, 0, Int8::kParts == 2, no_tiles, no_tiles);
 #if BERT_ISA == 512
 constexpr int kDotRows = 4;
 const Kernels table_vnni =
-    BERT_TABLE("avx512_vnni", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 128, no_tiles, no_tiles);
+    BERT_TABLE("avx512_vnni", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 128, false, no_tiles, no_tiles);
 const Kernels table_bf16 = BERT_TABLE("avx512_bf16", tile<Floats>, (tile_bf16<Bf16Dot, kDotRows>), tile<Int8Dot>, kDotRows, kRows,
-                                      Halves::pairs, 128, no_tiles, no_tiles);
+                                      Halves::pairs, 128, false, no_tiles, no_tiles);
 const Kernels table_amx =
-    BERT_TABLE("avx512_amx", tile<Floats>, amx::tile<true>, amx::tile<false>, 32, 32, Halves::words, 0, amx::on, amx::off);
+    BERT_TABLE("avx512_amx", tile<Floats>, amx::tile<true>, amx::tile<false>, 32, 32, Halves::words, 0, false, amx::on, amx::off);
 #elif BERT_ISA == 128
 const Kernels table_dot =
-    BERT_TABLE("neon_dot", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 0, no_tiles, no_tiles);
+    BERT_TABLE("neon_dot", tile<Floats>, WIDE, tile<Int8Dot>, kWideRows, kRows, Halves::floats, 0, false, no_tiles, no_tiles);
 #endif
 }  // namespace
 }  // namespace avx512, avx2 or neon
@@ -1821,6 +1836,14 @@ static void pair_up(float* row, int64_t words) {
     const uint32_t first = std::bit_cast<uint32_t>(row[i]), second = std::bit_cast<uint32_t>(row[i + 1]);
     row[i] = std::bit_cast<float>(first << 16 | (second & 0xFFFF));
     row[i + 1] = std::bit_cast<float>((first & 0xFFFF0000u) | second >> 16);
+  }
+}
+// The words of a row of int8 become two each, as int8_wide wants them; the last first, for there is no other room.
+static void widen_bytes(float* row, int64_t words) {
+  for (int64_t i = words; i-- > 0;) {
+    const uint32_t x = std::bit_cast<uint32_t>(row[i]);
+    auto pair = [](uint32_t low, uint32_t high) { return (uint32_t)(uint16_t)(int8_t)low | (uint32_t)(int8_t)high << 16; };
+    row[2 * i] = std::bit_cast<float>(pair(x, x >> 16)), row[2 * i + 1] = std::bit_cast<float>(pair(x >> 8, x >> 24));
   }
 }
 // Asks for the cache lines of `rows` rows of `floats` numbers, `stride` apart; the part-th of `parts` shares of the rows.
@@ -1897,8 +1920,8 @@ struct Product {
 
   Precision precision() const { return bf16 ? Precision::bf16 : packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
-  bool floats() const { return precision() == Precision::bf16 && table.halves == Halves::floats; }
-  int64_t a_room(int64_t words) const { return floats() ? 2 * words : words; }  // in a's copy
+  bool wide() const { return precision() == Precision::bf16 ? table.halves == Halves::floats : table.int8_wide; }
+  int64_t a_room(int64_t words) const { return wide() ? 2 * words : words; }  // in a's copy
   RoundedPanels rounded() const { return {table, k, n, b, how.b_transposed ? 1 : ldb, how.b_transposed ? ldb : 1}; }
   int mr() const { return precision() == Precision::f32 ? table.mr : precision() == Precision::bf16 ? table.mr_bf16 : table.mr_int8; }
 };
@@ -1930,16 +1953,16 @@ void finish_empty(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t 
 // scales.
 void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
   const bool bf16 = p.precision() == Precision::bf16;
-  const int64_t room = p.a_room(p.words()), bytes = p.floats() ? 4 * p.k : bf16 ? 2 * p.k : p.k;
+  const int64_t room = p.a_room(p.words()), bytes = !bf16 ? p.k : p.wide() ? 4 * p.k : 2 * p.k;
   for (int64_t i = i0; i < i1; i++, words += distance_of(room)) {
     char* const to = (char*)words;
     if (!p.bf16 && i + 2 < i1)  // the row after the next is asked for
       fetch(p.a + (i + 2) * p.lda, p.lda, 1, p.k, 0, 1);
-    if (p.bf16 && p.floats())
+    if (p.bf16 && p.wide())
       p.table.from_bf16(p.bf16->row(i), words, p.k);
     else if (p.bf16)
       std::memcpy(to, p.bf16->row(i), (size_t)bytes);
-    else if (p.floats())
+    else if (bf16 && p.wide())
       p.table.round_pairs(nullptr, p.a + i * p.lda, to, p.k);  // as upper halves they are floats
     else if (bf16)
       p.table.to_bf16(p.a + i * p.lda, to, p.k);
@@ -1947,6 +1970,7 @@ void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* 
       scales[i - i0] = p.table.to_int8(p.a + i * p.lda, p.table.int8_zero, to, p.k);
     std::memset(to + bytes, bf16 ? 0 : p.table.int8_zero, (size_t)(4 * room - bytes));
     if (bf16 && p.table.halves == Halves::pairs) pair_up(words, p.words());
+    if (!bf16 && p.wide()) widen_bytes(words, p.words());
   }
 }
 
@@ -1956,7 +1980,7 @@ void copy_transposed(const Product& p, int64_t k0, int64_t depth, int64_t i0, in
   const int64_t rows = i1 - i0, first = p.a_room(k0);
   for (int64_t at = 0; at < p.a_room(depth); at += 16) {
     for (int64_t i = 0; i < 16; i++)
-      if (float* const row = room + i * rows; !p.floats())
+      if (float* const row = room + i * rows; !p.wide())
         copy_word(p.table, *p.bf16, first + at + i, i0, rows, row);
       else if (first + at + i < p.k)
         p.table.from_bf16(p.bf16->row(first + at + i) + 2 * i0, row, rows);

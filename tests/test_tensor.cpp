@@ -344,6 +344,15 @@ static Floats halves_of(const Floats& words) {
       wide.push_back(std::bit_cast<float>(half));
   return wide;
 }
+// The four int8 of each word as two words of int16: 0 and 2, 1 and 3.
+static Floats wide_bytes_of(const Floats& words) {
+  Floats wide;
+  for (const float word : words) {
+    const auto byte = std::bit_cast<std::array<int8_t, 4>>(word);
+    for (const size_t i : {0, 1}) wide.push_back(std::bit_cast<float>(std::array<int16_t, 2>{byte[i], byte[i + 2]}));
+  }
+  return wide;
+}
 TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at every number of rows and columns") {
   const Kernels& scalar = *usable_kernels()[0];
   for (const Kernels* t : usable_kernels())
@@ -352,9 +361,9 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
         for (const int64_t depth : {16, 32, 48, 128, 256}) {
           const int64_t a_row = depth + 3, b_row = t->nr, mr = bf16 ? t->mr_bf16 : t->mr_int8, c_row = t->nr + 2;
           const Floats b = words(depth * b_row + 1, 1, bf16, extreme), a = words(a_row * mr + 1, 2, bf16, extreme);
-          const bool floats = bf16 && t->halves == Kernels::Halves::floats;
-          const Floats wide = halves_of(a);
-          Floats its_a = floats ? wide : a, its_b = b;  // as the instruction wants them
+          const bool is_wide = bf16 ? t->halves == Kernels::Halves::floats : t->int8_wide;
+          const Floats wide = bf16 ? halves_of(a) : wide_bytes_of(a);
+          Floats its_a = is_wide ? wide : a, its_b = b;  // as the instruction wants them
           if (bf16 && t->halves == Kernels::Halves::pairs)
             pair_words(its_a.data() + 1, mr, a_row, depth, 1), pair_words(its_b.data() + 1, b_row, 1, depth, b_row);
           if (!bf16 && t->int8_zero)
@@ -384,7 +393,7 @@ TEST_CASE("kernels: the tiles of bf16 and int8 give the scalar one's bytes at ev
                 Floats c = start, want = start;
                 for (int i = 0; i < rows; i++) std::copy_n(all.begin() + i * c_row, cols, want.begin() + i * c_row);
                 t->tiles_on();
-                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, its_a.data() + (floats ? 2 : 1), floats ? 2 * a_row : a_row, 1,
+                (bf16 ? t->tile_bf16 : t->tile_int8)(depth, its_a.data() + (is_wide ? 2 : 1), is_wide ? 2 * a_row : a_row, 1,
                                                      its_b.data() + 1, c.data(), c_row, rows, cols, add);
                 t->tiles_off();
                 CAPTURE(t->name);
