@@ -1920,6 +1920,7 @@ struct Product {
 
   Precision precision() const { return bf16 ? Precision::bf16 : packed ? packed->precision() : Precision::f32; }
   int64_t words() const { return words_of(precision(), k); }
+  // Whether the tile of bf16 or int8 wants two words of a for each of b: floats, or int16.
   bool wide() const { return precision() == Precision::bf16 ? table.halves == Halves::floats : table.int8_wide; }
   int64_t a_room(int64_t words) const { return wide() ? 2 * words : words; }  // in a's copy
   RoundedPanels rounded() const { return {table, k, n, b, how.b_transposed ? 1 : ldb, how.b_transposed ? ldb : 1}; }
@@ -1949,8 +1950,8 @@ void finish_empty(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t 
   finish(p, i0, i1, j0, j1);
 }
 
-// Rows i0..i1 of a in the precision of b, each in words() words, or as many floats as a tile wants, whose end is zero; and of int8 their
-// scales.
+// Rows i0..i1 of a in the precision of b, each in words() words, or in twice as many where the tile wants them wide, whose end is zero; and
+// of int8 their scales.
 void narrow_rows(const Product& p, int64_t i0, int64_t i1, float* words, float* scales) {
   const bool bf16 = p.precision() == Precision::bf16;
   const int64_t room = p.a_room(p.words()), bytes = !bf16 ? p.k : p.wide() ? 4 * p.k : 2 * p.k;

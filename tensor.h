@@ -798,7 +798,7 @@ struct Kernels {
   // upper product and then its lower one to one chain. floats: b in words, of a each k a float of its own, so that a_row counts floats.
   enum class Halves { words, pairs, floats } halves;
   int int8_zero;           // what tile_int8 takes for 0 in a: 128 where the instruction wants it without a sign, else 0
-  bool int8_wide;          // of a each word is two, as int16: k 0 and 2, k 1 and 3; a_row counts these
+  bool int8_wide;          // tile_int8 wants each word of a as two of int16: k 0 and 2, then 1 and 3; a_row counts these
   void (*tiles_on)(), (*tiles_off)();   // around a thread's calls of tile_bf16 and tile_int8
   // One column: c[i * c_row] = the tile's chain of row i of a and b [depth], or added to what is there, for i < rows
   void (*column)(int64_t depth, const float* a, int64_t a_row, const float* b, float* c, int64_t c_row, int rows, bool add);
